@@ -1,0 +1,63 @@
+"""moekit: everything between a Mixture-of-Experts router and its expert matrix multiplications, in pure Python.
+
+Names load on first use, so ``import moekit`` costs little more than ``import torch``. Letters in shapes: T tokens, E
+experts, K experts per token, R rows after permutation, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moekit._backend import available, backend, debug
+    from moekit.ops.aux_loss import aux_loss
+    from moekit.ops.glu import glu
+    from moekit.ops.losses import load_balancing_loss, z_loss
+    from moekit.ops.rows import permute, sort_chunks, unpermute
+    from moekit.ops.topk import topk_router
+    from moekit.routing import Routing
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Routing": "moekit.routing",
+    "aux_loss": "moekit.ops.aux_loss",
+    "available": "moekit._backend",
+    "backend": "moekit._backend",
+    "debug": "moekit._backend",
+    "glu": "moekit.ops.glu",
+    "load_balancing_loss": "moekit.ops.losses",
+    "permute": "moekit.ops.rows",
+    "sort_chunks": "moekit.ops.rows",
+    "topk_router": "moekit.ops.topk",
+    "unpermute": "moekit.ops.rows",
+    "z_loss": "moekit.ops.losses",
+}
+
+__all__ = [
+    "Routing",
+    "aux_loss",
+    "available",
+    "backend",
+    "debug",
+    "glu",
+    "load_balancing_loss",
+    "permute",
+    "sort_chunks",
+    "topk_router",
+    "unpermute",
+    "z_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moekit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,240 @@
+"""Row movement: permute copies each token's row to its experts, unpermute sums a token's rows.
+
+The two are each other's gradient. Both work from three tables (:mod:`moekit.ops.tables`): ``row_token [S]``, the token of
+each row (-1 for none), and its inverse ``token_offsets [T + 1]``, ``token_rows [S]``, the rows of each token. With the
+inverse at hand a sum is a gather: each token adds its rows in ascending order, in float32 (float64 for float64), and
+rounds once, so the bits are the same every run and no promoted copy of the rows is made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moekit import _check
+from moekit.ops import _library, tables
+from moekit.ops._segments import sum_by_index
+
+if TYPE_CHECKING:
+    from moekit.routing import Routing
+
+
+def permute(tokens: Tensor, routing: Routing) -> Tensor:
+    """Copy each token's row once for every expert it is routed to, expert by expert.
+
+    Args:
+        tokens: ``[T, H]``, any dtype.
+        routing: where the tokens go.
+
+    Returns:
+        ``[R, H]`` in the dtype of ``tokens``; rows at or past ``routing.offsets[-1]`` and padding rows are zero.
+
+    Raises:
+        ValueError: the number of tokens or the device differs from the routing's.
+    """
+    _check.tensor_dim("permute", "tokens", tokens, 2)
+    if tokens.shape[0] != routing.num_tokens:
+        raise _check.fail("permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}")
+    _check.same_device("permute", tokens=tokens, routing=routing.order)
+    return move_rows(tokens, *routing.row_tables())
+
+
+def unpermute(rows: Tensor, routing: Routing, *, weighted: bool = False) -> Tensor:
+    """Sum each token's rows, optionally times their routing weights.
+
+    Args:
+        rows: ``[R, H]``, as :func:`permute` laid them out.
+        routing: where the tokens went.
+        weighted: multiply each row by its routing weight (leave it out if the activation applied it already).
+
+    Returns:
+        ``[T, H]`` in the dtype of ``rows``. A token with no expert gets zeros.
+
+    Raises:
+        ValueError: shapes or devices that do not fit the routing, or ``weighted`` without routing weights.
+    """
+    _check.tensor_dim("unpermute", "rows", rows, 2)
+    if rows.shape[0] != routing.num_rows:
+        raise _check.fail("unpermute", "rows", f"the routing's {routing.num_rows} rows", f"shape {list(rows.shape)}")
+    _check.same_device("unpermute", rows=rows, routing=routing.order)
+    return sum_rows(rows, routing.row_weights() if weighted else None, *routing.row_tables())
+
+
+def sort_chunks(
+    rows: Tensor, split_sizes: Tensor, sorted_idxs: Tensor, probs: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Cut ``rows`` into chunks and put them into another order.
+
+    Args:
+        rows: ``[S, ...]``, any dtype.
+        split_sizes: integers ``[C]`` that sum to S, on the device of ``rows`` or on the CPU.
+        sorted_idxs: integers, the chunks in their new order. As many as there are chunks must be a permutation; any
+            other number costs a device-to-host sync on a GPU.
+        probs: ``[S, ...]`` moved alike, or None.
+
+    Returns:
+        ``(rows, probs)`` in the new order.
+
+    Raises:
+        ValueError: sizes that do not sum to S, a chunk number out of range (checked on a CPU).
+        TypeError: sizes or chunk numbers that are not integers.
+    """
+    for name, value in (("split_sizes", split_sizes), ("sorted_idxs", sorted_idxs)):
+        _check.tensor_dim("sort_chunks", name, value, 1)
+        _check.integer("sort_chunks", name, value)
+    _check.same_device("sort_chunks", input=rows, probs=probs)
+    _check.same_device("sort_chunks", split_sizes=split_sizes, sorted_idxs=sorted_idxs)
+    if split_sizes.device.type != "cpu":
+        _check.same_device("sort_chunks", input=rows, split_sizes=split_sizes)
+    if probs is not None and probs.shape[:1] != rows.shape[:1]:
+        raise _check.fail("sort_chunks", "probs", f"of {rows.shape[0]} rows", f"shape {list(probs.shape)}")
+    num_rows = rows.shape[0]
+    # With as many chunks out as in, the size is known; tables on the CPU are read anyway.
+    is_permutation = sorted_idxs.shape[0] == split_sizes.shape[0] and split_sizes.device.type != "cpu"
+    source = tables.sort_chunk_rows(split_sizes, sorted_idxs, num_rows, num_rows if is_permutation else None)
+    source = source.to(rows.device, non_blocking=True)
+    found = (source, *tables.rows_of_tokens(source, num_rows))
+    return _move_chunks(rows, *found), None if probs is None else _move_chunks(probs, *found)
+
+
+def _move_chunks(x: Tensor, *found: Tensor) -> Tensor:
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return move_rows(flat, *found).view(-1, *x.shape[1:]) if x.dim() > 1 else move_rows(flat, *found).view(-1)
+
+
+# --- the operators --------------------------------------------------------------------------------------------------
+
+
+def _dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
+    """What to add in: integers in themselves, anything else in float32 or float64."""
+    if not tensor.dtype.is_floating_point:
+        return tensor.dtype
+    wide = any(t is not None and t.dtype is torch.float64 for t in (tensor, *others))
+    return torch.float64 if wide else torch.float32
+
+
+def _gather(tokens: Tensor, row_token: Tensor) -> Tensor:
+    """``tokens[row_token]``, zero rows where there is no token."""
+    if tokens.shape[0] == 0:
+        return tokens.new_zeros(row_token.shape[0], tokens.shape[1])
+    return torch.where((row_token >= 0).unsqueeze(1), tokens.index_select(0, row_token.clamp(min=0)), 0)
+
+
+def _permute_reference(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
+    return _gather(tokens, row_token)
+
+
+def _permute_fake(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
+    return tokens.new_empty(row_token.shape[0], tokens.shape[1])
+
+
+def _permute_save(ctx: Any, args: tuple, outputs: Any) -> None:
+    ctx.save_for_backward(*args[1:])
+
+
+def _permute_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    return sum_rows(grad, None, *ctx.saved_tensors), None, None, None
+
+
+def _unpermute_reference(
+    rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor
+) -> Tensor:
+    dtype = _dtype(rows, weights)
+    values = rows.to(dtype)
+    if weights is not None:
+        values = values * weights.to(dtype).unsqueeze(1)
+    return sum_by_index(values, row_token, token_offsets.shape[0] - 1).to(rows.dtype)
+
+
+def _unpermute_fake(
+    rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor
+) -> Tensor:
+    return rows.new_empty(token_offsets.shape[0] - 1, rows.shape[1])
+
+
+def _unpermute_save(ctx: Any, args: tuple, outputs: Any) -> None:
+    rows, weights, *found = args
+    ctx.save_for_backward(None if weights is None else rows, weights, *found)
+
+
+def _unpermute_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    rows, weights, *found = ctx.saved_tensors
+    if weights is None:
+        return move_rows(grad, *found), None, None, None, None
+    wanted = list(needs[:2])
+    grads = _unpermute_weighted_backward(grad, rows, weights, *found, wanted)
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None)
+
+
+def _weighted_backward_reference(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """``(drows [S, H], dweights [S])``; those that ``wanted`` leaves out are empty."""
+    dtype = _dtype(rows, weights, grad)
+    g = _gather(grad, row_token).to(dtype)
+    empty = grad.new_empty(0)
+    return (
+        (g * weights.to(dtype).unsqueeze(1)).to(rows.dtype) if wanted[0] else empty,
+        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype) if wanted[1] else empty,
+    )
+
+
+def _weighted_backward_fake(
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    token_offsets: Tensor,
+    token_rows: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    empty = grad.new_empty(0)
+    return (
+        torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted[0] else empty,
+        weights.new_empty(weights.shape) if wanted[1] else empty,
+    )
+
+
+def _weighted_backward_save(ctx: Any, args: tuple, outputs: Any) -> None:
+    *tensors, ctx.wanted = args
+    ctx.save_for_backward(*tensors)
+
+
+def _weighted_double_backward(ctx: Any, needs: tuple, *grads: Tensor) -> tuple:
+    _library.require_reference("unpermute", ctx.saved_tensors[0])
+    args = (*ctx.saved_tensors, ctx.wanted)
+    return _library.differentiate(_weighted_backward_reference, args, needs, grads)
+
+
+_TABLES = "Tensor row_token, Tensor token_offsets, Tensor token_rows"
+
+move_rows = _library.define(
+    f"permute(Tensor tokens, {_TABLES}) -> Tensor",
+    reference=_permute_reference,
+    fake=_permute_fake,
+    save=_permute_save,
+    backward=_permute_backward,
+)
+sum_rows = _library.define(
+    f"unpermute(Tensor rows, Tensor? weights, {_TABLES}) -> Tensor",
+    reference=_unpermute_reference,
+    fake=_unpermute_fake,
+    save=_unpermute_save,
+    backward=_unpermute_backward,
+)
+_unpermute_weighted_backward = _library.define(
+    f"unpermute_backward(Tensor grad, Tensor rows, Tensor weights, {_TABLES}, bool[] wanted) -> (Tensor, Tensor)",
+    reference=_weighted_backward_reference,
+    fake=_weighted_backward_fake,
+    save=_weighted_backward_save,
+    backward=_weighted_double_backward,
+)

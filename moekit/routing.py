@@ -1,0 +1,152 @@
+"""Routing: which token goes to which expert, as tables of integers.
+
+Built once from a router's top-k indices or from a map, then shared by every operator of the layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit import _check
+from moekit.ops import tables
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Routing tables of T tokens, K slots a token and E experts.
+
+    Rows are expert-major and ascending in token within an expert. There are ``R = T * K`` of them whatever the routing
+    (more after :meth:`pad_to_multiple`), so no size depends on values; rows of no expert come last.
+
+    Attributes:
+        indices: ``[T, K]`` int32 or int64, the expert of each slot, -1 for none.
+        weights: ``[T, K]`` floating routing weights, or None.
+        tokens_per_expert: ``[E]`` int64.
+        offsets: ``[E]`` int32, cumulative row ends, as ``torch.nn.functional.grouped_mm`` wants them.
+        order: ``[R]`` int32, the slot ``t * K + k`` of each row, -1 for none.
+        inverse: ``[T, K]`` int32, the row of each slot, -1 for none.
+    """
+
+    indices: Tensor
+    weights: Tensor | None
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    order: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def from_topk(indices: Tensor, weights: Tensor | None = None, *, num_experts: int) -> Routing:
+        """Routing from a router's top-k choice.
+
+        Args:
+            indices: ``[T, K]`` int32 or int64 expert numbers; -1 routes nowhere; the same expert twice counts twice.
+            weights: ``[T, K]`` floating routing weights, or None.
+            num_experts: E.
+
+        Raises:
+            ValueError: K > E, a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)``.
+            TypeError: indices that are not integers, weights that are not floating.
+        """
+        op = "Routing.from_topk"
+        _check.tensor_dim(op, "indices", indices, 2)
+        _check.integer(op, "indices", indices)
+        _check.positive(op, "num_experts", num_experts)
+        if indices.shape[1] > num_experts:
+            raise _check.fail(op, "indices", f"at most num_experts ({num_experts}) a token", indices.shape[1])
+        if weights is not None:
+            _check.floating(op, "weights", weights)
+            _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
+        _check.same_device(op, indices=indices, weights=weights)
+        return Routing(indices, weights, *tables.route_indices(indices, num_experts))
+
+    @staticmethod
+    def from_map(routing_map: Tensor, probs: Tensor | None = None, *, topk: int | None = None) -> Routing:
+        """Routing from a map.
+
+        Args:
+            routing_map: ``[T, E]`` of any dtype; what is not zero is routed.
+            probs: ``[T, E]`` floating routing weights, or None.
+            topk: K, the most experts a token has. None finds it, at the cost of a device-to-host sync on a GPU.
+
+        Raises:
+            ValueError: shapes or devices that do not fit, or (on a CPU) a token with more than ``topk`` experts.
+        """
+        op = "Routing.from_map"
+        _check.tensor_dim(op, "routing_map", routing_map, 2)
+        if probs is not None:
+            _check.floating(op, "probs", probs)
+            _check.shape(op, "probs", probs, routing_map.shape, "[tokens, experts]")
+        _check.same_device(op, routing_map=routing_map, probs=probs)
+        num_tokens, num_experts = routing_map.shape
+        if topk is not None:
+            _check.topk(op, topk, num_experts)
+        indices = tables.map_to_indices(routing_map, topk)
+        weights = None
+        if probs is not None:
+            token = torch.arange(num_tokens, device=indices.device).unsqueeze(1)
+            weights = tables.take(probs, tables.row_slots(token, indices, num_experts))
+        return Routing(indices, weights, *tables.route_indices(indices, num_experts))
+
+    def to_map(self) -> tuple[Tensor, Tensor | None]:
+        """The routing as ``(map [T, E] bool, probs [T, E] | None)``; a slot of no expert leaves no mark.
+
+        The same expert twice in one token is one mark, with the sum of its weights.
+        """
+        experts = torch.arange(self.num_experts, device=self.indices.device)
+        chosen = self.indices.unsqueeze(-1) == experts  # [T, K, E]
+        probs = None if self.weights is None else torch.where(chosen, self.weights.unsqueeze(-1), 0).sum(1)
+        return chosen.any(1), probs
+
+    def pad_to_multiple(self, multiple: int) -> Routing:
+        """The same routing with each expert's rows padded to a multiple, as quantised or tiled GEMMs want them.
+
+        Padding rows have ``order`` -1: :meth:`~moekit.permute` fills them with zeros and unpermute ignores them. The
+        number of rows is the bound that holds for every routing, so no sync is needed.
+
+        Raises:
+            ValueError: a multiple below 1.
+        """
+        _check.positive("Routing.pad_to_multiple", "multiple", multiple)
+        offsets, order, inverse = tables.pad_rows(self.offsets, self.order, self.inverse, multiple)
+        return dataclasses.replace(self, offsets=offsets, order=order, inverse=inverse)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.indices.shape[0]
+
+    @property
+    def topk(self) -> int:
+        """K, the slots of a token."""
+        return self.indices.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.tokens_per_expert.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """R, rows of no expert included."""
+        return self.order.shape[0]
+
+    def row_weights(self) -> Tensor:
+        """The routing weights in row order, ``[R]``, zero for rows of no expert. Differentiable.
+
+        Raises:
+            ValueError: the routing was built without weights.
+        """
+        if self.weights is None:
+            raise _check.fail("Routing.row_weights", "weights", "given when the routing is built", None)
+        return tables.take(self.weights, self.order)
+
+    def row_tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``row_token [R]``, ``token_offsets [T + 1]``, ``token_rows [T * K]``: what the row movers work from."""
+        slots = max(self.topk, 1)
+        row_token = torch.div(self.order, slots, rounding_mode="floor")
+        token_offsets = torch.arange(self.num_tokens + 1, dtype=torch.int32, device=self.order.device) * self.topk
+        return row_token, token_offsets, self.inverse.reshape(-1)
