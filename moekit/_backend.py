@@ -25,8 +25,10 @@ _HOW_TO_GET = {
     "numba": "pip install 'moekit[cpu]'",
     "triton": "pip install triton (it comes with PyTorch's GPU builds for Linux)",
 }
-_requested: ContextVar[str] = ContextVar("moekit_backend", default=os.environ.get("MOEKIT_BACKEND", "auto"))
-_debug: ContextVar[bool] = ContextVar("moekit_debug", default=os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0"))
+_DEFAULT = os.environ.get("MOEKIT_BACKEND", "auto")
+_DEFAULT_DEBUG = os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0")
+_requested: ContextVar[str] = ContextVar("moekit_backend", default=_DEFAULT)
+_debug: ContextVar[bool] = ContextVar("moekit_debug", default=_DEFAULT_DEBUG)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """``out[i] = sum of values[r] over rows r with index[r] == i``; rows whose index is not in ``[0, size)`` are left out.
+    """``out[i] = sum of values[r] over rows r with index[r] == i``; an index outside ``[0, size)`` is left out.
 
     Args:
         values: ``[N, ...]``.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
+from moekit.ops import _library
 
 
 def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -54,11 +55,13 @@ class AttachAuxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
+        """``output``, unchanged."""
         ctx.loss_shape, ctx.loss_dtype, ctx.scale = loss.shape, loss.dtype, scale
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """``grad`` for the output, ``scale`` for the loss."""
         return grad, scaled_ones(grad, ctx.loss_shape, ctx.loss_dtype, ctx.scale), None
 
 
@@ -100,3 +103,46 @@ def _freeing_instruction() -> tuple[int, int]:
     """The frame and instruction that run a finalizer: three frames up, past weakref's own."""
     frame = sys._getframe(3)
     return id(frame), frame.f_lasti
+
+
+class MoEAuxLossAutoScaler(torch.autograd.Function):
+    """Pass the output through and scale the auxiliary loss's gradient by a process-wide factor.
+
+    The drop-in form of :func:`aux_loss`, with Megatron-core's names. ``main_loss_backward_scale`` is read when backward
+    runs (in a compiled graph too) and never written there: None means 1; a Python number or a tensor of one element
+    on any device is taken as it is.
+    """
+
+    main_loss_backward_scale: float | Tensor | None = None
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, aux_loss: Tensor) -> Tensor:
+        """Return ``output`` unchanged; ``aux_loss`` (any shape) joins its graph."""
+        ctx.loss_shape, ctx.loss_dtype = aux_loss.shape, aux_loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """``(grad_output, ones_like(aux_loss) * main_loss_backward_scale)``."""
+        return grad_output, _aux_loss_grad(grad_output, ctx.loss_shape, ctx.loss_dtype)
+
+    @staticmethod
+    def set_loss_scale(scale: float | Tensor) -> None:
+        """Set the factor to a number or a tensor of one element, which is copied and never written."""
+        MoEAuxLossAutoScaler.main_loss_backward_scale = scale.detach().clone() if isinstance(scale, Tensor) else scale
+
+
+def _aux_loss_grad_reference(grad: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return scaled_ones(grad, torch.Size(shape), dtype, MoEAuxLossAutoScaler.main_loss_backward_scale)
+
+
+def _aux_loss_grad_fake(grad: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(shape, dtype=dtype)
+
+
+# An operator, so that a compiled graph looks the factor up when it runs instead of baking in today's.
+_aux_loss_grad = _library.define(
+    "aux_loss_grad(Tensor grad, SymInt[] shape, ScalarType dtype) -> Tensor",
+    reference=_aux_loss_grad_reference,
+    fake=_aux_loss_grad_fake,
+)

@@ -77,7 +77,9 @@ def make_glu(
         if not clamp >= 0:
             raise _check.fail("glu", "clamp", "None or at least 0", clamp)
     if layout == "ungated" and (linear_offset != 0.0 or clamp is not None):
-        raise _check.fail("glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
+        raise _check.fail(
+            "glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp)
+        )
     kind, c1, c3 = _ACTIVATIONS[activation]
     return Glu(kind, alpha if c1 is None else c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
 
@@ -149,6 +151,48 @@ def apply_glu(
     else:
         out = _glu(rows, row_weights, bias, offsets, *spec)
     return out.view(*y.shape[:-1], out.shape[-1])
+
+
+def glu_and_store(op: str, y: Tensor, weights: Tensor, bias: Tensor | None, spec: Glu) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`apply_glu` and what its backward needs of ``y`` in float8: ``(out, q like y, scale [N])``."""
+    rows, row_weights = as_rows(op, y, weights, spec)
+    _check_bias(op, rows, bias, None)
+    _check.same_device(op, y=y, weights=weights, bias=bias)
+    out, stored, scale = _glu_fp8(rows, row_weights, bias, None, *spec)
+    return out.view(*y.shape[:-1], out.shape[-1]), stored.view(y.shape), scale
+
+
+def apply_glu_backward(
+    op: str,
+    grad: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    spec: Glu,
+    *,
+    scale: Tensor | None = None,
+    need_weight_grad: bool = True,
+    need_bias_grad: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(dy, dweights, dbias)`` of :func:`apply_glu`, in the shapes of its arguments; None for what has no gradient.
+
+    ``y`` is the forward's or, with ``scale``, its float8 rows. ``dy`` is in the dtype of ``y`` (``grad`` for float8).
+    """
+    rows, row_weights = as_rows(op, y, weights, spec)
+    _check_bias(op, rows, bias, None)
+    _check.floating(op, "g", grad)
+    width = _width(rows, spec)
+    if grad.numel() != rows.shape[0] * width or grad.shape[-1:] != (width,):
+        raise _check.fail(op, "g", f"of shape {[*y.shape[:-1], width]}", f"shape {list(grad.shape)}")
+    _check.same_device(op, g=grad, y=y, weights=weights, bias=bias)
+    wanted = [True, need_weight_grad and weights is not None, need_bias_grad and bias is not None, False]
+    grad = grad.reshape(rows.shape[0], width)
+    dy, dweights, dbias, _ = _glu_backward(grad, rows, scale, row_weights, bias, None, *spec, wanted)
+    return (
+        dy.view(y.shape),
+        dweights.view(weights.shape) if weights is not None and wanted[1] else None,
+        dbias if wanted[2] else None,
+    )
 
 
 def as_rows(op: str, y: Tensor, weights: Tensor | None, spec: Glu) -> tuple[Tensor, Tensor | None]:
@@ -333,7 +377,7 @@ def _input_gradients(
         dgate = gp * slope
         return dgate, dgate
     dgate, dup = gp * up * slope, gp * act
-    if halves.gate_inside is None:
+    if halves.gate_inside is None or halves.up_inside is None:
         both = _join(dgate, dup, spec)
         return both, both
     dy = _join(torch.where(halves.gate_inside, dgate, 0), torch.where(halves.up_inside, dup, 0), spec)
@@ -427,8 +471,8 @@ def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
 
 
 def _save_backward(ctx: Any, args: tuple, outputs: tuple) -> None:
-    *tensors, ctx.constants = args[:6] + (args[6:],)
-    ctx.save_for_backward(*tensors)
+    ctx.constants = args[6:]
+    ctx.save_for_backward(*args[:6])
 
 
 def _double_backward(ctx: Any, needs: tuple, *grads: Tensor) -> tuple:

@@ -1,9 +1,9 @@
 """Row movement: permute copies each token's row to its experts, unpermute sums a token's rows.
 
-The two are each other's gradient. Both work from three tables (:mod:`moekit.ops.tables`): ``row_token [S]``, the token of
-each row (-1 for none), and its inverse ``token_offsets [T + 1]``, ``token_rows [S]``, the rows of each token. With the
-inverse at hand a sum is a gather: each token adds its rows in ascending order, in float32 (float64 for float64), and
-rounds once, so the bits are the same every run and no promoted copy of the rows is made.
+The two are each other's gradient. Both work from three tables (:mod:`moekit.ops.tables`): ``row_token [S]``, the token
+of each row (-1 for none), and its inverse ``token_offsets [T + 1]``, ``token_rows [S]``, the rows of each token. With
+the inverse at hand a sum is a gather: each token adds its rows in ascending order, in float32 (float64 for float64),
+and rounds once, so the bits are the same every run and no promoted copy of the rows is made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def permute(tokens: Tensor, routing: Routing) -> Tensor:
     """
     _check.tensor_dim("permute", "tokens", tokens, 2)
     if tokens.shape[0] != routing.num_tokens:
-        raise _check.fail("permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}")
+        raise _check.fail(
+            "permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}"
+        )
     _check.same_device("permute", tokens=tokens, routing=routing.order)
     return move_rows(tokens, *routing.row_tables())
 

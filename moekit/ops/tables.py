@@ -4,8 +4,8 @@ Rows are expert-major and ascending in token within an expert. A table names row
 "none", and its size never depends on the values unless the caller leaves it open: then it takes one device-to-host
 sync on a GPU (documented at each function). Everything is a stable counting sort: no order is left to chance.
 
-On a CPU (or under ``moekit.debug()``) values are checked; on a GPU, where a check would be a sync, an index out of range
-routes nowhere and nothing is written past the end of a table.
+On a CPU (or under ``moekit.debug()``) values are checked; on a GPU, where a check would be a sync, an index out of
+range routes nowhere and nothing is written past the end of a table.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _route_capacity_reference(routing_map: Tensor, capacity: int) -> Tensor:
 
     Each expert takes its first ``capacity`` routed tokens by position, then unrouted ones by position, then -1.
     """
-    num_tokens, num_experts = routing_map.shape
+    num_tokens = routing_map.shape[0]
     unrouted = (routing_map == 0).T.to(torch.uint8)
     first = unrouted.sort(dim=1, stable=True).indices[:, :capacity]
     return torch.nn.functional.pad(first, (0, max(capacity - num_tokens, 0)), value=-1).reshape(-1)
@@ -239,7 +239,9 @@ def padded_size(num_rows: int, num_experts: int, multiple: int) -> int:
     return -(-(num_rows + num_experts * (multiple - 1)) // multiple) * multiple
 
 
-def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pad_rows_reference(
+    offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tables in which each expert starts at a multiple of ``multiple`` rows; the rows in between are -1."""
     num_experts, num_rows = offsets.shape[0], order.shape[0]
     size = padded_size(num_rows, num_experts, multiple)

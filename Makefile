@@ -1,0 +1,60 @@
+# Every target sets up what it needs in .venv by itself; only make and a Python >= 3.10 with pip are assumed.
+#   make demo ARGS="--steps 10"       make test ARGS="-k permute"       make demo PYTHON=/path/to/python
+
+.PHONY: help demo test lint check mutants wheel clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+# -qq: errors only.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+ARGS ?=
+
+# The first interpreter that runs, is new enough and can make environments: a name on PATH may be an empty shim.
+PYTHON ?= $(shell for p in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+
+help:
+	@echo "make demo     train a small Mixture-of-Experts language model on this Python's own source"
+	@echo "make test     run the test suite"
+	@echo "make check    lint, formatting and types, then the test suite (make lint: without the suite)"
+	@echo "make mutants  break the ops on purpose and show that the suite notices"
+	@echo "make wheel    build dist/moekit-*-py3-none-any.whl"
+	@echo "make clean    remove .venv and everything built"
+
+demo: .venv/ready-demo
+	$(BIN)/moekit demo $(ARGS)
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test
+
+mutants: .venv/ready-dev
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+wheel: .venv/ready-dev
+	$(BIN)/python -m hatchling build -t wheel
+
+clean:
+	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The demo's set-up leaves out the test tools, the type checker, transformers and triton: half the size.
+.venv/ready-demo: EXTRAS := cpu,cli
+.venv/ready-dev: EXTRAS := dev
+.venv/ready-%: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing moekit[$(EXTRAS)] into .venv (a minute or two, once) ..."
+	@$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+# Distributions that ship venv without ensurepip need the second line.
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "moekit needs Python >= 3.10 with venv: none found on PATH" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip --clear .venv && \
+		$(PYTHON) -m pip --python .venv/bin/python install -qq pip; }

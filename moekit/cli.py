@@ -1,0 +1,74 @@
+"""The ``moekit`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"the moekit command needs {error.name}: pip install 'moekit[cli]'") from error
+
+app = typer.Typer(
+    help="Mixture-of-Experts building blocks for PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+# Bits per byte by which the default run must beat the bigram model; it exits with status 1 otherwise.
+_CLEAR_WIN = 0.5
+
+
+@app.callback()
+def _root() -> None:
+    """Make every command a subcommand, however many there are."""
+
+
+@app.command()
+def demo(
+    config: Annotated[
+        str | None,
+        typer.Option(help="Settings: tiny, large or a TOML file. Default: two minutes on two cores."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file of text. Default: the source of Python's standard library."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to train, such as cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The PNG to write, or a folder for it.")] = Path("out/demo.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of parameters, batches and sample.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train the plain PyTorch loop over experts, and compare.")
+    ] = False,
+) -> None:
+    """Train a small byte-level Mixture-of-Experts language model and compare it with a bigram model."""
+    from moekit.demo import DemoError
+    from moekit.demo.config import load_config
+    from moekit.demo.run import run_demo
+
+    try:
+        result = run_demo(
+            load_config(config, steps),
+            data=data,
+            device=device,
+            out=out,
+            seed=seed,
+            compare=compare,
+            console=Console(),
+        )
+    except DemoError as error:
+        typer.echo(f"moekit demo: {error}", err=True)
+        raise typer.Exit(2) from error
+    as_shipped = config is None and steps is None and data is None
+    if as_shipped and result.model_bits > result.bigram_bits - _CLEAR_WIN:
+        typer.echo(f"moekit demo: expected to beat the bigram model by {_CLEAR_WIN} bits per byte", err=True)
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
