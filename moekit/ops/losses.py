@@ -74,9 +74,7 @@ def load_balancing_loss(
     _check.positive(op, "topk", topk)
     _check.positive(op, "num_experts", num_experts)
     if probs.shape[1] % num_experts:
-        raise _check.fail(
-            op, "probs", f"of shape [T, multiple of num_experts={num_experts}]", list(probs.shape)
-        )
+        raise _check.fail(op, "probs", f"of shape [T, multiple of num_experts={num_experts}]", list(probs.shape))
     _check.shape(op, "tokens_per_expert", tokens_per_expert, probs.shape[1:], "[E]")
     _check.same_device(op, probs=probs, tokens_per_expert=tokens_per_expert)
     dtype = torch.promote_types(probs.dtype, torch.float32)
@@ -259,9 +257,7 @@ def updated_expert_bias(
 # --- capacity and padding -----------------------------------------------------------------------------------
 
 
-def get_capacity(
-    num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int | None = None
-) -> int:
+def get_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int | None = None) -> int:
     """Rows that one expert may take (Switch Transformer, arXiv 2101.03961, equation 3).
 
     ``ceil(num_tokens / num_experts * capacity_factor)``, at least ``min_capacity`` if that is given. For K

@@ -13,10 +13,13 @@ Shape letters: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moekit import _backend, _check
+from moekit.ops import _library
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 # Keeps a token whose scores are all zero from dividing by zero (as DeepSeek-V3's router does).
@@ -125,21 +128,25 @@ def router_indices(
 
     Arguments and errors are described there.
     """
-    _check_router("topk_router", logits, score_function, expert_bias)
-    if group_topk:
-        if num_groups is None:
-            raise _check.fail("topk_router", "num_groups", f"given with group_topk={group_topk}", None)
-        scores = selection_scores(
-            logits, score_function=score_function, pre_softmax=pre_softmax, expert_bias=expert_bias
-        )
-        return group_limited_select(scores, k, num_groups, group_topk)
-    _check.topk("topk_router", k, logits.shape[1])
-    if expert_bias is None:
+    _check_selection(logits, k, score_function, num_groups, group_topk, expert_bias)
+    return _choose(logits, expert_bias, k, score_function, pre_softmax, num_groups, group_topk)
+
+
+def _choose(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    k: int,
+    score_function: str,
+    pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+) -> Tensor:
+    if expert_bias is None and not group_topk:
         # Softmax and sigmoid keep the order of the logits, and add ties where they saturate.
         return select_topk(logits, k)
-    scores = selection_scores(
-        logits, score_function=score_function, pre_softmax=pre_softmax, expert_bias=expert_bias
-    )
+    scores = selection_scores(logits, score_function=score_function, pre_softmax=pre_softmax, expert_bias=expert_bias)
+    if group_topk and num_groups:
+        return group_limited_select(scores, k, num_groups, group_topk)
     return select_topk(scores, k)
 
 
@@ -236,19 +243,109 @@ def topk_router(
             ``score_function``.
         TypeError: ``logits`` or ``expert_bias`` is not floating point.
     """
-    indices = router_indices(
-        logits,
-        k,
-        score_function=score_function,
-        pre_softmax=pre_softmax,
-        num_groups=num_groups,
-        group_topk=group_topk,
-        expert_bias=expert_bias,
+    _check_selection(logits, k, score_function, num_groups, group_topk, expert_bias)
+    if scaling_factor is not None:
+        scaling_factor = _check.real("topk_router", "scaling_factor", scaling_factor)
+    return _topk_router(
+        logits, expert_bias, k, score_function, bool(pre_softmax), num_groups, group_topk, scaling_factor
     )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------
+
+
+def _topk_router_reference(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    k: int,
+    score_function: str,
+    pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float | None,
+) -> tuple[Tensor, Tensor]:
+    indices = _choose(logits, expert_bias, k, score_function, pre_softmax, num_groups, group_topk)
     weights = router_weights(
         logits, indices, score_function=score_function, pre_softmax=pre_softmax, scaling_factor=scaling_factor
     )
     return weights, indices
+
+
+def _topk_router_fake(logits: Tensor, expert_bias: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0], k), logits.new_empty(logits.shape[0], k, dtype=torch.int64)
+
+
+def _topk_router_backward_reference(
+    grad: Tensor,
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    scaling_factor: float | None,
+) -> Tensor:
+    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``."""
+    values = logits.to(_wide(logits))
+    g = grad.to(values.dtype)
+    if scaling_factor is not None:
+        g = g * scaling_factor
+    if score_function == "softmax" and pre_softmax:
+        probs = values.softmax(1)
+        g = torch.zeros_like(values).scatter(1, indices, g)
+        return (probs * (g - (g * probs).sum(1, keepdim=True))).to(logits.dtype)
+    chosen = values.gather(1, indices)
+    if score_function == "softmax":
+        probs = chosen.softmax(1)
+        g = probs * (g - (g * probs).sum(1, keepdim=True))
+    else:
+        scores = chosen.sigmoid()
+        if indices.shape[1] > 1:
+            total = scores.sum(1, keepdim=True) + _NORMALISER_EPS
+            g = (g - (g * scores).sum(1, keepdim=True) / total) / total
+        g = g * scores * (-chosen).sigmoid()
+    return torch.zeros_like(values).scatter(1, indices, g).to(logits.dtype)
+
+
+def _topk_router_backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
+    logits, _, _, score_function, pre_softmax, _, _, scaling_factor = args
+    ctx.scoring = (score_function, pre_softmax, scaling_factor)
+    ctx.save_for_backward(logits, outputs[1])
+
+
+def _backward(ctx: Any, needs: tuple, grad: Tensor, _: Any) -> tuple:
+    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 7)
+
+
+def _save_backward(ctx: Any, args: tuple, outputs: Any) -> None:
+    *tensors, ctx.scoring = *args[:3], args[3:]
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    _library.require_reference("topk_router_backward", ctx.saved_tensors[1])
+    args = (*ctx.saved_tensors, *ctx.scoring)
+    return _library.differentiate(lambda *a: (_topk_router_backward_reference(*a),), args, needs, (grad,))
+
+
+_topk_router_backward = _library.define(
+    "topk_router_backward(Tensor grad, Tensor logits, Tensor indices, str score_function, bool pre_softmax,"
+    " float? scaling_factor) -> Tensor",
+    reference=_topk_router_backward_reference,
+    fake=_topk_router_backward_fake,
+    save=_save_backward,
+    backward=_double_backward,
+)
+_topk_router = _library.define(
+    "topk_router(Tensor logits, Tensor? expert_bias, SymInt k, str score_function, bool pre_softmax,"
+    " int? num_groups, int? group_topk, float? scaling_factor) -> (Tensor, Tensor)",
+    reference=_topk_router_reference,
+    fake=_topk_router_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -270,6 +367,24 @@ def _check_router(op: str, logits: Tensor, score_function: str, expert_bias: Ten
         _check.floating(op, "expert_bias", expert_bias)
         _check.shape(op, "expert_bias", expert_bias, logits.shape[1:], "[E]")
         _check.same_device(op, logits=logits, expert_bias=expert_bias)
+
+
+def _check_selection(
+    logits: Tensor,
+    k: int,
+    score_function: str,
+    num_groups: int | None,
+    group_topk: int | None,
+    expert_bias: Tensor | None,
+) -> None:
+    op = "topk_router"
+    _check_router(op, logits, score_function, expert_bias)
+    if not group_topk:
+        _check.topk(op, k, logits.shape[1])
+    elif num_groups is None:
+        raise _check.fail(op, "num_groups", f"given with group_topk={group_topk}", None)
+    else:
+        _check_groups(op, k, logits.shape[1], num_groups, group_topk)
 
 
 def _check_groups(op: str, k: int, num_experts: int, num_groups: int, group_topk: int) -> None:
