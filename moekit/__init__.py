@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moekit._backend import available, backend, debug
     from moekit.ops.aux_loss import aux_loss
+    from moekit.ops.experts import experts
+    from moekit.ops.gemm import grouped_linear
     from moekit.ops.glu import glu
     from moekit.ops.losses import load_balancing_loss, z_loss
     from moekit.ops.rows import permute, sort_chunks, unpermute
@@ -26,7 +28,9 @@ _HOME = {
     "available": "moekit._backend",
     "backend": "moekit._backend",
     "debug": "moekit._backend",
+    "experts": "moekit.ops.experts",
     "glu": "moekit.ops.glu",
+    "grouped_linear": "moekit.ops.gemm",
     "load_balancing_loss": "moekit.ops.losses",
     "permute": "moekit.ops.rows",
     "sort_chunks": "moekit.ops.rows",
@@ -41,7 +45,9 @@ __all__ = [
     "available",
     "backend",
     "debug",
+    "experts",
     "glu",
+    "grouped_linear",
     "load_balancing_loss",
     "permute",
     "sort_chunks",

@@ -123,7 +123,8 @@ def permute(
         _check.shape("permute", "probs", probs, routing_map.shape, "[tokens, experts]")
     _check.same_device("permute", tokens=tokens, routing_map=routing_map, probs=probs)
     if num_out_tokens is not None:
-        num_out_tokens = operator.index(num_out_tokens)
+        if not isinstance(num_out_tokens, (int, torch.SymInt)):  # index() would fix a symbolic size
+            num_out_tokens = operator.index(num_out_tokens)
         _check.positive("permute", "num_out_tokens", num_out_tokens, at_least=0)
     if drop_and_pad and num_out_tokens is not None:
         capacity = num_out_tokens // max(num_experts, 1)

@@ -8,9 +8,11 @@ Source: Megatron-core's and Switch Transformer's (arXiv 2101.03961) training of 
 
 from __future__ import annotations
 
+import dis
 import sys
 import warnings
-import weakref
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.ops import _library
+
+_POP_TOP, _CACHE = dis.opmap["POP_TOP"], 0  # caches of the interpreter follow an instruction from Python 3.11 on
 
 
 def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -30,8 +34,8 @@ def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tenso
             runs, so writing into it in between takes effect; it is never written. Each call has its own.
 
     Returns:
-        A tensor with the values of ``output``. **Use it**: if it is discarded the loss never reaches the router,
-        and a warning says so.
+        A tensor with the values of ``output``. **Use it**: a call whose result is discarded has no effect, and
+        a warning says so.
 
     Raises:
         TypeError: a loss that is not floating.
@@ -45,8 +49,13 @@ def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tenso
     else:
         scale = _check.real("aux_loss", "scale", scale)
     attached = AttachAuxLoss.apply(output, loss, scale)
-    if loss.requires_grad and attached.requires_grad and not torch.compiler.is_compiling():
-        _warn_if_discarded(attached, loss)
+    wanted = loss.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if wanted and _is_discarded(sys._getframe(1)):
+        warnings.warn(
+            "moekit.aux_loss: the returned tensor is discarded, so the auxiliary loss has no effect; "
+            "write `output = moekit.aux_loss(output, loss)`",
+            stacklevel=2,
+        )
     return attached
 
 
@@ -56,53 +65,33 @@ class AttachAuxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
         """``output``, unchanged."""
-        ctx.loss_shape, ctx.loss_dtype, ctx.scale = loss.shape, loss.dtype, scale
+        ctx.like, ctx.scale = (loss.shape, loss.dtype, loss.device), scale
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """``grad`` for the output, ``scale`` for the loss."""
-        return grad, scaled_ones(grad, ctx.loss_shape, ctx.loss_dtype, ctx.scale), None
+        if isinstance(ctx.scale, Tensor):
+            return grad, _aux_loss_grad(grad.detach(), ctx.scale, *ctx.like), None
+        return grad, scaled_ones(ctx.scale, *ctx.like), None
 
 
-def scaled_ones(grad: Tensor, shape: torch.Size, dtype: torch.dtype, scale: float | Tensor | None) -> Tensor:
-    """``ones(shape) * scale`` on the device of ``grad``, in ``dtype``; a scale of None is 1."""
-    ones = torch.ones(shape, dtype=dtype, device=grad.device)
+def scaled_ones(scale: float | Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``ones(shape) * scale`` in ``dtype`` on ``device``; a scale of None is 1."""
+    ones = torch.ones(shape, dtype=dtype, device=device)
     if scale is None:
         return ones
     if isinstance(scale, Tensor):
-        scale = scale.detach().reshape(()).to(grad.device, non_blocking=True)
+        scale = scale.detach().reshape(()).to(device, non_blocking=True)
     return (ones * scale).to(dtype)
 
 
-def _warn_if_discarded(attached: Tensor, loss: Tensor) -> None:
-    """Warn when ``attached`` dies unused.
-
-    A tensor that took part in a computation leaves its node behind in the graph. When one instruction frees both, while
-    the loss is still at hand, nobody used the tensor.
-    """
-    fate = {"loss": weakref.ref(loss)}
-    weakref.finalize(attached, _tensor_died, fate).atexit = False
-    weakref.finalize(attached.grad_fn, _node_died, fate).atexit = False
-
-
-def _tensor_died(fate: dict[str, Any]) -> None:
-    fate["instruction"] = _freeing_instruction()
-
-
-def _node_died(fate: dict[str, Any]) -> None:
-    if fate.get("instruction") == _freeing_instruction() and fate["loss"]() is not None:
-        warnings.warn(
-            "moekit.aux_loss: the returned tensor was discarded, so the auxiliary loss has no effect; "
-            "write `output = moekit.aux_loss(output, loss)`",
-            stacklevel=4,
-        )
-
-
-def _freeing_instruction() -> tuple[int, int]:
-    """The frame and instruction that run a finalizer: three frames up, past weakref's own."""
-    frame = sys._getframe(3)
-    return id(frame), frame.f_lasti
+def _is_discarded(caller: FrameType) -> bool:
+    """Whether the call that ``caller`` is in the middle of is a statement by itself, its result popped at once."""
+    code, following = caller.f_code.co_code, caller.f_lasti + 2
+    while code[following] == _CACHE:
+        following += 2
+    return code[following] == _POP_TOP
 
 
 class MoEAuxLossAutoScaler(torch.autograd.Function):
@@ -118,13 +107,13 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, aux_loss: Tensor) -> Tensor:
         """Return ``output`` unchanged; ``aux_loss`` (any shape) joins its graph."""
-        ctx.loss_shape, ctx.loss_dtype = aux_loss.shape, aux_loss.dtype
+        ctx.like = aux_loss.shape, aux_loss.dtype, aux_loss.device
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """``(grad_output, ones_like(aux_loss) * main_loss_backward_scale)``."""
-        return grad_output, _aux_loss_grad(grad_output, ctx.loss_shape, ctx.loss_dtype)
+        return grad_output, _aux_loss_grad(grad_output.detach(), None, *ctx.like)
 
     @staticmethod
     def set_loss_scale(scale: float | Tensor) -> None:
@@ -132,17 +121,23 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
         MoEAuxLossAutoScaler.main_loss_backward_scale = scale.detach().clone() if isinstance(scale, Tensor) else scale
 
 
-def _aux_loss_grad_reference(grad: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return scaled_ones(grad, torch.Size(shape), dtype, MoEAuxLossAutoScaler.main_loss_backward_scale)
+def _aux_loss_grad_reference(
+    grad: Tensor, scale: Tensor | None, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``ones * scale``, with the process-wide factor of this moment if ``scale`` is None."""
+    return scaled_ones(MoEAuxLossAutoScaler.main_loss_backward_scale if scale is None else scale, shape, dtype, device)
 
 
-def _aux_loss_grad_fake(grad: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(shape, dtype=dtype)
+def _aux_loss_grad_fake(
+    grad: Tensor, scale: Tensor | None, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return grad.new_empty(shape, dtype=dtype, device=device)
 
 
-# An operator, so that a compiled graph looks the factor up when it runs instead of baking in today's.
+# An operator that takes the incoming gradient, so that a compiled graph reads the scale when its backward runs: it
+# would bake in today's factor otherwise, or multiply in forward.
 _aux_loss_grad = _library.define(
-    "aux_loss_grad(Tensor grad, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "aux_loss_grad(Tensor grad, Tensor? scale, SymInt[] shape, ScalarType dtype, Device device) -> Tensor",
     reference=_aux_loss_grad_reference,
     fake=_aux_loss_grad_fake,
 )

@@ -147,9 +147,9 @@ def apply_glu(
     _check_bias(op, rows, bias, offsets)
     _check.same_device(op, y=y, weights=weights, bias=bias, offsets=offsets)
     if fp8_store:
-        out = _glu_fp8(rows, row_weights, bias, offsets, *spec)[0]
+        out = forward_fp8(rows, row_weights, bias, offsets, *spec)[0]
     else:
-        out = _glu(rows, row_weights, bias, offsets, *spec)
+        out = forward(rows, row_weights, bias, offsets, *spec)
     return out.view(*y.shape[:-1], out.shape[-1])
 
 
@@ -158,7 +158,7 @@ def glu_and_store(op: str, y: Tensor, weights: Tensor, bias: Tensor | None, spec
     rows, row_weights = as_rows(op, y, weights, spec)
     _check_bias(op, rows, bias, None)
     _check.same_device(op, y=y, weights=weights, bias=bias)
-    out, stored, scale = _glu_fp8(rows, row_weights, bias, None, *spec)
+    out, stored, scale = forward_fp8(rows, row_weights, bias, None, *spec)
     return out.view(*y.shape[:-1], out.shape[-1]), stored.view(y.shape), scale
 
 
@@ -187,7 +187,7 @@ def apply_glu_backward(
     _check.same_device(op, g=grad, y=y, weights=weights, bias=bias)
     wanted = [True, need_weight_grad and weights is not None, need_bias_grad and bias is not None, False]
     grad = grad.reshape(rows.shape[0], width)
-    dy, dweights, dbias, _ = _glu_backward(grad, rows, scale, row_weights, bias, None, *spec, wanted)
+    dy, dweights, dbias, _ = backward(grad, rows, scale, row_weights, bias, None, *spec, wanted)
     return (
         dy.view(y.shape),
         dweights.view(weights.shape) if weights is not None and wanted[1] else None,
@@ -355,13 +355,12 @@ def glu_backward_reference(
     gp = g if p is None else g * p
     if inside is not None:
         gp, unweighted, g = (torch.where(inside, t, 0) for t in (gp, unweighted, g))
-    empty = grad.new_empty(0)
     dy, dbias = _input_gradients(gp, act, up, halves, inside, spec)
     return (
-        dy.to(out_dtype) if wanted[0] else empty,
-        (g * unweighted).sum(1).to(weights.dtype) if wanted[1] and weights is not None else empty,
-        _reduce_bias(dbias, bias, offsets) if wanted[2] and bias is not None else empty,
-        (unweighted if p is None else unweighted * p).to(out_dtype) if wanted[3] else empty,
+        dy.to(out_dtype) if wanted[0] else grad.new_empty(0),
+        (g * unweighted).sum(1).to(weights.dtype) if wanted[1] and weights is not None else grad.new_empty(0),
+        _reduce_bias(dbias, bias, offsets) if wanted[2] and bias is not None else grad.new_empty(0),
+        (unweighted if p is None else unweighted * p).to(out_dtype) if wanted[3] else grad.new_empty(0),
     )
 
 
@@ -419,7 +418,7 @@ def load_fp8(q: Tensor, scale: Tensor) -> Tensor:
 # --- the operators --------------------------------------------------------------------------------------------------
 
 _INPUTS = "Tensor? weights, Tensor? bias, Tensor? offsets"
-_CONSTANTS = "str act, float c1, float c3, float linear_offset, float? clamp, bool clamp_after_bias, str layout"
+CONSTANTS = "str act, float c1, float c3, float linear_offset, float? clamp, bool clamp_after_bias, str layout"
 
 
 def _width(y: Tensor, constants: tuple) -> Any:
@@ -444,12 +443,11 @@ def _backward_fake(
     grad: Tensor, y: Tensor, scale: Any, weights: Any, bias: Any, offsets: Any, *constants: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted, dtype = constants[-1], y.dtype if scale is None else grad.dtype
-    empty = grad.new_empty(0)
     return (
-        torch.empty(y.shape, dtype=dtype, device=y.device) if wanted[0] else empty,
-        weights.new_empty(weights.shape) if wanted[1] and weights is not None else empty,
-        bias.new_empty(bias.shape) if wanted[2] and bias is not None else empty,
-        grad.new_empty(grad.shape, dtype=dtype) if wanted[3] else empty,
+        torch.empty(y.shape, dtype=dtype, device=y.device) if wanted[0] else grad.new_empty(0),
+        weights.new_empty(weights.shape) if wanted[1] and weights is not None else grad.new_empty(0),
+        bias.new_empty(bias.shape) if wanted[2] and bias is not None else grad.new_empty(0),
+        grad.new_empty(grad.shape, dtype=dtype) if wanted[3] else grad.new_empty(0),
     )
 
 
@@ -466,7 +464,7 @@ def _save_fp8(ctx: Any, args: tuple, outputs: tuple) -> None:
 
 def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
     wanted = [*needs[:3], False]
-    grads = _glu_backward(grad, *ctx.saved_tensors, *ctx.constants, wanted)
+    grads = backward(grad, *ctx.saved_tensors, *ctx.constants, wanted)
     return (*(g if want else None for g, want in zip(grads[:3], wanted, strict=False)), *[None] * 8)
 
 
@@ -484,23 +482,23 @@ def _double_backward(ctx: Any, needs: tuple, *grads: Tensor) -> tuple:
     return _library.differentiate(glu_backward_reference, (*inputs, *ctx.constants), needs, grads)
 
 
-_glu_backward = _library.define(
-    f"glu_backward(Tensor grad, Tensor y, Tensor? scale, {_INPUTS}, {_CONSTANTS}, bool[] wanted)"
+backward = _library.define(
+    f"glu_backward(Tensor grad, Tensor y, Tensor? scale, {_INPUTS}, {CONSTANTS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=glu_backward_reference,
     fake=_backward_fake,
     save=_save_backward,
     backward=_double_backward,
 )
-_glu = _library.define(
-    f"glu(Tensor y, {_INPUTS}, {_CONSTANTS}) -> Tensor",
+forward = _library.define(
+    f"glu(Tensor y, {_INPUTS}, {CONSTANTS}) -> Tensor",
     reference=glu_reference,
     fake=_glu_fake,
     save=_save,
     backward=_backward,
 )
-_glu_fp8 = _library.define(
-    f"glu_fp8(Tensor y, {_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+forward_fp8 = _library.define(
+    f"glu_fp8(Tensor y, {_INPUTS}, {CONSTANTS}) -> (Tensor, Tensor, Tensor)",
     reference=_glu_fp8_reference,
     fake=_glu_fp8_fake,
     save=_save_fp8,

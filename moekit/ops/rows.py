@@ -84,6 +84,9 @@ def sort_chunks(
         ValueError: sizes that do not sum to S, a chunk number out of range (checked on a CPU).
         TypeError: sizes or chunk numbers that are not integers.
     """
+    _check.tensor("sort_chunks", "input", rows)
+    if rows.dim() == 0:
+        raise _check.fail("sort_chunks", "input", "a tensor of rows", "shape []")
     for name, value in (("split_sizes", split_sizes), ("sorted_idxs", sorted_idxs)):
         _check.tensor_dim("sort_chunks", name, value, 1)
         _check.integer("sort_chunks", name, value)
@@ -103,26 +106,27 @@ def sort_chunks(
 
 
 def _move_chunks(x: Tensor, *found: Tensor) -> Tensor:
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    return move_rows(flat, *found).view(-1, *x.shape[1:]) if x.dim() > 1 else move_rows(flat, *found).view(-1)
+    moved = move_rows(x.reshape(x.shape[0], math.prod(x.shape[1:])), *found)
+    return moved.view(moved.shape[0], *x.shape[1:])
 
 
 # --- the operators --------------------------------------------------------------------------------------------------
 
 
 def _dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
-    """What to add in: integers in themselves, anything else in float32 or float64."""
-    if not tensor.dtype.is_floating_point:
+    """What to add in: integers without weights in themselves, anything else in float32 or float64."""
+    dtypes = {t.dtype for t in (tensor, *others) if t is not None}
+    if not any(dtype.is_floating_point for dtype in dtypes):
         return tensor.dtype
-    wide = any(t is not None and t.dtype is torch.float64 for t in (tensor, *others))
-    return torch.float64 if wide else torch.float32
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _gather(tokens: Tensor, row_token: Tensor) -> Tensor:
     """``tokens[row_token]``, zero rows where there is no token."""
     if tokens.shape[0] == 0:
         return tokens.new_zeros(row_token.shape[0], tokens.shape[1])
-    return torch.where((row_token >= 0).unsqueeze(1), tokens.index_select(0, row_token.clamp(min=0)), 0)
+    zero = tokens.new_zeros(())  # a plain 0 would turn bool into int64
+    return torch.where((row_token >= 0).unsqueeze(1), tokens.index_select(0, row_token.clamp(min=0)), zero)
 
 
 def _permute_reference(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
@@ -183,10 +187,11 @@ def _weighted_backward_reference(
     """``(drows [S, H], dweights [S])``; those that ``wanted`` leaves out are empty."""
     dtype = _dtype(rows, weights, grad)
     g = _gather(grad, row_token).to(dtype)
-    empty = grad.new_empty(0)
     return (
-        (g * weights.to(dtype).unsqueeze(1)).to(rows.dtype) if wanted[0] else empty,
-        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype) if wanted[1] else empty,
+        (g * weights.to(dtype).unsqueeze(1)).to(rows.dtype) if wanted[0] else grad.new_empty(0),
+        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype)
+        if wanted[1]
+        else grad.new_empty(0),
     )
 
 
@@ -199,10 +204,9 @@ def _weighted_backward_fake(
     token_rows: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    empty = grad.new_empty(0)
     return (
-        torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted[0] else empty,
-        weights.new_empty(weights.shape) if wanted[1] else empty,
+        torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted[0] else grad.new_empty(0),
+        weights.new_empty(weights.shape) if wanted[1] else grad.new_empty(0),
     )
 
 

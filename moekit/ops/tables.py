@@ -19,9 +19,10 @@ from moekit.ops._segments import sum_by_index
 
 
 def require_capacity(op: str, routed: int, num_rows: int) -> None:
-    """Refuse an output that cannot hold every routed row."""
+    """Refuse an output that cannot hold every routed row (in unpermute: rows too few for the map)."""
     if routed > num_rows:
-        raise _check.fail(op, "num_out_tokens", f"at least the {routed} routed rows", num_rows)
+        argument = "num_out_tokens (in unpermute: the number of rows)"
+        raise _check.fail(op, argument, f"at least the {routed} routed pairs of routing_map", num_rows)
 
 
 def require_in_range(op: str, name: str, index: Tensor, end: int, what: str) -> None:

@@ -1,0 +1,177 @@
+"""Grouped matrix products: one matrix an expert, one block of rows an expert.
+
+The products are PyTorch's. ``torch.nn.functional.grouped_mm`` has conditions (16-byte strides, no float64, ...) and, on
+a CPU, is a loop of ``mm`` inside; here is the form without conditions. In :func:`grouped_rows` rows at or past the last
+offset, which belong to no expert, are left as they are: whoever reads them masks them. :func:`grouped_linear` is the
+differentiable form and makes them zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit import _check
+from moekit.ops import _library
+
+_ALIGNMENT = 16  # bytes
+
+
+def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply each expert's rows by its matrix.
+
+    Args:
+        rows: ``[R, K]``, expert by expert.
+        matrices: ``[E, K, N]``, in the dtype of ``rows``, any strides.
+        offsets: ``[E]`` int32, cumulative row ends.
+        out: ``[R, N]`` to write into, or None.
+
+    Returns:
+        ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
+    """
+    if _looped(rows):
+        out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
+        for expert, block in _blocks(offsets):
+            torch.mm(rows[block], matrices[expert], out=out[block])
+        return out
+    width = matrices.shape[2]
+    product = torch.nn.functional.grouped_mm(_aligned(rows, 1), _aligned(matrices, 1, 2), offs=offsets)
+    return product if product.shape[1] == width else product[:, :width].contiguous()
+
+
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """The products ``left[block].T @ right[block]`` of each expert's rows: the gradient of its matrix.
+
+    Args:
+        left: ``[R, M]``.
+        right: ``[R, N]``, in the same dtype.
+        offsets: ``[E]`` int32, cumulative row ends.
+
+    Returns:
+        ``[E, M, N]``; zero for an expert without rows.
+    """
+    num_experts, height, width = offsets.shape[0], left.shape[1], right.shape[1]
+    if _looped(left):
+        out = left.new_empty(num_experts, height, width)
+        filled = set()
+        for expert, block in _blocks(offsets):
+            torch.mm(left[block].T, right[block], out=out[expert])
+            filled.add(expert)
+        for expert in set(range(num_experts)) - filled:
+            out[expert].zero_()
+        return out
+    product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)
+    return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
+
+
+def _looped(rows: Tensor) -> bool:
+    """Whether to run expert by expert: on a CPU nothing is lost by it; elsewhere it costs a sync for the offsets."""
+    return rows.device.type == "cpu" or rows.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, with its rows."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+            start = end
+
+
+def _aligned(matrix: Tensor, *dims: int) -> Tensor:
+    """``matrix`` with the sizes ``dims`` padded by zeros so that its strides are multiples of 16 bytes."""
+    multiple = _ALIGNMENT // matrix.element_size()
+    missing = {dim: -matrix.shape[dim] % multiple for dim in dims}
+    if any(missing.values()):
+        padding = [size for dim in reversed(range(matrix.dim())) for size in (0, missing.get(dim, 0))]
+        return torch.nn.functional.pad(matrix, padding)
+    dense = matrix.stride(-1) == 1 or matrix.stride(-2) == 1
+    return matrix if dense and matrix.data_ptr() % _ALIGNMENT == 0 else matrix.contiguous()
+
+
+# --- the differentiable form ----------------------------------------------------------------------------------------
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed: bool = False) -> Tensor:
+    """Multiply each expert's rows by its weight; differentiable as often as wanted.
+
+    Args:
+        rows: ``[R, in]``, expert by expert, floating.
+        weight: ``[E, out, in]``, or ``[E, in, out]`` with ``transposed``, in the same dtype.
+        offsets: ``[E]`` int32, cumulative row ends.
+        transposed: how the weight is stored.
+
+    Returns:
+        ``[R, out]``; rows at or past ``offsets[-1]`` are zero, and so are their gradients.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    op = "grouped_linear"
+    _check.tensor_dim(op, "rows", rows, 2)
+    _check.tensor_dim(op, "weight", weight, 3)
+    matrices = weight if transposed else weight.mT
+    _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
+    if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
+        wanted = f"{rows.dtype} with {rows.shape[1]} inputs"
+        raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
+    _check.same_device(op, rows=rows, weight=weight, offsets=offsets)
+    return _grouped_linear(rows, matrices, offsets.int())
+
+
+def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    out = grouped_rows(rows, matrices, offsets)
+    if _looped(rows):
+        out[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
+        return out
+    inside = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
+    return torch.where(inside.unsqueeze(1), out, 0)
+
+
+def _linear_fake(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], matrices.shape[2])
+
+
+def _outer_fake(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx: Any, args: tuple, outputs: Any) -> None:
+    ctx.save_for_backward(*args)
+
+
+def _linear_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    rows, matrices, offsets = ctx.saved_tensors
+    return (
+        _grouped_linear(grad, matrices.mT, offsets) if needs[0] else None,
+        _grouped_outer(rows, grad, offsets) if needs[1] else None,
+        None,
+    )
+
+
+def _outer_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    left, right, offsets = ctx.saved_tensors
+    return (
+        _grouped_linear(right, grad.mT, offsets) if needs[0] else None,
+        _grouped_linear(left, grad, offsets) if needs[1] else None,
+        None,
+    )
+
+
+_grouped_outer = _library.define(
+    "grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor",
+    reference=grouped_outer,
+    fake=_outer_fake,
+    save=_save,
+    backward=_outer_backward,
+)
+_grouped_linear = _library.define(
+    "grouped_linear(Tensor rows, Tensor matrices, Tensor offsets) -> Tensor",
+    reference=_linear_reference,
+    fake=_linear_fake,
+    save=_save,
+    backward=_linear_backward,
+)
