@@ -39,10 +39,10 @@ _scale_before: list[Any] = []  # moekit's process-wide auxiliary-loss scale at t
 class Substitution:
     """What :func:`install` or :func:`uninstall` did: ``names`` lists every ``module.name`` that was rebound.
 
-    As a context manager it is undone at the end of the block.
+    As a context manager it is undone at the end of the block: what was installed before stays, and the other way round.
     """
 
-    def __init__(self, names: list[str], undo: Callable[[], Any]) -> None:
+    def __init__(self, names: list[str], undo: Callable[[], Any] | None) -> None:
         self.names = names
         self._undo = undo
 
@@ -52,7 +52,8 @@ class Substitution:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._undo()
+        if self._undo is not None:
+            self._undo()
 
     def __repr__(self) -> str:
         return f"Substitution({len(self.names)} names)"
@@ -69,11 +70,12 @@ def install() -> Substitution:
         what was rebound; also a context manager that uninstalls at its end.
     """
     names = []
+    was_installed = bool(_replacements)
     for target in _TARGETS:
         module = _import(target)
         if module is not None:
             names += _substitute(module)
-    return Substitution(names, uninstall)
+    return Substitution(names, None if was_installed else uninstall)
 
 
 def uninstall() -> Substitution:
@@ -83,6 +85,7 @@ def uninstall() -> Substitution:
         what was put back; also a context manager that installs again at its end.
     """
     names = []
+    was_installed = bool(_replacements)
     for module, name, theirs in reversed(_bindings):
         if any(vars(module).get(name) is ours for ours, _, _ in _replacements):
             setattr(module, name, theirs)
@@ -93,7 +96,7 @@ def uninstall() -> Substitution:
     _replacements.clear()
     if _scale_before:
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = _scale_before.pop()
-    return Substitution(names, install)
+    return Substitution(names, install if was_installed else None)
 
 
 def _import(name: str) -> ModuleType | None:
@@ -157,12 +160,14 @@ def _rebind(old: Any, new: Any, wanted: Callable[[ModuleType], bool]) -> list[_B
 def _dispatch(name: str, ours: Callable, theirs: Any) -> Callable:
     """``ours``, but a call with an argument that only ``theirs`` understands goes there."""
     signature = inspect.signature(getattr(theirs, "_torchdynamo_orig_callable", theirs))
-    known = set(inspect.signature(ours).parameters) - _OTHER_MEANING.get(name, set())
+    parameters = list(inspect.signature(ours).parameters)
+    known = set(parameters) - _OTHER_MEANING.get(name, set())
     foreign = {key: p.default for key, p in signature.parameters.items() if key not in known}
+    in_order = list(signature.parameters) == parameters[: len(signature.parameters)]
 
     @functools.wraps(ours)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if foreign:
+        if foreign or not in_order:
             given = signature.bind(*args, **kwargs).arguments
             if any(key in given and given[key] is not default for key, default in foreign.items()):
                 return theirs(*args, **kwargs)

@@ -198,8 +198,8 @@ def _row_probs(
     _check.same_device("unpermute", sorted_indices=sorted_indices, routing_map=routing_map, probs=probs)
     num_rows = sorted_indices.shape[0]
     if drop_and_pad:
-        capacity, rest = divmod(num_rows, max(num_experts, 1))
-        if rest:
+        capacity = num_rows // max(num_experts, 1)
+        if capacity * num_experts != num_rows:
             raise _check.fail("unpermute", "sorted_indices", f"a multiple of {num_experts} experts long", num_rows)
         row_token, row_expert = sorted_indices, _capacity_expert(sorted_indices, capacity)
     else:
@@ -496,8 +496,8 @@ class _WeightedFunction(torch.autograd.Function):
         return _quick(op, y, bias, offset)
 
     @staticmethod
-    def gradients(ctx: Any, grad: Tensor, weights_at: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``(dinput, dbias, dweights)``, each in its argument's shape."""
+    def gradients(ctx: Any, grad: Tensor, weights_at: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``(dinput, dbias, dweights)``, each in its argument's shape; None for what is not needed."""
         stored, scale, bias, weights = ctx.saved_tensors
         spec, row_bias = _WeightedFunction.constants(ctx.op, stored, bias, ctx.offset)
         dy, dweights, dbias = apply_glu_backward(
@@ -508,11 +508,12 @@ class _WeightedFunction(torch.autograd.Function):
             row_bias,
             spec,
             scale=scale,
+            need_input_grad=ctx.needs_input_grad[0],
             need_weight_grad=ctx.needs_input_grad[weights_at],
             need_bias_grad=bias is not None and ctx.needs_input_grad[1],
         )
         if bias is not None and dbias is not None:
-            dbias = dbias.sum_to_size(bias.shape)
+            dbias = dbias.view_as(bias) if dbias.numel() == bias.numel() else dbias.sum_to_size(bias.shape)
         return dy, dbias, None if dweights is None else dweights.view(weights.shape)
 
 

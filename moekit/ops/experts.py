@@ -277,7 +277,7 @@ def _backward_reference(
     offsets: Tensor,
     kept: list[Tensor],
     *constants: Any,
-) -> list[Tensor]:
+) -> tuple:
     """Gradients of x, weights, gate_up, down and the biases; those that ``wanted`` (the last) leaves out are empty."""
     options, wanted = _Options.of(constants[:-1]), _Wanted(*constants[-1])
     routed = _Rows.of(weights, order, inverse, offsets)
@@ -298,7 +298,7 @@ def _backward_reference(
         result = result._replace(gate_up_bias=inner.bias)
     if wanted.weights:
         result = result._replace(weights=tables.take(inner.weights, inverse))
-    return list(_down_bias_backward(result, grad, weights, down_bias, routed, wanted))
+    return tuple(_down_bias_backward(result, grad, weights, down_bias, routed, wanted))
 
 
 class _Wanted(NamedTuple):
@@ -357,13 +357,13 @@ def _down_bias_backward(
     return result
 
 
-def _backward_fake(grad: Tensor, x: Any, *args: Any) -> list[Tensor]:
+def _backward_fake(grad: Tensor, x: Any, *args: Any) -> tuple:
     wanted = args[-1]
     shapes = (grad, *args[:5])
-    return [
+    return tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else grad.new_empty(0)
         for t, want in zip(shapes, wanted, strict=True)
-    ]
+    )
 
 
 def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
@@ -410,7 +410,7 @@ _experts = _library.define(
 )
 _experts_backward = _library.define(
     f"experts_backward(Tensor grad, Tensor? x, {_INPUTS}, {_TABLES}, Tensor[] kept, {_CONSTANTS}, bool[] wanted)"
-    " -> Tensor[]",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     save=_save_backward,

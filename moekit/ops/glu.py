@@ -121,14 +121,8 @@ def glu(
         ValueError: shapes, devices or parameters that do not fit together; an odd last dimension.
         TypeError: a dtype that is not floating.
     """
-    spec = make_glu(
-        activation,
-        alpha=alpha,
-        linear_offset=linear_offset,
-        clamp=clamp,
-        clamp_after_bias=clamp_after_bias,
-        layout=layout,
-    )
+    clamps = {"clamp": clamp, "clamp_after_bias": clamp_after_bias}
+    spec = make_glu(activation, alpha=alpha, linear_offset=linear_offset, layout=layout, **clamps)
     return apply_glu("glu", y, weights, bias, offsets, spec, fp8_store=fp8_store)
 
 
@@ -146,10 +140,8 @@ def apply_glu(
     rows, row_weights = as_rows(op, y, weights, spec)
     _check_bias(op, rows, bias, offsets)
     _check.same_device(op, y=y, weights=weights, bias=bias, offsets=offsets)
-    if fp8_store:
-        out = forward_fp8(rows, row_weights, bias, offsets, *spec)[0]
-    else:
-        out = forward(rows, row_weights, bias, offsets, *spec)
+    args = (rows, row_weights, bias, offsets, *spec)
+    out = forward_fp8(*args)[0] if fp8_store else forward(*args)
     return out.view(*y.shape[:-1], out.shape[-1])
 
 
@@ -171,10 +163,11 @@ def apply_glu_backward(
     spec: Glu,
     *,
     scale: Tensor | None = None,
+    need_input_grad: bool = True,
     need_weight_grad: bool = True,
     need_bias_grad: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(dy, dweights, dbias)`` of :func:`apply_glu`, in the shapes of its arguments; None for what has no gradient.
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """``(dy, dweights, dbias)`` of :func:`apply_glu`, in the shapes of its arguments; None for what is not needed.
 
     ``y`` is the forward's or, with ``scale``, its float8 rows. ``dy`` is in the dtype of ``y`` (``grad`` for float8).
     """
@@ -185,11 +178,11 @@ def apply_glu_backward(
     if grad.numel() != rows.shape[0] * width or grad.shape[-1:] != (width,):
         raise _check.fail(op, "g", f"of shape {[*y.shape[:-1], width]}", f"shape {list(grad.shape)}")
     _check.same_device(op, g=grad, y=y, weights=weights, bias=bias)
-    wanted = [True, need_weight_grad and weights is not None, need_bias_grad and bias is not None, False]
+    wanted = [need_input_grad, need_weight_grad and weights is not None, need_bias_grad and bias is not None, False]
     grad = grad.reshape(rows.shape[0], width)
     dy, dweights, dbias, _ = backward(grad, rows, scale, row_weights, bias, None, *spec, wanted)
     return (
-        dy.view(y.shape),
+        dy.view(y.shape) if need_input_grad else None,
         dweights.view(weights.shape) if weights is not None and wanted[1] else None,
         dbias if wanted[2] else None,
     )
@@ -295,11 +288,16 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def _row_bias(bias: Tensor | None, offsets: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor | None:
     """The bias as something that adds to the rows: itself, or each row's expert's."""
-    if bias is None:
+    if bias is None or bias.numel() == 0:  # without an expert no row has one
         return None
-    if offsets is None:
-        return bias.to(dtype)
-    return bias.to(dtype)[expert_of_row(offsets, num_rows).clamp(max=offsets.shape[0] - 1)]
+    owner = None if offsets is None else expert_of_row(offsets.contiguous(), num_rows).clamp(max=bias.shape[0] - 1)
+    return bias.to(dtype) if owner is None else bias.to(dtype)[owner]
+
+
+def _product(act: Tensor, up: Tensor | None, other: Tensor | None) -> Tensor:
+    """``act * up * other``, the gate last: it may be so large that its product with one of them is not finite."""
+    factor = other if up is None else up if other is None else up * other
+    return act if factor is None else act * factor
 
 
 def _in_range(offsets: Tensor | None, num_rows: int) -> Tensor | None:
@@ -317,12 +315,10 @@ def glu_reference(
     """``y [N, 2I]``, ``weights [N]`` to ``[N, I]`` in y's dtype."""
     spec = Glu(*constants)
     dtype = _compute_dtype(y, weights, bias)
-    halves = _halves(y.to(dtype), _row_bias(bias, offsets, y.shape[0], dtype), spec)
-    out = activate(halves.gate, spec)
-    if halves.up is not None:
-        out = out * (halves.up + spec.linear_offset)
-    if weights is not None:
-        out = out * weights.to(dtype).unsqueeze(1)
+    halves = _halves(y.to(dtype).contiguous(), _row_bias(bias, offsets, y.shape[0], dtype), spec)
+    up = None if halves.up is None else halves.up + spec.linear_offset
+    p = None if weights is None else weights.to(dtype).unsqueeze(1)
+    out = _product(activate(halves.gate, spec), up, p)
     inside = _in_range(offsets, y.shape[0])
     return (out if inside is None else torch.where(inside, out, 0)).to(y.dtype, copy=True)
 
@@ -345,33 +341,28 @@ def glu_backward_reference(
     out_dtype = y.dtype if scale is None else grad.dtype
     dtype = _compute_dtype(grad, y, scale, weights, bias)
     x = y.to(dtype) if scale is None else load_fp8(y, scale).to(dtype)
-    halves = _halves(x, _row_bias(bias, offsets, y.shape[0], dtype), spec)
+    halves = _halves(x.contiguous(), _row_bias(bias, offsets, y.shape[0], dtype), spec)
     inside = _in_range(offsets, y.shape[0])
-    g = grad.to(dtype)
-    act = activate(halves.gate, spec)
+    g, act = grad.to(dtype).contiguous(), activate(halves.gate, spec)
     up = None if halves.up is None else halves.up + spec.linear_offset
-    unweighted = act if up is None else act * up
     p = None if weights is None else weights.to(dtype).unsqueeze(1)
-    gp = g if p is None else g * p
-    if inside is not None:
-        gp, unweighted, g = (torch.where(inside, t, 0) for t in (gp, unweighted, g))
-    dy, dbias = _input_gradients(gp, act, up, halves, inside, spec)
+    slope = activate_grad(halves.gate, spec)
+    if inside is not None:  # a row of no expert may hold anything: 0 * NaN must not come through
+        g, act, slope = (torch.where(inside, t, 0) for t in (g, act, slope))
+        up, p = (None if t is None else torch.where(inside, t, 0) for t in (up, p))
+    dy, dbias = _input_gradients(g if p is None else g * p, act, slope, up, halves, spec)
     return (
         dy.to(out_dtype) if wanted[0] else grad.new_empty(0),
-        (g * unweighted).sum(1).to(weights.dtype) if wanted[1] and weights is not None else grad.new_empty(0),
+        _product(act, up, g).sum(1).to(weights.dtype) if wanted[1] and weights is not None else grad.new_empty(0),
         _reduce_bias(dbias, bias, offsets) if wanted[2] and bias is not None else grad.new_empty(0),
-        (unweighted if p is None else unweighted * p).to(out_dtype) if wanted[3] else grad.new_empty(0),
+        _product(act, up, p).to(out_dtype) if wanted[3] else grad.new_empty(0),
     )
 
 
 def _input_gradients(
-    gp: Tensor, act: Tensor, up: Tensor | None, halves: _Halves, inside: Tensor | None, spec: Glu
+    gp: Tensor, act: Tensor, slope: Tensor, up: Tensor | None, halves: _Halves, spec: Glu
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``y`` and of what is added to it: they differ where the clamp comes between."""
-    slope = activate_grad(halves.gate, spec)
-    if inside is not None:  # a row of no expert may hold anything: 0 * NaN must not come through
-        slope, act = torch.where(inside, slope, 0), torch.where(inside, act, 0)
-        up = None if up is None else torch.where(inside, up, 0)
     if up is None:
         dgate = gp * slope
         return dgate, dgate
@@ -385,7 +376,7 @@ def _input_gradients(
 
 def _reduce_bias(dbias: Tensor, bias: Tensor, offsets: Tensor | None) -> Tensor:
     if offsets is not None:
-        owner = expert_of_row(offsets, dbias.shape[0])
+        owner = expert_of_row(offsets.contiguous(), dbias.shape[0])
         return sum_by_index(dbias, owner, bias.shape[0]).to(bias.dtype)
     if bias.dim() == 1:
         return dbias.sum(0).to(bias.dtype)
@@ -399,15 +390,17 @@ def store_fp8(y: Tensor) -> tuple[Tensor, Tensor]:
         ``(q [N, F] float8_e4m3fn, scale [N] float32 (float64 for float64))`` with ``y ~ q * scale``. Finite for every
         finite input; a row with an Inf or NaN keeps scale 1.
     """
-    x = y.to(_compute_dtype(y))
+    x = y.to(_compute_dtype(y)).contiguous()
     largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     mantissa, exponent = torch.frexp(largest)
     # largest = mantissa * 2**exponent with mantissa in [0.5, 1); 448 = 0.875 * 2**9
     exponent = exponent - 9 + (mantissa > _E4M3_MAX / 512).int()
     usable = torch.isfinite(largest) & (largest > 0)
-    smallest = -126 if x.dtype is torch.float32 else -1022
-    scale = torch.ldexp(torch.ones_like(largest), torch.where(usable, exponent, 0).clamp(min=smallest))
-    return (x / scale.unsqueeze(1)).to(torch.float8_e4m3fn), scale
+    top = 127 if x.dtype is torch.float32 else 1023  # the largest exponent
+    exponent = torch.where(usable, exponent, 0).clamp(min=1 - top)
+    scale = torch.ldexp(torch.ones_like(largest), exponent.to(x.dtype))  # an integer one would be taken to float32
+    limit = 1.875 * 2.0**top  # what is larger would come back as 2**(top + 1): Inf
+    return (x.clamp(-limit, limit) / scale.unsqueeze(1)).to(torch.float8_e4m3fn), scale
 
 
 def load_fp8(q: Tensor, scale: Tensor) -> Tensor:
@@ -478,7 +471,7 @@ def _double_backward(ctx: Any, needs: tuple, *grads: Tensor) -> tuple:
     inputs = list(ctx.saved_tensors)
     _library.require_reference("glu", inputs[0])
     if inputs[2] is not None:
-        raise RuntimeError("moekit.glu: double backward does not exist with fp8_store, use fp8_store=False")
+        raise RuntimeError("moekit.glu: double backward exists on the 'torch' backend only, with fp8_store=False")
     return _library.differentiate(glu_backward_reference, (*inputs, *ctx.constants), needs, grads)
 
 

@@ -251,7 +251,7 @@ def _pad_rows_reference(
     new_offsets = _ends(padded)
     shift = torch.nn.functional.pad(new_offsets - padded - starts, (0, 1))  # how far each expert's rows move
     rows = torch.arange(num_rows, device=offsets.device, dtype=torch.int32)
-    moved = rows + shift[torch.searchsorted(offsets, rows, right=True)]
+    moved = rows + shift[torch.searchsorted(offsets.contiguous(), rows, right=True)]
     target = torch.where(order >= 0, moved, size).long()
     new_order = order.new_full((size + 1,), -1).scatter(0, target, order)[:size]
     if num_rows == 0:

@@ -1,0 +1,118 @@
+"""One model in training, and what it leaves behind: losses, step times, held-out measurements with expert loads."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.demo import DemoError
+from moekit.demo.config import Config
+from moekit.demo.data import Corpus, bits, heldout_windows, training_batch
+from moekit.demo.model import ByteLM
+
+# The cosine ends here, as a share of the highest learning rate.
+_FINAL_RATE = 0.05
+_MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The held-out windows after some steps: bits per byte and ``load [L, E]``, tokens of each layer's experts."""
+
+    step: int
+    bits_per_byte: float
+    load: Tensor
+
+
+class Run:
+    """One model, its optimiser and its own stream of batches: two runs of one seed see the same batches.
+
+    Attributes:
+        losses: training loss of each step, bits per byte.
+        seconds: duration of each step.
+        measurements: of the held-out windows, in order.
+        load: ``[L, E]``, tokens of each layer's experts in the last step's batch.
+    """
+
+    def __init__(self, model: ByteLM, config: Config, corpus: Corpus, seed: int) -> None:
+        self.model, self.config, self.corpus = model, config, corpus
+        self.device = model.head.weight.device
+        self.windows = heldout_windows(corpus.heldout, config.heldout_windows, config.context)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.measurements: list[Measurement] = []
+        self.load = model.load()
+        self._batches = torch.Generator().manual_seed(seed)
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        gains = [p for p in model.parameters() if p.dim() == 1]
+        self._optimiser = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": gains, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the last steps, measurements not counted."""
+        recent = self.seconds[-50:]
+        return len(recent) * self.config.batch * self.config.context / sum(recent) if recent else 0.0
+
+    def next_batch(self) -> Tensor:
+        """``[B, C + 1]`` windows of the training text."""
+        batch = training_batch(self.corpus.train, self.config.batch, self.config.context, self._batches)
+        return batch.to(self.device)
+
+    def step(self) -> None:
+        """Train on the next batch.
+
+        Raises:
+            DemoError: the loss is no longer finite.
+        """
+        start = time.perf_counter()
+        number = len(self.losses)
+        balanced = number >= self.config.unbalanced_steps
+        self.model.set_balance(self.config.balance_coeff if balanced else 0.0)
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, number)
+        loss = self.model.loss(self.next_batch())
+        (loss + sum(layer.extra_loss for layer in self.model.layers)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self.losses.append(bits(loss.item()))
+        self.load = self.model.load()
+        self.seconds.append(time.perf_counter() - start)
+        if not math.isfinite(self.losses[-1]):
+            raise DemoError(f"the loss is {self.losses[-1]} after step {number + 1}: try a lower learning_rate")
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Record bits per byte and expert load on the held-out windows."""
+        total, load = 0.0, torch.zeros_like(self.load)
+        for windows in self.windows.split(self.config.batch):
+            total += bits(self.model.loss(windows.to(self.device)).item()) * len(windows)
+            load = load + self.model.load()
+        measured = Measurement(len(self.losses), total / len(self.windows), load.cpu())
+        self.measurements.append(measured)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def measured_steps(config: Config) -> set[int]:
+    """Steps after which the held-out windows are measured: evenly spaced, and where balancing starts."""
+    even = {round(config.steps * i / config.measurements) for i in range(1, config.measurements + 1)}
+    return even | {config.unbalanced_steps}

@@ -1,0 +1,53 @@
+"""How kernels are compiled: one signature each, without the GIL, kept on disk where a directory can be written.
+
+Compilation happens when a kernel's factory first asks for it, so importing this package compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit, types
+
+# No flag lets NaN or infinity be assumed away, and only the additions made with _bits.plus may change their order:
+# elsewhere "reassoc" would cancel the terms that make exp accurate, and let a product overflow on the way.
+_OPTIONS: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
+
+INLINE: dict[str, Any] = {"forceinline": True, **_OPTIONS}
+inline = njit(**INLINE)
+_NUMBA_TYPES = {"int": types.int64, "float": types.float64}
+
+
+def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
+    """Compile a function of ``int`` and ``float`` arguments (addresses are ints) to machine code that returns nothing.
+
+    Args:
+        specialisation: the constants that the function closes over. They become part of its name on disk: two
+            processes that fill an empty cache at once would otherwise mix up kernels of equal signatures.
+    """
+
+    def compile_(function: Callable) -> Callable:
+        parts = [function.__qualname__.replace(".<locals>", ""), *map(str, specialisation), _fingerprint()]
+        function.__qualname__ = "_".join(parts).replace("-", "m")
+        parameters = inspect.signature(function).parameters.values()
+        signature = types.void(*(_NUMBA_TYPES[parameter.annotation] for parameter in parameters))
+        try:
+            return njit(signature, nogil=True, cache=True, **_OPTIONS)(function)
+        except (OSError, RuntimeError):  # nowhere to write: compile for this process alone
+            return njit(signature, nogil=True, **_OPTIONS)(function)
+
+    return compile_
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of the sources here: Numba itself looks at a kernel's own file only, not at the helpers it inlines."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,186 @@
+"""The router: scores, top-k selection and weights of a token in one go, and the way back.
+
+Selection compares 64-bit keys: a score's bits in an order that integers have too, and below them the expert, lowest
+first. No two keys are equal, so ties go to the lowest expert; the largest of E keys is a vector reduction.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from moekit.kernels.numba._activations import exp, sigmoid
+from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, write_i64, zero
+from moekit.kernels.numba._elements import SIZES, load, store
+from moekit.kernels.numba._jit import inline, kernel
+
+SOFTMAX, PRE_SOFTMAX, SIGMOID = range(3)
+# Keeps a token whose scores are all zero from dividing by zero.
+_NORMALISER_EPS = np.float32(1e-20)
+
+_F = np.float32
+_ONE, _ZERO = _F(1.0), _F(0.0)
+_TAKEN = np.int64(-(2**63))  # below every key
+_LOW = np.int64(0xFFFFFFFF)
+
+
+@inline
+def key_of(score, index):
+    """NaN below minus infinity, and one zero for both."""
+    bits = np.int32(bits_of(score))
+    if bits == np.int32(-(2**31)):
+        bits = np.int32(0)
+    ordered = bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
+    if score != score:
+        ordered = np.int32(-(2**31))
+    return (np.int64(ordered) << np.int64(32)) | (_LOW - np.int64(index))
+
+
+@inline
+def take_best(keys, begin, end):
+    """The index of the largest key in ``[begin, end)``, which is then out of the running."""
+    best = _TAKEN
+    for i in range(begin, end):
+        best = max(best, keys[i])
+    index = _LOW - (best & _LOW)
+    keys[index] = _TAKEN
+    return index
+
+
+@inline
+def decay(x):
+    """``exp(x)`` for x up to 0, down to exactly 0."""
+    return exp(x) if x >= _F(-88.0) else (_ZERO if x < _F(-88.0) else x)
+
+
+@inline
+def soften(values, count):
+    """Replace ``values[:count]`` by their softmax."""
+    largest = values[0]
+    for i in range(count):
+        largest = values[i] if values[i] > largest else largest
+    total = _ZERO
+    for i in range(count):
+        values[i] = decay(values[i] - largest)
+        total = plus(total, values[i])
+    for i in range(count):
+        values[i] /= total
+
+
+@inline
+def keep_groups(keys, scores, experts, groups, group_topk, best, group_keys):
+    """Leave only the keys of the ``group_topk`` groups with the highest sum of their ``best`` highest scores."""
+    size = experts // groups
+    for group in range(groups):
+        begin = group * size
+        total = _ZERO
+        for _ in range(best):
+            total += scores[take_best(keys, begin, begin + size)]
+        group_keys[group] = key_of(total, group)
+        for expert in range(begin, begin + size):
+            keys[expert] = _TAKEN
+    for _ in range(group_topk):
+        begin = take_best(group_keys, 0, groups) * size
+        for expert in range(begin, begin + size):
+            keys[expert] = key_of(scores[expert], expert)
+
+
+@functools.cache
+def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> Callable:
+    """Weights ``[T, K]`` and experts ``[T, K]``."""
+    size = SIZES[element]
+    # Softmax and sigmoid keep the order of the logits, and add ties where they saturate.
+    by_logits = scoring == SOFTMAX or not (has_bias or grouped)
+
+    @kernel(element, scoring, has_bias, grouped)
+    def route(
+        start: int, stop: int, logits: int, bias: int, experts: int, slots: int,
+        groups: int, group_topk: int, scale: float, weights: int, indices: int,
+    ):  # fmt: skip
+        scale = _F(scale)
+        values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
+        keys, group_keys = np.empty(experts, np.int64), np.empty(max(groups, 1), np.int64)
+        chosen = np.empty(slots, np.float32)
+        for token in range(start, stop):
+            row = logits + token * experts * size
+            for expert in range(experts):
+                values[expert] = load(element, row, expert)
+                scores[expert] = values[expert]
+            if scoring == PRE_SOFTMAX:
+                soften(values, experts)
+            if scoring == SIGMOID and not by_logits:
+                for expert in range(experts):
+                    values[expert] = sigmoid(values[expert])
+            for expert in range(experts):
+                score = scores[expert] if by_logits else values[expert]
+                if has_bias:
+                    score += read_f32(bias, expert)
+                scores[expert] = score
+                keys[expert] = key_of(score, expert)
+            if grouped:
+                best = max(1, slots // group_topk)
+                keep_groups(keys, scores, experts, groups, group_topk, best, group_keys)
+            total = _ZERO
+            for slot in range(slots):
+                expert = take_best(keys, 0, experts)
+                write_i64(indices, token * slots + slot, expert)
+                value = values[expert]
+                if scoring == SIGMOID and by_logits:
+                    value = sigmoid(value)
+                chosen[slot] = value
+                total += value
+            if scoring == SOFTMAX:
+                soften(chosen, slots)
+            normaliser = total + _NORMALISER_EPS if scoring == SIGMOID and slots > 1 else _ONE
+            for slot in range(slots):
+                store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale)
+
+    return route
+
+
+@functools.cache
+def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Callable:
+    """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]``."""
+    size = SIZES[element]
+
+    @kernel(element, grad_element, scoring)
+    def route_backward(
+        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int, scale: float, out: int
+    ):
+        scale = _F(scale)
+        values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
+        for token in range(start, stop):
+            row, out_row = logits + token * experts * size, out + token * experts * size
+            grad_row, picks = token * slots, indices + token * slots * 8
+            for expert in range(experts):
+                values[expert] = load(element, row, expert)
+            if scoring == PRE_SOFTMAX:
+                soften(values, experts)
+            for slot in range(slots):
+                chosen[slot] = values[read_i64(picks, slot)]
+            if scoring == SOFTMAX:
+                soften(chosen, slots)
+            total, dot = _ZERO, _ZERO
+            for slot in range(slots):
+                if scoring == SIGMOID:
+                    chosen[slot] = sigmoid(chosen[slot])
+                total += chosen[slot]
+                dot += load(grad_element, grad, grad_row + slot) * scale * chosen[slot]
+            total += _NORMALISER_EPS
+            if scoring == PRE_SOFTMAX:
+                for expert in range(experts):
+                    store(element, out_row, expert, -values[expert] * dot)
+            else:
+                zero(out_row, experts * size)
+            for slot in range(slots):
+                g, p, expert = load(grad_element, grad, grad_row + slot) * scale, chosen[slot], read_i64(picks, slot)
+                if scoring == SIGMOID:
+                    if slots > 1:
+                        g = (g - dot / total) / total
+                    store(element, out_row, expert, g * p * sigmoid(-values[expert]))
+                else:
+                    store(element, out_row, expert, p * (g - dot))
+
+    return route_backward

@@ -1,0 +1,177 @@
+"""Launchers of the gated activations: ``glu``, ``glu_fp8``, ``glu_backward``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit.kernels.numba import _activations, _glu_kernels
+from moekit.kernels.numba._elements import E4M3, KINDS, NONE, SIZES
+from moekit.kernels.numba._launch import address, dense, streams
+from moekit.kernels.numba._threads import run
+
+_LAYOUTS = {
+    "concatenated": _glu_kernels.CONCATENATED,
+    "interleaved": _glu_kernels.INTERLEAVED,
+    "ungated": _glu_kernels.UNGATED,
+}
+_ACTIVATIONS = {"gelu": _activations.GELU, "relu": _activations.RELU, "relu2": _activations.RELU2}
+# Rows at a time between the two passes of glu_fp8: what the first has read is then still in the second-level cache.
+_CACHED_BYTES = 1 << 19
+
+
+class _Spec(NamedTuple):
+    """The operator's constants, as the kernels take them."""
+
+    kind: int
+    order: int
+    layout: int
+    halves: int
+    constants: tuple[float, float, float, float]
+
+
+def _spec(
+    act: str, c1: float, c3: float, offset: float, clamp: float | None, clamp_after_bias: bool, layout: str
+) -> _Spec:
+    kind = _ACTIVATIONS.get(act)
+    if kind is None:
+        kind = _activations.CUBIC if c3 else _activations.SIGMOID
+    order = _glu_kernels.NO_CLAMP
+    if clamp is not None:
+        order = _glu_kernels.CLAMP_AFTER_BIAS if clamp_after_bias else _glu_kernels.CLAMP_BEFORE_BIAS
+    halves = 1 if layout == "ungated" else 2
+    return _Spec(kind, order, _LAYOUTS[layout], halves, (c1, c3, offset, clamp or 0.0))
+
+
+def _leaves(offsets: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the reference has to do it: float64 anywhere, or no experts at all."""
+    no_experts = offsets is not None and len(offsets) == 0
+    return no_experts or any(t is not None and t.dtype is torch.float64 for t in tensors)
+
+
+def _length(offsets: Tensor | None) -> int:
+    return 0 if offsets is None else len(offsets)
+
+
+def _bias_arguments(bias: Tensor | None, features: int) -> tuple[Tensor | None, int, int]:
+    """The bias as a dense tensor, its kind and the bytes from one row of it to the next."""
+    if bias is None:
+        return None, NONE, 0
+    bias = dense(bias, None if bias.dtype in KINDS and bias.dtype is not torch.float8_e4m3fn else torch.float32)
+    kind = KINDS[bias.dtype]
+    return bias, kind, features * SIZES[kind] if bias.dim() == 2 else 0
+
+
+def glu(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Any:
+    """See :func:`moekit.ops.glu.glu_reference`."""
+    return _forward(y, weights, bias, offsets, constants, keep=False)
+
+
+def glu_fp8(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Any:
+    """:func:`glu`, and y as float8 with a scale a row."""
+    return _forward(y, weights, bias, offsets, constants, keep=True)
+
+
+def _forward(
+    y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, constants: tuple, *, keep: bool
+) -> Any:
+    element = KINDS.get(y.dtype, E4M3)
+    if element == E4M3 or _leaves(offsets, weights, bias):
+        return NotImplemented
+    spec = _spec(*constants)
+    y, weights, offsets = dense(y), dense(weights, torch.float32), dense(offsets, torch.int64)
+    rows, features = y.shape
+    width = features // spec.halves
+    bias, bias_kind, bias_step = _bias_arguments(bias, features)
+    out = torch.empty((rows, width), dtype=y.dtype)
+    kernel = _glu_kernels.forward_kernel(element, bias_kind, spec.kind, spec.order, spec.layout)
+    args = (
+        y.data_ptr(), address(weights), address(bias), bias_step, address(offsets), _length(offsets),
+        out.data_ptr(), width, *spec.constants, streams(out, width * SIZES[element]),
+    )  # fmt: skip
+    if not keep:
+        run(kernel, rows, y.nbytes + out.nbytes, *args)
+        return out
+    kept, scales = torch.empty(y.shape, dtype=torch.float8_e4m3fn), torch.empty(rows)
+    keeping = _glu_kernels.store_fp8_kernel(element)
+    kept_args = (y.data_ptr(), kept.data_ptr(), scales.data_ptr(), features)
+    block = max(1, _CACHED_BYTES // max(1, features * SIZES[element]))
+
+    def both(start: int, stop: int) -> None:
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            kernel(first, last, *args)
+            keeping(first, last, *kept_args)
+
+    run(both, rows, y.nbytes + out.nbytes + kept.nbytes)
+    return out, kept, scales
+
+
+def glu_backward(
+    grad: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    *constants: Any,
+) -> Any:
+    """See :func:`moekit.ops.glu.glu_backward_reference`."""
+    element, grad_kind = KINDS.get(y.dtype), KINDS.get(grad.dtype, E4M3)
+    if element is None or grad_kind == E4M3 or (element == E4M3) != (scale is not None):
+        return NotImplemented
+    if _leaves(offsets, scale, weights, bias):
+        return NotImplemented
+    want_y, want_weights, want_bias, want_out = constants[-1]
+    spec = _spec(*constants[:-1])
+    dtype = grad.dtype if scale is not None else y.dtype
+    grad, y, scale, offsets = dense(grad), dense(y), dense(scale), dense(offsets, torch.int64)
+    rows, features = y.shape
+    width = features // spec.halves
+    ready, bias_kind, bias_step = _bias_arguments(bias, features)
+    scaled = dense(weights, torch.float32)
+
+    empty = torch.empty(0, dtype=grad.dtype)
+    dy = torch.empty(y.shape, dtype=dtype) if want_y else empty
+    dweights = torch.empty(rows) if want_weights and weights is not None else empty
+    again = torch.empty((rows, width), dtype=dtype) if want_out else empty
+    dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (empty, _glu_kernels.NO_SUM)
+    kernel = _glu_kernels.backward_kernel(
+        element, grad_kind, bias_kind, spec.kind, spec.order, spec.layout, bias_sum, bool(want_out)
+    )
+    run(
+        kernel, rows, grad.nbytes + y.nbytes + dy.nbytes + again.nbytes,
+        grad.data_ptr(), y.data_ptr(), address(scale), address(scaled), address(ready), bias_step,
+        address(offsets), _length(offsets),
+        dy.data_ptr(), dweights.data_ptr(), dbias.data_ptr(), again.data_ptr(), width, *spec.constants,
+        streams(dy, width * SIZES[KINDS[dtype]]) if want_y else 0,
+        block=_glu_kernels.BLOCK if bias_sum == _glu_kernels.SUM_ROWS else 1,
+    )  # fmt: skip
+    if bias_sum == _glu_kernels.SUM_ROWS and bias is not None:
+        dbias = _sum_blocks(dbias, bias, offsets, rows)
+    return (
+        dy,
+        dweights.to(weights.dtype) if want_weights and weights is not None else empty,
+        dbias.to(bias.dtype) if want_bias and bias is not None else empty,
+        again,
+    )
+
+
+def _bias_gradient(bias: Tensor | None, ready: Tensor | None, rows: int, offsets: Tensor | None) -> tuple[Tensor, int]:
+    """Where a kernel writes the bias gradient: its rows as they are, or a float32 sum for each block of rows."""
+    if bias is None or ready is None:
+        return torch.empty(0), _glu_kernels.NO_SUM
+    if bias.dim() == 2 and offsets is None:
+        return torch.empty(ready.shape, dtype=ready.dtype), _glu_kernels.KEEP_ROWS
+    blocks = -(-rows // _glu_kernels.BLOCK) + (1 if offsets is None else len(offsets))
+    return torch.empty((blocks, bias.shape[-1])), _glu_kernels.SUM_ROWS
+
+
+def _sum_blocks(sums: Tensor, bias: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+    out = torch.empty(bias.shape)
+    experts, features = 1 if offsets is None else len(offsets), bias.shape[-1]
+    kernel = _glu_kernels.sum_blocks_kernel()
+    run(kernel, experts, sums.nbytes, sums.data_ptr(), address(offsets), rows, features, out.data_ptr())
+    return out

@@ -1,0 +1,75 @@
+"""Launchers of the router: ``topk_router``, ``topk_router_backward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.kernels.numba import _router_kernels as kernels
+from moekit.kernels.numba._elements import E4M3, KINDS
+from moekit.kernels.numba._launch import address, dense
+from moekit.kernels.numba._threads import run
+
+# Selecting costs more than moving the logits: about this many bytes' worth for each.
+_EFFORT = 8
+
+
+def _scoring(score_function: str, pre_softmax: bool) -> int:
+    if score_function == "sigmoid":
+        return kernels.SIGMOID
+    return kernels.PRE_SOFTMAX if pre_softmax else kernels.SOFTMAX
+
+
+def topk_router(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    k: int,
+    score_function: str,
+    pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float | None,
+) -> Any:
+    """``logits [T, E]`` to ``(weights [T, K], indices [T, K])``."""
+    element = KINDS.get(logits.dtype, E4M3)
+    if element == E4M3 or (expert_bias is not None and expert_bias.dtype is torch.float64):
+        return NotImplemented
+    logits, expert_bias = dense(logits), dense(expert_bias, torch.float32)
+    tokens, experts = logits.shape
+    weights = torch.empty((tokens, k), dtype=logits.dtype)
+    indices = torch.empty((tokens, k), dtype=torch.int64)
+    kernel = kernels.router_kernel(
+        element, _scoring(score_function, pre_softmax), expert_bias is not None, bool(group_topk)
+    )
+    run(
+        kernel, tokens, logits.nbytes * _EFFORT,
+        logits.data_ptr(), address(expert_bias), experts, k, num_groups or 0, group_topk or 0,
+        1.0 if scaling_factor is None else scaling_factor, weights.data_ptr(), indices.data_ptr(),
+    )  # fmt: skip
+    return weights, indices
+
+
+def topk_router_backward(
+    grad: Tensor,
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    scaling_factor: float | None,
+) -> Any:
+    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``."""
+    element, grad_element = KINDS.get(logits.dtype, E4M3), KINDS.get(grad.dtype, E4M3)
+    if E4M3 in (element, grad_element):
+        return NotImplemented
+    grad, logits, indices = dense(grad), dense(logits), dense(indices, torch.int64)
+    (tokens, experts), slots = logits.shape, indices.shape[1]
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    run(
+        kernels.router_backward_kernel(element, grad_element, _scoring(score_function, pre_softmax)),
+        tokens, logits.nbytes * _EFFORT,
+        grad.data_ptr(), logits.data_ptr(), indices.data_ptr(), experts, slots,
+        1.0 if scaling_factor is None else scaling_factor, out.data_ptr(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,26 @@
+"""GPU kernels in Triton: raw tensors in and out, no autograd. They run on CPU tensors under ``TRITON_INTERPRET=1``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moekit.kernels.triton import glu, glu_backward, maps, rows, tables, topk
+
+KERNELS: dict[str, Callable] = {
+    "glu": glu.glu,
+    "glu_fp8": glu.glu_fp8,
+    "glu_backward": glu_backward.glu_backward,
+    "permute": rows.permute,
+    "unpermute": rows.unpermute,
+    "unpermute_backward": rows.unpermute_backward,
+    "route_indices": tables.route_indices,
+    "route_map": maps.route_map,
+    "map_to_indices": maps.map_to_indices,
+    "route_capacity": maps.route_capacity,
+    "rows_of_tokens": tables.rows_of_tokens,
+    "sort_chunk_rows": tables.sort_chunk_rows,
+    "pad_rows": tables.pad_rows,
+    "topk_router": topk.topk_router,
+    "topk_router_backward": topk.topk_router_backward,
+}
+"""Operator name to the function that runs it, with the reference's arguments and results."""

@@ -1,0 +1,106 @@
+"""The activations and the float8 code, on tiles in float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoids(u):
+    """``sigmoid(u)`` and ``sigmoid(-u)``. The second is not taken as ``1 - sigmoid(u)``, which would cancel."""
+    shut = tl.exp(-tl.abs(u))
+    large = 1.0 / (1.0 + shut)
+    small = shut * large
+    return tl.where(u < 0, small, large), tl.where(u < 0, large, small)
+
+
+@triton.jit
+def _normal_cdf(x):
+    """``erfc(-x / sqrt(2)) / 2``, relatively exact in the tail, where ``1 + erf`` would cancel.
+
+    ``erfc(z) = t * exp(-z**2 + p(t))`` with ``t = 1 / (1 + 0.4*z)``: p is a Chebyshev fit for z in [0, 10], good to 1.1e-7.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.4 * z)
+    p = 0.950186971 - t * 0.212721808
+    p = -1.53893885 + t * p
+    p = 1.05971852 + t * p
+    p = -0.48511968 + t * p
+    p = 0.31797804 + t * p
+    p = 0.395332936 + t * p
+    p = 1.00231005 + t * p
+    p = -1.48874628 + t * p
+    tail = 0.5 * t * tl.exp(p - z * z)
+    return tl.where(x > 0, 1.0 - tail, tail)
+
+
+@triton.jit
+def activate(x, c1, c3, ACT: tl.constexpr):
+    """``act(x)``; "sigmoid" is ``x * sigmoid(c1*x + c3*x**3)``."""
+    if ACT == "sigmoid":
+        # Past 1e4 a gate is fully open or shut; its square must not overflow.
+        bounded = tl.minimum(tl.abs(x), 1e4)
+        value = x / (1.0 + tl.exp(-x * (c1 + c3 * bounded * bounded)))
+    elif ACT == "gelu":
+        value = x * _normal_cdf(x)
+    else:
+        value = tl.where(x < 0, 0.0, x)
+        if ACT == "relu2":
+            value = value * value
+    return value
+
+
+@triton.jit
+def activate_with_slope(x, c1, c3, ACT: tl.constexpr):
+    """``act(x)`` and ``act'(x)``."""
+    if ACT == "sigmoid":
+        bounded = tl.minimum(tl.abs(x), 1e4)
+        square = bounded * bounded
+        opening, closing = sigmoids(x * (c1 + c3 * square))
+        value = x * opening
+        slope = opening + value * closing * (c1 + 3.0 * c3 * square)
+    elif ACT == "gelu":
+        cdf = _normal_cdf(x)
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        value = tl.where(x < 0, 0.0, x)
+        slope = tl.where(x > 0, 1.0, 0.0)
+        if ACT == "relu2":
+            slope = 2.0 * value
+            value = value * value
+    return value, slope
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 to the bits of float8 e4m3, rounded to nearest even, past the largest to NaN; on any architecture."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below 2**-6 the step is 2**-9: adding 2**14 leaves the multiple of it in the lowest bits, rounded by the adder.
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7F))
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """The bits of float8 e4m3 to float32, exactly."""
+    bits = code.to(tl.int32)
+    magnitude = bits & 0x7F
+    value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120: the difference of biases
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(bits > 0x7F, -value, value)
+
+
+@triton.jit
+def e4m3_scale(largest_bits):
+    """The power of two that brings a row's largest magnitude (float32 bits) into (224, 448], and its inverse."""
+    exponent = (largest_bits >> 23) - 135 + ((largest_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    usable = (largest_bits > 0) & (largest_bits < 0x7F800000)
+    exponent = tl.where(usable, tl.maximum(exponent, -126), 0)
+    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return scale, inverse

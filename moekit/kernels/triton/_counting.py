@@ -1,0 +1,75 @@
+"""A stable counting sort in two launches: blocks count, then every block places its entries.
+
+The second launch needs no scan in between: each block reads the counts of all (a few KiB from the cache) and adds up those
+before it. Within a tile an entry's rank is the number of equal keys before it. No atomics, so no order is left to chance.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moekit.kernels.triton import _launch
+
+_MAX_BLOCKS = 128  # about one for each multiprocessor: then a block's own work is done by many warps
+WARPS = 16
+
+
+def tile_of(num_bins: int, entries: int = 8192) -> dict[str, int]:
+    """The shape of tiles that compare keys with bins: ``entries`` comparisons at a time, 16 a thread."""
+    block_e = _launch.power_of_two(num_bins)
+    return {"TILE": min(max(entries // block_e, 1), 128), "BLOCK_E": block_e}
+
+
+def chunking(entries: int, tile: int) -> tuple[int, int]:
+    """Entries a block takes on, a multiple of ``tile``, and the number of blocks: at least one, which may be empty."""
+    chunk = max(_launch.blocks(_launch.blocks(entries, _MAX_BLOCKS), tile), 1) * tile
+    return chunk, max(_launch.blocks(entries, chunk), 1)
+
+
+@triton.jit
+def counts_before(histogram, block, num_blocks, num_bins, BLOCK_E: tl.constexpr):
+    """Of each bin the entries of all blocks, and of those before ``block``."""
+    BLOCK_B: tl.constexpr = 32
+    bin = tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for above in range(0, num_blocks, BLOCK_B):
+        other = above + tl.arange(0, BLOCK_B)
+        mask = (other < num_blocks)[:, None] & (bin < num_bins)[None, :]
+        counts = tl.load(histogram + other[:, None] * num_bins + bin[None, :], mask=mask, other=0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], counts, 0), axis=0)
+    return total, before
+
+
+@triton.jit
+def is_bin(key, BLOCK_E: tl.constexpr):
+    """``[entries, BLOCK_E]``: which bin each key names."""
+    return key[:, None] == tl.arange(0, BLOCK_E)[None, :]
+
+
+@triton.jit
+def rank_in_tile(key):
+    """How many equal keys stand before each key of a tile."""
+    place = tl.arange(0, key.shape[0])
+    earlier = (key[:, None] == key[None, :]) & (place[None, :] < place[:, None])
+    return tl.sum(earlier.to(tl.int32), axis=1)
+
+
+@triton.jit
+def store_ends(total, counts, offsets, num_bins, BLOCK_E: tl.constexpr):
+    """Write the counts of the bins and, unless None, their cumulative ends."""
+    bin = tl.arange(0, BLOCK_E)
+    tl.store(counts + bin, total, mask=bin < num_bins)
+    if offsets is not None:
+        tl.store(offsets + bin, tl.cumsum(total, axis=0), mask=bin < num_bins)
+
+
+@triton.jit
+def fill(target, first, end, value, block, num_blocks):
+    """``target[first:end] = value``, shared out among the blocks."""
+    BLOCK: tl.constexpr = 1024
+    for above in range(first + block * BLOCK, end, num_blocks * BLOCK):
+        place = above + tl.arange(0, BLOCK)
+        tl.store(target + place, tl.zeros([BLOCK], tl.int32) + value, mask=place < end)

@@ -1,0 +1,119 @@
+"""What every launcher shares: the launch itself, its configuration, and the layout of its arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Anything else (float64, float8, integers in arithmetic) is left to the reference.
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tile(NamedTuple):
+    """How much one program takes on: bytes of its main tensor for each of its threads, and its warps."""
+
+    bytes: int
+    warps: int
+
+
+# One line a kernel: 32 bytes a thread are two 16-byte loads in flight from each tensor that the kernel reads.
+_TILES = {
+    "glu": Tile(32, 4),
+    "glu_backward": Tile(16, 4),
+    "glu_bias": Tile(16, 4),
+    "permute": Tile(32, 4),
+    "unpermute": Tile(16, 4),
+    "unpermute_backward": Tile(32, 4),
+}
+# Where an architecture (major compute capability, or the name of an AMD one) wants another.
+_TILES_OF_ARCH: dict[str, dict[str, Tile]] = {}
+
+
+class Arch(NamedTuple):
+    """A GPU: the major compute capability of an NVIDIA one or the name of an AMD one, and the threads of a warp."""
+
+    name: str
+    warp_size: int
+
+
+def arch(device: torch.device) -> Arch:
+    """The architecture of ``device``; the interpreter, on a CPU, passes for a GPU of no name."""
+    if device.type != "cuda":
+        return Arch("", 32)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else str(properties.major)
+    return Arch(name, properties.warp_size)
+
+
+def tile(kernel: str, device: torch.device) -> Tile:
+    """The configuration of ``kernel`` on the GPU that ``device`` names."""
+    return _TILES_OF_ARCH.get(arch(device).name, {}).get(kernel, _TILES[kernel])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty."""
+    if 0 in grid:
+        return
+    device = args[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, num_warps=warps, **constants)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, num_warps=warps, **constants)
+
+
+def computes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels compute in all of these dtypes."""
+    return all(t is None or t.dtype in _FLOATS for t in tensors)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x [N, F]`` with adjacent features; rows may lie anywhere, so this copies only where features are strided."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """``x`` contiguous; None stays None."""
+    return x if x is None else x.contiguous()
+
+
+def words(*tensors: Tensor) -> list[Tensor]:
+    """The same rows as integers, of the widest type up to 4 bytes that every row can be cut into: to copy any dtype."""
+    tensors = tuple(t if t.stride(1) == 1 else t.contiguous() for t in tensors)
+    extents = [extent for t in tensors for extent in (t.shape[1], t.stride(0), t.storage_offset())]
+    size = math.gcd(4, *(extent * tensors[0].itemsize for extent in extents))
+    word = {4: torch.int32, 2: torch.int16, 1: torch.int8}[size]
+    return [t.view(word) for t in tensors]
+
+
+def multiple(*extents: int) -> int:
+    """The largest power of two up to 16 that divides all of these: what addresses can be promised to be multiples of."""
+    return math.gcd(16, *extents)
+
+
+def blocks(extent: int, size: int) -> int:
+    """How many blocks of ``size`` cover ``extent``."""
+    return -(-extent // size)
+
+
+def power_of_two(extent: int) -> int:
+    """The smallest power of two that is not below ``extent``."""
+    return 1 << max(extent - 1, 0).bit_length()
+
+
+def shape_tile(
+    x: Tensor, width: int, config: Tile, *, max_columns: int = 1024, min_rows: int = 1
+) -> tuple[int, int]:
+    """Rows and columns of a tile for rows of ``width`` elements like those of ``x``.
+
+    Columns are the largest power of two that leaves at most an eighth of the lanes idle past the row's end; rows fill up
+    what the program is to take on.
+    """
+    elements = config.bytes // x.itemsize * config.warps * arch(x.device).warp_size
+    columns = min(power_of_two(width), max_columns, elements // min_rows)
+    while columns > 64 and blocks(width, columns) * columns * 8 > width * 9:
+        columns //= 2
+    return max(elements // columns, 1), columns

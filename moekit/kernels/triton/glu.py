@@ -1,0 +1,171 @@
+"""The gated activations forward, with or without a float8 copy of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.kernels.triton import _launch
+from moekit.kernels.triton._activation import activate, e4m3_scale, encode_e4m3
+from moekit.kernels.triton._halves import (
+    bias_rows,
+    finish_pair,
+    load_pair,
+    per_row,
+    rows_end,
+    store_pair,
+    times,
+)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _glu_kernel(
+    y, weights, bias, offsets, out, stored, scales,
+    num_rows, width, num_experts, y_stride, bias_stride, c1, c3, linear_offset, clamp,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr, MULTIPLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program takes BLOCK_R rows, and of their columns every ``num_programs(1)``-th block."""
+    if MULTIPLE > 1:
+        width = tl.multiple_of(width, MULTIPLE)
+        y_stride = tl.multiple_of(y_stride, MULTIPLE)
+        bias_stride = tl.multiple_of(bias_stride, MULTIPLE)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = row < num_rows
+    inside = row < rows_end(offsets, num_experts, num_rows)
+    bias_row = bias_rows(row, offsets, num_experts, BIAS, BLOCK_E)
+    weight = weights
+    if weights is not None:
+        weight = per_row(weights, row, inside)
+    largest = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(tl.program_id(1) * BLOCK_C, width, tl.num_programs(1) * BLOCK_C):
+        gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
+        if stored is not None:
+            largest = tl.maximum(largest, tl.maximum(_largest_bits(gate), _largest_bits(up)))
+        gate, up, _, _ = finish_pair(
+            gate, up, bias, bias_row, bias_stride, start, width, inside, clamp, LAYOUT, CLAMP, BLOCK_C
+        )
+        value = times(activate(gate, c1, c3, ACT), up + linear_offset, weight, LAYOUT)
+        store_pair(out, value, value, row, width, start, width, exists, "ungated", BLOCK_C)
+    if stored is not None:
+        scale, inverse = e4m3_scale(largest)
+        tl.store(scales + row, scale, mask=exists)
+        stride = width if LAYOUT == "ungated" else 2 * width
+        for start in range(0, width, BLOCK_C):  # the rows again, from the cache
+            gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
+            gate, up = _storable(gate) * inverse[:, None], _storable(up) * inverse[:, None]
+            store_pair(stored, encode_e4m3(gate), encode_e4m3(up), row, stride, start, width, exists, LAYOUT, BLOCK_C)
+
+
+@triton.jit
+def _largest_bits(x):
+    """The largest magnitude of each row as float32 bits: ordered as numbers are, with NaN above all."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _storable(x):
+    """``x``, kept below what would come back from float8 as 2**128: Inf."""
+    LIMIT: tl.constexpr = 3.1901471898837980e38  # 1.875 * 2**127
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+def describe(
+    y: Tensor, bias: Tensor | None, offsets: Tensor | None, clamp: float | None, clamp_after_bias: bool, layout: str
+) -> dict[str, Any]:
+    """The constants of the kernels that follow from the operator's arguments."""
+    where = "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias"
+    kind = "none" if bias is None else "shared" if bias.dim() == 1 else "row" if offsets is None else "expert"
+    width = y.shape[1] if layout == "ungated" else y.shape[1] // 2
+    strides = (y.stride(0), 0 if bias is None else row_stride(bias))
+    return {
+        "LAYOUT": layout,
+        "CLAMP": where,
+        "BIAS": kind,
+        "MULTIPLE": _launch.multiple(width, *strides),
+        "BLOCK_E": _launch.power_of_two(1 + (0 if offsets is None else offsets.shape[0])),
+    }
+
+
+def row_stride(bias: Tensor | None) -> int:
+    """How far apart the bias's rows lie; 0 for a single one."""
+    return 0 if bias is None or bias.dim() == 1 else bias.stride(0)
+
+
+def tidy_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias with adjacent features."""
+    return bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
+
+
+def leaves(y: Tensor, offsets: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the operator is left to the reference: another dtype, no expert at all, or rows past int32."""
+    no_expert = offsets is not None and offsets.shape[0] == 0
+    return no_expert or not _launch.computes(*tensors) or y.shape[0] >= 2**31
+
+
+def glu(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    act: str,
+    c1: float,
+    c3: float,
+    linear_offset: float,
+    clamp: float | None,
+    clamp_after_bias: bool,
+    layout: str,
+) -> Any:
+    """``moekit::glu``."""
+    if leaves(y, offsets, y, weights, bias):
+        return NotImplemented
+    constants = (act, c1, c3, linear_offset, clamp, clamp_after_bias, layout)
+    return _run(y, weights, bias, offsets, None, None, *constants)
+
+
+def glu_fp8(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Any:
+    """``moekit::glu_fp8``: also the rows in float8 e4m3 and their scales."""
+    if leaves(y, offsets, y, weights, bias):
+        return NotImplemented
+    stored = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=y.device)
+    scales = torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
+    return _run(y, weights, bias, offsets, stored, scales, *constants), stored, scales
+
+
+def _run(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    stored: Tensor | None,
+    scales: Tensor | None,
+    act: str,
+    c1: float,
+    c3: float,
+    linear_offset: float,
+    clamp: float | None,
+    clamp_after_bias: bool,
+    layout: str,
+) -> Tensor:
+    y, bias = _launch.rows_of(y), tidy_bias(bias)
+    num_rows, width = y.shape[0], y.shape[1] if layout == "ungated" else y.shape[1] // 2
+    out = torch.empty(num_rows, width, dtype=y.dtype, device=y.device)
+    config = _launch.tile("glu", y.device)
+    block_r, block_c = _launch.shape_tile(y, width, config)
+    # A float8 row needs its maximum first, so one program must see all of it.
+    parts = 1 if stored is not None else _launch.blocks(width, block_c)
+    _launch.launch(
+        _glu_kernel,
+        (_launch.blocks(num_rows, block_r), parts),
+        y, _launch.dense(weights), bias, _launch.dense(offsets),
+        out, stored if stored is None else stored.view(torch.uint8), scales,
+        num_rows, width, 0 if offsets is None else offsets.shape[0], y.stride(0), row_stride(bias),
+        c1, c3, linear_offset, 0.0 if clamp is None else clamp,
+        ACT=act, BLOCK_R=block_r, BLOCK_C=block_c, warps=config.warps,
+        **describe(y, bias, offsets, clamp, clamp_after_bias, layout),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,255 @@
+"""Routing tables from indices: counting sorts, chunks, padding. Sizes come from shapes, so nothing waits for the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.kernels.triton import _launch
+from moekit.kernels.triton._counting import (
+    WARPS,
+    chunking,
+    counts_before,
+    fill,
+    is_bin,
+    rank_in_tile,
+    store_ends,
+    tile_of,
+)
+
+_DIGIT_BITS = 8
+
+
+@triton.jit
+def _load_bins(keys, place, num_keys, limit, shift, num_bins, DIGITS: tl.constexpr):
+    """The keys at ``place`` and the bins they fall into, -1 for none.
+
+    A key outside ``[0, limit)`` names no bin, or, where bins are digits of keys to sort, counts as ``limit``: it comes last.
+    """
+    key = tl.load(keys + place, mask=place < num_keys, other=-1)
+    valid = (key >= 0) & (key < limit)
+    if DIGITS:
+        key = tl.where(valid, key, limit).to(tl.int32)
+        bin = tl.where(place < num_keys, (key >> shift) & (num_bins - 1), -1)
+    else:
+        key = tl.where(valid, key, -1).to(tl.int32)
+        bin = key
+    return key, bin
+
+
+@triton.jit(do_not_specialize=["num_keys", "chunk", "limit", "num_bins", "shift"])
+def _count_kernel(
+    keys, histogram, num_keys, chunk, limit, num_bins, shift,
+    DIGITS: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program counts the bins of one chunk of keys."""
+    block = tl.program_id(0)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_keys), TILE):
+        _, bin = _load_bins(keys, start + tl.arange(0, TILE), num_keys, limit, shift, num_bins, DIGITS)
+        counts += tl.sum(is_bin(bin, BLOCK_E).to(tl.int32), axis=0)
+    place = tl.arange(0, BLOCK_E)
+    tl.store(histogram + block * num_bins + place, counts, mask=place < num_bins)
+
+
+@triton.jit(do_not_specialize=["num_slots", "chunk", "num_blocks", "num_experts"])
+def _place_slots_kernel(
+    indices, histogram, counts, offsets, order, inverse, num_slots, chunk, num_blocks, num_experts,
+    TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program gives the slots of one chunk their rows."""
+    block = tl.program_id(0)
+    total, before = counts_before(histogram, block, num_blocks, num_experts, BLOCK_E)
+    if block == 0:
+        store_ends(total, counts, offsets, num_experts, BLOCK_E)
+    base = tl.cumsum(total, axis=0) - total + before
+    for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_slots), TILE):
+        slot = start + tl.arange(0, TILE)
+        expert, _ = _load_bins(indices, slot, num_slots, num_experts, 0, num_experts, False)
+        mine = is_bin(expert, BLOCK_E)
+        row = tl.sum(tl.where(mine, base[None, :], 0), axis=1) + rank_in_tile(expert)
+        tl.store(inverse + slot, tl.where(expert >= 0, row, -1), mask=slot < num_slots)
+        tl.store(order + row, slot, mask=expert >= 0)
+        base += tl.sum(mine.to(tl.int32), axis=0)
+    fill(order, tl.sum(total, axis=0), num_slots, -1, block, num_blocks)
+
+
+def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``moekit::route_indices``: counts, offsets, order, inverse."""
+    flat, device, slots = indices.contiguous(), indices.device, indices.numel()
+    counts = torch.empty(num_experts, dtype=torch.int64, device=device)
+    offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
+    order = torch.empty(slots, dtype=torch.int32, device=device)
+    inverse = torch.empty(indices.shape, dtype=torch.int32, device=device)
+    tiles = tile_of(num_experts)
+    chunk, num_blocks = chunking(slots, tiles["TILE"])
+    histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
+    _launch.launch(
+        _count_kernel, (num_blocks,), flat, histogram, slots, chunk, num_experts, num_experts, 0,
+        DIGITS=False, warps=WARPS, **tiles,
+    )  # fmt: skip
+    _launch.launch(
+        _place_slots_kernel, (num_blocks,), flat, histogram, counts, offsets, order, inverse,
+        slots, chunk, num_blocks, num_experts, warps=WARPS, **tiles,
+    )  # fmt: skip
+    return counts, offsets, order, inverse
+
+
+# --- the inverse of a table: a radix sort of rows by token -------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_keys", "chunk", "num_blocks", "limit", "num_bins", "shift"])
+def _place_digits_kernel(
+    keys, rows, histogram, sorted_keys, sorted_rows, num_keys, chunk, num_blocks, limit, num_bins, shift,
+    LAST: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program moves the keys of one chunk, and the rows with them, to where one digit's order puts them."""
+    block = tl.program_id(0)
+    total, before = counts_before(histogram, block, num_blocks, num_bins, BLOCK_E)
+    base = tl.cumsum(total, axis=0) - total + before
+    for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_keys), TILE):
+        place = start + tl.arange(0, TILE)
+        key, bin = _load_bins(keys, place, num_keys, limit, shift, num_bins, True)
+        mine = is_bin(bin, BLOCK_E)
+        target = tl.sum(tl.where(mine, base[None, :], 0), axis=1) + rank_in_tile(bin)
+        row = place  # the first digit finds the rows in their order
+        if rows is not None:
+            row = tl.load(rows + place, mask=place < num_keys, other=0)
+        if LAST:
+            row = tl.where(key < limit, row, -1)
+        tl.store(sorted_keys + target, key, mask=place < num_keys)
+        tl.store(sorted_rows + target, row, mask=place < num_keys)
+        base += tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_tokens"])
+def _first_of_token_kernel(sorted_keys, offsets, num_keys, num_tokens, steps, BLOCK: tl.constexpr):
+    """Where each token's keys begin, by bisection."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + num_keys
+    for _ in range(steps):
+        middle = (low + high) // 2
+        below = tl.load(sorted_keys + middle, mask=low < high, other=0x7FFFFFFF) < token
+        high = tl.where(below, high, middle)
+        low = tl.where(below, middle + 1, low)
+    tl.store(offsets + token, low, mask=token <= num_tokens)
+
+
+def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """``moekit::rows_of_tokens``: token offsets ``[T + 1]`` and the rows of each token, ascending."""
+    keys, rows, num_keys, device = row_token.contiguous(), None, row_token.shape[0], row_token.device
+    bits = num_tokens.bit_length()  # the largest key is T itself, for rows of no token
+    passes = max(_launch.blocks(bits, _DIGIT_BITS), 1)
+    digit = max(_launch.blocks(bits, passes), 1)
+    tiles = tile_of(1 << digit)
+    chunk, num_blocks = chunking(num_keys, tiles["TILE"])
+    histogram = torch.empty(num_blocks, 1 << digit, dtype=torch.int32, device=device)
+    for i in range(passes):
+        found = [torch.empty(num_keys, dtype=torch.int32, device=device) for _ in range(2)]
+        radix = (num_tokens, 1 << digit, i * digit)
+        _launch.launch(
+            _count_kernel, (num_blocks,), keys, histogram, num_keys, chunk, *radix, DIGITS=True, warps=WARPS, **tiles
+        )
+        _launch.launch(
+            _place_digits_kernel, (num_blocks,), keys, rows, histogram, *found, num_keys, chunk, num_blocks, *radix,
+            LAST=i == passes - 1, warps=WARPS, **tiles,
+        )  # fmt: skip
+        keys, rows = found
+    offsets = torch.empty(num_tokens + 1, dtype=torch.int32, device=device)
+    _launch.launch(
+        _first_of_token_kernel, (_launch.blocks(num_tokens + 1, 128),),
+        keys, offsets, num_keys, num_tokens, num_keys.bit_length(), BLOCK=128,
+    )  # fmt: skip
+    return offsets, rows
+
+
+# --- chunks and padding ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_places", "num_out"])
+def _sort_chunks_kernel(
+    sizes, chosen, source, num_chunks, num_places, num_out,
+    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program writes its share of one chunk: where it begins follows from the chunks before it, in both orders."""
+    place = tl.program_id(0)
+    chunk = tl.load(chosen + place)
+    every, placed = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_P)
+    begin = tl.sum(tl.load(sizes + every, mask=(every < num_chunks) & (every < chunk), other=0).to(tl.int64), axis=0)
+    earlier = tl.load(chosen + placed, mask=placed < place, other=-1)
+    known = (earlier >= 0) & (earlier < num_chunks)
+    target = tl.sum(tl.load(sizes + earlier, mask=known, other=0).to(tl.int64), axis=0)
+    size = tl.load(sizes + chunk, mask=(chunk >= 0) & (chunk < num_chunks), other=0)
+    for above in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        row = above + tl.arange(0, BLOCK)
+        tl.store(source + target + row, begin + row, mask=(row < size) & (target + row < num_out))
+
+
+def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
+    """``moekit::sort_chunk_rows``; ``num_out=None`` takes one device-to-host sync."""
+    sizes, chosen = split_sizes.contiguous(), sorted_idxs.contiguous()
+    if num_out is None:
+        num_out = int(sizes[chosen.long()].sum())
+    source = torch.empty(num_out, dtype=torch.int64, device=sizes.device)
+    chunks, places = sizes.shape[0], chosen.shape[0]
+    block = 1024
+    share = min(_launch.blocks(num_out, max(places, 1) * block), 64)
+    _launch.launch(
+        _sort_chunks_kernel, (places, share), sizes, chosen, source, chunks, places, num_out,
+        BLOCK_E=_launch.power_of_two(chunks), BLOCK_P=_launch.power_of_two(places), BLOCK=block,
+    )  # fmt: skip
+    return source
+
+
+@triton.jit(do_not_specialize=["num_experts", "num_rows", "size", "slots", "row_blocks"])
+def _pad_rows_kernel(
+    offsets, order, inverse, new_offsets, new_order, new_inverse, num_experts, num_rows, size, slots, row_blocks,
+    multiple, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program fills a block of the new order, or of the new inverse."""
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(offsets + expert, mask=expert < num_experts, other=0)
+    begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < num_experts), other=0)
+    padded = (end - begin + multiple - 1) // multiple * multiple
+    new_begin = tl.cumsum(padded, axis=0) - padded
+    block = tl.program_id(0)
+    if block == 0:
+        tl.store(new_offsets + expert, new_begin + padded, mask=expert < num_experts)
+    if block < row_blocks:
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        mine = (row[:, None] >= new_begin[None, :]) & (row[:, None] < (new_begin + end - begin)[None, :])
+        old = row + tl.sum(tl.where(mine, (begin - new_begin)[None, :], 0), axis=1)
+        full = (tl.sum(mine.to(tl.int32), axis=1) > 0) & (old < num_rows)
+        tl.store(new_order + row, tl.load(order + old, mask=full, other=-1), mask=row < size)
+    else:
+        slot = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(inverse + slot, mask=slot < slots, other=-1)
+        mine = (row[:, None] >= begin[None, :]) & (row[:, None] < end[None, :])
+        moved = row + tl.sum(tl.where(mine, (new_begin - begin)[None, :], 0), axis=1)
+        tl.store(new_inverse + slot, tl.where(row >= 0, moved, -1), mask=slot < slots)
+
+
+def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> Any:
+    """``moekit::pad_rows``: offsets, order and inverse with each expert's rows padded to a multiple."""
+    if not inverse.is_contiguous():
+        return NotImplemented  # the new one has the strides of the old
+    num_experts, num_rows, slots = offsets.shape[0], order.shape[0], inverse.numel()
+    size = _launch.blocks(num_rows + num_experts * (multiple - 1), multiple) * multiple
+    new_offsets = torch.empty_like(offsets, memory_format=torch.contiguous_format)
+    new_order = torch.empty(size, dtype=order.dtype, device=order.device)
+    new_inverse = torch.empty_like(inverse)
+    block_e = _launch.power_of_two(num_experts)
+    block = min(max(8192 // block_e, 1), 128)
+    row_blocks = max(_launch.blocks(size, block), 1)
+    _launch.launch(
+        _pad_rows_kernel, (row_blocks + _launch.blocks(slots, block),),
+        offsets.contiguous(), order.contiguous(), inverse, new_offsets, new_order, new_inverse,
+        num_experts, num_rows, size, slots, row_blocks, multiple,
+        BLOCK=block, BLOCK_E=block_e, warps=8,
+    )  # fmt: skip
+    return new_offsets, new_order, new_inverse

@@ -1,0 +1,224 @@
+"""Router scores and top-k selection in one launch, and its gradient in another.
+
+Experts are compared as integers: float32 bits put into the order of the numbers, NaN below all, with the expert's number
+under them so that a tie goes to the lowest. A maximum of such keys is unique, whatever the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.kernels.triton import _launch
+from moekit.kernels.triton._activation import sigmoids
+
+_ENTRIES = 1024  # scores that a program holds
+_NAN = tl.constexpr(-(2**31) + 1)
+_OUT = tl.constexpr(-(2**63))  # what is out of the race: below NaN with any number
+_NORMALISER_EPS = tl.constexpr(1e-20)  # as the reference: keeps a token whose scores are all zero from dividing by zero
+
+
+@triton.jit
+def _ordered(score):
+    """float32 to integers of the same order; both zeros are one, and NaN is lowest."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
+
+
+@triton.jit
+def _score_of(key):
+    """What :func:`_ordered` was given."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(key, number):
+    """Key and number in one integer: a maximum finds the highest key and, of equal ones, the lowest number."""
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+
+
+@triton.jit
+def _number(packed):
+    return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _keep_groups(packed, num_groups, group_topk, group_best, BLOCK_G: tl.constexpr):
+    """``packed [T, G, S]`` with all but each token's ``group_topk`` best groups taken out.
+
+    A group's score is the sum of its ``group_best`` highest scores.
+    """
+    rest = packed
+    total = tl.zeros([packed.shape[0], BLOCK_G], tl.float32)
+    for _ in range(group_best):
+        best = tl.max(rest, axis=2)
+        total += _score_of((best >> 32).to(tl.int32))
+        rest = tl.where(rest == best[:, :, None], _OUT, rest)
+    group = tl.arange(0, BLOCK_G)[None, :]
+    groups = tl.where(group < num_groups, _pack(_ordered(total), group), _OUT)
+    kept = tl.zeros([packed.shape[0], BLOCK_G], tl.int32)
+    for _ in range(group_topk):
+        best = tl.max(groups, axis=1)[:, None]
+        kept = tl.where(groups == best, 1, kept)
+        groups = tl.where(groups == best, _OUT, groups)
+    return tl.where(kept[:, :, None] > 0, packed, _OUT)
+
+
+@triton.jit
+def _row_softmax(x, mask):
+    """Maximum and sum of exponentials over all experts of ``x [T, G, S]``: ``[T]`` each."""
+    top = tl.max(tl.max(tl.where(mask, x, float("-inf")), axis=2), axis=1)
+    return top, tl.sum(tl.sum(tl.where(mask, tl.exp(x - top[:, None, None]), 0.0), axis=2), axis=1)
+
+
+@triton.jit
+def _weigh(chosen, mask, top, total, SCORE: tl.constexpr, NORMALISE: tl.constexpr):
+    """The weights of chosen logits ``[T, K]``; ``top`` and ``total`` are the softmax's over all experts."""
+    if SCORE == "pre_softmax":
+        weights = tl.exp(chosen - top[:, None]) / total[:, None]
+    elif SCORE == "softmax":
+        shifted = chosen - tl.max(tl.where(mask, chosen, float("-inf")), axis=1)[:, None]
+        weights = tl.where(mask, tl.exp(shifted), 0.0)
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    else:
+        weights, _ = sigmoids(chosen)
+        weights = tl.where(mask, weights, 0.0)
+        if NORMALISE:
+            weights = weights / (tl.sum(weights, axis=1)[:, None] + _NORMALISER_EPS)
+    return weights
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _topk_kernel(
+    logits, expert_bias, weights, indices, num_tokens, num_experts, stride, num_groups, group_topk, group_best, scaling,
+    K: tl.constexpr, SCORE: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program serves TILE tokens; their scores lie as ``[TILE, groups, experts of a group]``."""
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    size = num_experts // num_groups
+    member = tl.arange(0, BLOCK_S)[None, None, :]
+    expert = tl.arange(0, BLOCK_G)[None, :, None] * size + member
+    mask = (token < num_tokens)[:, None, None] & (member < size) & (expert < num_experts)
+    rows = logits + token.to(tl.int64) * stride
+    x = tl.load(rows[:, None, None] + expert, mask=mask, other=0).to(tl.float32)
+    top, total = _row_softmax(x, mask)
+    score = x
+    if BIASED or GROUPED:  # else the logits themselves have the order
+        if SCORE == "sigmoid":
+            score, _ = sigmoids(x)
+        elif SCORE == "pre_softmax":
+            score = tl.exp(x - top[:, None, None]) / total[:, None, None]
+        if BIASED:
+            score += tl.load(expert_bias + expert, mask=(member < size) & (expert < num_experts), other=0).to(tl.float32)
+    packed = tl.where(mask, _pack(_ordered(score), expert), _OUT)
+    if GROUPED:
+        packed = _keep_groups(packed, num_groups, group_topk, group_best, BLOCK_G)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    found = tl.zeros([TILE, BLOCK_K], tl.int32)
+    for j in range(K):
+        best = tl.max(tl.max(packed, axis=2), axis=1)
+        found = tl.where(slot == j, _number(best)[:, None], found)
+        packed = tl.where(packed == best[:, None, None], _OUT, packed)
+    mask_k = (token < num_tokens)[:, None] & (slot < K)
+    chosen = tl.load(rows[:, None] + found, mask=mask_k, other=0).to(tl.float32)
+    value = _weigh(chosen, mask_k, top, total, SCORE, K > 1) * scaling
+    place = token.to(tl.int64)[:, None] * K + slot
+    tl.store(weights + place, value, mask=mask_k)
+    tl.store(indices + place, found.to(tl.int64), mask=mask_k)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _topk_backward_kernel(
+    grad, logits, indices, dlogits, num_tokens, num_experts, stride, scaling,
+    K: tl.constexpr, SCORE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program writes the gradients of TILE tokens' logits, zero for the experts that were not chosen."""
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    expert, slot = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    mask_k = (token < num_tokens)[:, None] & (slot < K)
+    mask_e = (token < num_tokens)[:, None] & (expert < num_experts)
+    rows = logits + token.to(tl.int64)[:, None] * stride
+    place = token.to(tl.int64)[:, None] * K + slot
+    index = tl.load(indices + place, mask=mask_k, other=0).to(tl.int32)
+    g = tl.load(grad + place, mask=mask_k, other=0).to(tl.float32) * scaling
+    chosen = tl.load(rows + index, mask=mask_k, other=0).to(tl.float32)
+    x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
+    top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
+    if SCORE == "sigmoid":
+        opening, closing = sigmoids(chosen)
+        opening = tl.where(mask_k, opening, 0.0)
+        if K > 1:
+            whole = tl.sum(opening, axis=1)[:, None] + _NORMALISER_EPS
+            g = (g - tl.sum(g * opening, axis=1)[:, None] / whole) / whole
+        g = g * opening * closing
+    else:
+        probs = _weigh(chosen, mask_k, top, total, SCORE, False)
+        mean = tl.sum(tl.where(mask_k, g * probs, 0.0), axis=1)[:, None]
+        if SCORE == "softmax":
+            g = probs * (g - mean)
+    dense = tl.zeros([TILE, BLOCK_E], tl.float32)
+    for j in range(K):
+        mine = expert == tl.sum(tl.where(slot == j, index, 0), axis=1)[:, None]
+        dense = tl.where(mine, tl.sum(tl.where(slot == j, g, 0.0), axis=1)[:, None], dense)
+    if SCORE == "pre_softmax":
+        dense = tl.exp(x - top[:, None]) / total[:, None] * (dense - mean)
+    tl.store(dlogits + token.to(tl.int64)[:, None] * num_experts + expert, dense, mask=mask_e)
+
+
+def _score(score_function: str, pre_softmax: bool) -> str:
+    return "pre_softmax" if score_function == "softmax" and pre_softmax else score_function
+
+
+def topk_router(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    k: int,
+    score_function: str,
+    pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float | None,
+) -> Any:
+    """``moekit::topk_router``: weights ``[T, K]`` and indices ``[T, K]``."""
+    if not _launch.computes(logits, expert_bias):
+        return NotImplemented
+    logits = _launch.rows_of(logits)
+    num_tokens, num_experts = logits.shape
+    groups = num_groups if group_topk and num_groups else 1
+    weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=logits.device)
+    indices = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
+    block_g, block_s = _launch.power_of_two(groups), _launch.power_of_two(num_experts // groups)
+    tile = max(_ENTRIES // (block_g * block_s), 1)
+    _launch.launch(
+        _topk_kernel, (_launch.blocks(num_tokens, tile),),
+        logits, _launch.dense(expert_bias), weights, indices, num_tokens, num_experts, logits.stride(0),
+        groups, group_topk or 1, max(1, k // (group_topk or 1)), 1.0 if scaling_factor is None else scaling_factor,
+        K=k, SCORE=_score(score_function, pre_softmax), GROUPED=bool(group_topk), BIASED=expert_bias is not None,
+        TILE=tile, BLOCK_G=block_g, BLOCK_S=block_s, BLOCK_K=_launch.power_of_two(k),
+    )  # fmt: skip
+    return weights, indices
+
+
+def topk_router_backward(
+    grad: Tensor, logits: Tensor, indices: Tensor, score_function: str, pre_softmax: bool, scaling_factor: float | None
+) -> Any:
+    """``moekit::topk_router_backward``: the gradient of the logits."""
+    if not _launch.computes(grad, logits):
+        return NotImplemented
+    logits = _launch.rows_of(logits)
+    num_tokens, num_experts = logits.shape
+    dlogits = torch.empty(num_tokens, num_experts, dtype=logits.dtype, device=logits.device)
+    k, block_e = indices.shape[1], _launch.power_of_two(num_experts)
+    tile = max(_ENTRIES // block_e, 1)
+    _launch.launch(
+        _topk_backward_kernel, (_launch.blocks(num_tokens, tile),),
+        grad.contiguous(), logits, indices.contiguous(), dlogits, num_tokens, num_experts, logits.stride(0),
+        1.0 if scaling_factor is None else scaling_factor,
+        K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
+    )  # fmt: skip
+    return dlogits

@@ -1,0 +1,88 @@
+"""Routing done by loops over tokens, slots and experts, and the routings that the tests try."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def case(seed: int, tokens: int, topk: int, experts: int, hidden: int) -> tuple[Tensor, int, int]:
+    """Distinct experts for every token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens, experts, generator=generator).argsort(1)[:, :topk], experts, hidden
+
+
+# indices [T, K], E, H. What the checklist names, and one case without anything special.
+CASES = {
+    "plain": case(0, 13, 2, 5, 8),
+    "empty_expert": (torch.tensor([[0, 3], [3, 0], [3, 4], [4, 0]]), 5, 4),  # 1 and 2 have no token
+    "nobody": (torch.full((4, 2), -1), 3, 4),
+    "one_expert": (torch.full((6, 1), 2), 4, 4),
+    "one_token": case(1, 1, 3, 4, 8),
+    "k1": case(2, 9, 1, 4, 8),
+    "k_is_e": case(3, 5, 4, 4, 8),
+    "e1": (torch.zeros(5, 1, dtype=torch.int64), 1, 4),
+    "e7_odd_hidden": case(4, 11, 3, 7, 13),
+    "hidden_1": case(5, 7, 2, 3, 1),
+    "twice": (torch.tensor([[1, 1], [0, 1], [2, 2]]), 3, 5),
+    "some_none": (torch.tensor([[1, -1], [-1, -1], [-1, 0], [2, 1]]), 3, 5),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def slots_by_hand(indices: Tensor, experts: int) -> list[tuple[int, int]]:
+    """The (token, slot) of each routed row: expert-major, ascending in token, then in slot."""
+    found = indices.tolist()
+    return [
+        (t, k)
+        for e in range(experts)
+        for t in range(indices.shape[0])
+        for k in range(indices.shape[1])
+        if found[t][k] == e
+    ]
+
+
+def permute_by_hand(tokens: Tensor, indices: Tensor, experts: int, num_rows: int) -> Tensor:
+    """Each slot's row, then zero rows."""
+    out = torch.zeros(num_rows, tokens.shape[1], dtype=tokens.dtype)
+    for row, (t, _) in enumerate(slots_by_hand(indices, experts)):
+        out[row] = tokens[t]
+    return out
+
+
+def unpermute_by_hand(rows: Tensor, indices: Tensor, weights: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:
+    """The float64 sums, and the size of what was added."""
+    out = torch.zeros(indices.shape[0], rows.shape[1], dtype=torch.float64)
+    size = torch.zeros_like(out)
+    for row, (t, k) in enumerate(slots_by_hand(indices, experts)):
+        term = rows[row].detach().double() * (1.0 if weights is None else weights[t, k].detach().double())
+        out[t] += term
+        size[t] += term.abs()
+    return out, size
+
+
+def gradients_by_hand(
+    grad: Tensor, rows: Tensor, indices: Tensor, weights: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(drows, dweights)`` of the weighted sum in float64, and the size of what dweights adds."""
+    grad, rows, weights = grad.double(), rows.detach().double(), weights.detach().double()
+    drows = torch.zeros(rows.shape, dtype=torch.float64)
+    dweights = torch.zeros(indices.shape, dtype=torch.float64)
+    size = torch.zeros_like(dweights)
+    for row, (t, k) in enumerate(slots_by_hand(indices, experts)):
+        drows[row] = grad[t] * weights[t, k]
+        products = grad[t] * rows[row]
+        dweights[t, k], size[t, k] = products.sum(), products.abs().sum()
+    return drows, dweights, size
+
+
+def leaf(x: Tensor) -> Tensor:
+    """The same memory as a tensor that wants a gradient."""
+    return x.detach().requires_grad_()
+
+
+def chunks_by_hand(x: Tensor, sizes: list[int], order: list[int]) -> Tensor:
+    """The rows of the chunks in their new order."""
+    starts = [sum(sizes[:c]) for c in range(len(sizes))]
+    return torch.stack([x[starts[c] + i] for c in order for i in range(sizes[c])])

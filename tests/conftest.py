@@ -1,0 +1,45 @@
+"""Fixtures of the suite: the backends, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import moekit
+
+
+def _backends() -> list[str]:
+    """What this process can run on CPU tensors: MOEKIT_BACKEND narrows it to one."""
+    asked = os.environ.get("MOEKIT_BACKEND", "auto")
+    if asked != "auto":
+        return [asked]
+    return ["torch", *(["numba"] if moekit.available()["numba"] else [])]
+
+
+@pytest.fixture(params=_backends())
+def backend(request: pytest.FixtureRequest):
+    """Run the test on each backend for CPU tensors. float64 runs on the reference under every one of them."""
+    with moekit.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``torch.empty`` and its kin return with NaN (integers: a huge number), as dirty memory would."""
+
+    def poison(make):
+        def empty(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+                return tensor
+            if tensor.dtype.is_floating_point:
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype is torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -1,0 +1,196 @@
+"""Break moekit on purpose, one way at a time, and show that the suite notices: ``make mutants``.
+
+Each mutant is a run of part of the suite in a process of its own, in which this file is a pytest plugin that swaps the
+broken piece in. Operators are broken at the seam where kernels come in, so that every caller meets it. The first row
+runs the same machinery with nothing broken: it must pass.
+
+``python tests/mutants.py [PART OF A NAME ...]`` runs only those. The exit status is 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = "MOEKIT_TEST_MUTANT"
+CONTROL = "nothing"
+SELECTION = (
+    "tests/test_golden.py",
+    "tests/test_glu.py",
+    "tests/test_glu_operators.py",
+    "tests/test_aux_loss.py",
+    "-k",
+    "golden or item03 or item18 or item20 or item22 or item26 or item34",
+)
+
+
+# --- how to break ---------------------------------------------------------------------------------------------------
+
+
+def operator(name: str, change: Callable[..., Any]) -> Callable[[], None]:
+    """``change(run, *args)`` takes the place of the operator ``moekit::name``; ``run`` is the operator itself."""
+
+    def apply() -> None:
+        import torch
+
+        from moekit import _backend
+
+        find, running = _backend.kernel, []
+
+        def run(*args: Any) -> Any:
+            running.append(name)
+            try:
+                return getattr(torch.ops.moekit, name).default(*args)
+            finally:
+                running.pop()
+
+        def kernel(op: str, tensor: Any) -> Callable | None:
+            if op != name or running or tensor.device.type == "meta":
+                return find(op, tensor)
+            return lambda *args: change(run, *args)
+
+        _backend.kernel = kernel
+
+    return apply
+
+
+def attribute(module: str, name: str, change: Callable[[Any], Any]) -> Callable[[], None]:
+    """``change(found)`` takes the place of what ``moekit.<module>`` looks up by ``name`` when it runs."""
+
+    def apply() -> None:
+        owner = importlib.import_module(f"moekit.{module}")
+        setattr(owner, name, change(getattr(owner, name)))
+
+    return apply
+
+
+def with_argument(at: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The operator, given another argument."""
+    return lambda run, *args: run(*args[:at], change(args[at]), *args[at + 1 :])
+
+
+def with_result(at: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The operator, with another result among several."""
+
+    def broken(run: Callable, *args: Any) -> tuple:
+        results = list(run(*args))
+        results[at] = change(results[at])
+        return tuple(results)
+
+    return broken
+
+
+def swap_halves(y: Any) -> Any:
+    """``[gate | up]`` to ``[up | gate]``."""
+    return y.roll(y.shape[-1] // 2, -1)
+
+
+def without_last_expert(routing_map: Any) -> Any:
+    """The map, with nobody routed to the last expert."""
+    routed = routing_map.clone()
+    routed[:, -1:] = 0
+    return routed
+
+
+def one_row_on(rows: Any) -> Any:
+    """A table of rows, each entry in its neighbour's place."""
+    return rows.roll(1, 0)
+
+
+def constant(wrong: dict[float, float]) -> Callable[[Any], Any]:
+    """A constant of an activation, replaced if it is one of ``wrong``."""
+    return lambda value: next((bad for right, bad in wrong.items() if math.isclose(value, right)), value)
+
+
+# --- what to break --------------------------------------------------------------------------------------------------
+
+_TANH_CUBIC = 0.044715 * 2 * math.sqrt(2 / math.pi)
+_C1, _C3, _OFFSET = 5, 6, 7  # among the arguments of glu; two further in glu_backward
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    CONTROL: lambda: None,
+    "the output is zero": operator("glu", lambda run, *args: run(*args).zero_()),
+    "gate and up are swapped": operator("glu", with_argument(0, swap_halves)),
+    "gate and up are swapped in the gradient": operator("glu_backward", with_result(0, swap_halves)),
+    "routing weights are not applied": operator("glu", with_argument(1, lambda weights: None)),
+    "the weights' gradient is doubled": operator("glu_backward", with_result(1, lambda grad: grad * 2)),
+    "1.702 is 1.7": operator("glu", with_argument(_C1, constant({1.702: 1.7}))),
+    "1.702 is 1.7 in the gradient": operator("glu_backward", with_argument(_C1 + 2, constant({1.702: 1.7}))),
+    "0.044715 is 0.0447": operator("glu", with_argument(_C3, constant({_TANH_CUBIC: _TANH_CUBIC * 0.0447 / 0.044715}))),
+    "the offset is forgotten in the gradient": operator("glu_backward", with_argument(_OFFSET + 2, lambda offset: 0.0)),
+    "the clamp's gradient passes everywhere": attribute(
+        "ops.glu",
+        "_halves",
+        lambda halves: lambda *args: halves(*args)._replace(gate_inside=None, up_inside=None),
+    ),
+    "the bias has no gradient": operator("glu_backward", with_result(2, lambda grad: grad.zero_())),
+    "rows of no expert are computed": attribute("ops.glu", "_in_range", lambda inside: lambda *args: None),
+    "float8 rows have no scale": operator(
+        "glu_fp8", lambda run, y, *rest: (run(y, *rest)[0], y.to(run(y, *rest)[1].dtype), run(y, *rest)[2] ** 0)
+    ),
+    "permute is off by one row": operator("permute", with_argument(1, one_row_on)),
+    "unpermute is off by one row": operator("unpermute", with_argument(0, one_row_on)),
+    "unpermute does not apply the weights": operator("unpermute", with_argument(1, lambda weights: None)),
+    "the last expert is dropped": operator("route_map", with_argument(0, without_last_expert)),
+    "chunks stay where they are": operator("sort_chunk_rows", with_argument(1, lambda order: order.sort().values)),
+    "router weights are not scaled": operator("topk_router", with_argument(7, lambda factor: None)),
+    "the load-balancing loss ignores its coefficient": attribute(
+        "ops.losses", "load_balancing_loss", lambda loss: lambda *args: loss(*args[:5], 1.0, *args[6:])
+    ),
+    "the auxiliary gradient is not scaled": attribute(
+        "ops.aux_loss", "scaled_ones", lambda ones: lambda *args: ones(*args[:3], None)
+    ),
+}
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure() -> None:
+    """As a plugin: break what the environment names."""
+    MUTANTS[os.environ[ENVIRONMENT]]()
+
+
+def failures(name: str, selection: Sequence[str] = SELECTION) -> list[str]:
+    """The tests of ``selection`` that fail with the mutant ``name``."""
+    environment = {
+        **os.environ,
+        ENVIRONMENT: name,
+        "MOEKIT_BACKEND": "torch",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    options = ("-q", "--tb=no", "-rf", "-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
+    command = [sys.executable, "-m", "pytest", *options, *selection]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # neither all passed nor some failed
+        raise RuntimeError(f"mutant {name!r}: pytest stopped\n{done.stdout}\n{done.stderr}")
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+
+
+def main(parts: Sequence[str]) -> int:
+    """Run the mutants whose name contains one of ``parts`` (all without any) and print a table."""
+    chosen = [name for name in MUTANTS if name == CONTROL or not parts or any(part in name for part in parts)]
+    width, started, survivors = max(map(len, chosen)), time.monotonic(), 0
+    print(f"{'broken':{width}}  {'tests that fail':>15}  the first")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, failed in zip(chosen, pool.map(failures, chosen), strict=True):
+            verdict = f"{len(failed):15}" if failed or name == CONTROL else f"{'SURVIVED':>15}"
+            print(f"{name:{width}}  {verdict}  {failed[0] if failed else ''}", flush=True)
+            survivors += bool(failed) == (name == CONTROL)
+    caught = f"{len(chosen) - 1 - survivors} of {len(chosen) - 1} mutants caught"
+    print(f"\n{caught} in {time.monotonic() - started:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""Routing: its tables, where they come from and what they turn into."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _by_hand import CASES, every_case, leaf, permute_by_hand, slots_by_hand
+from _reference import LAYOUTS, assert_accurate, assert_same, draw
+from torch.autograd import gradcheck, gradgradcheck
+
+import moekit
+from moekit import Routing, moe_utils
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def fields(routing: Routing) -> dict:
+    return {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
+
+
+def assert_routings_equal(a: Routing, b: Routing) -> None:
+    for name, value in fields(a).items():
+        other = getattr(b, name)
+        assert (value is None) == (other is None), name
+        if value is not None:
+            assert_same(value, other, name)
+
+
+def test_the_attributes_by_hand():
+    indices = torch.tensor([[2, 0], [0, -1], [2, 2]])
+    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    routing = Routing.from_topk(indices, weights, num_experts=4)
+    assert routing.indices is indices and routing.weights is weights
+    assert_same(routing.tokens_per_expert, torch.tensor([2, 0, 3, 0]))
+    assert_same(routing.offsets, torch.tensor([2, 2, 5, 5], dtype=torch.int32))
+    assert_same(routing.order, torch.tensor([1, 2, 0, 4, 5, -1], dtype=torch.int32))
+    assert_same(routing.inverse, torch.tensor([[2, 0], [1, -1], [3, 4]], dtype=torch.int32))
+    assert (routing.num_tokens, routing.topk, routing.num_experts, routing.num_rows) == (3, 2, 4, 6)
+    assert_same(routing.row_weights(), torch.tensor([0.2, 0.3, 0.1, 0.5, 0.6, 0.0]))
+    row_token, token_offsets, token_rows = routing.row_tables()
+    assert_same(row_token, torch.tensor([0, 1, 0, 2, 2, -1], dtype=torch.int32))
+    assert_same(token_offsets, torch.tensor([0, 2, 4, 6], dtype=torch.int32))
+    assert_same(token_rows, torch.tensor([2, 0, 1, -1, 3, 4], dtype=torch.int32))
+
+
+def test_it_is_frozen():
+    routing = Routing.from_topk(torch.tensor([[0]]), num_experts=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.weights = torch.ones(1, 1)
+
+
+@every_case
+def test_item04_order_and_inverse(name):
+    indices, experts, _ = CASES[name]
+    routing = Routing.from_topk(indices, num_experts=experts)
+    slots = slots_by_hand(indices, experts)
+    flat = [t * indices.shape[1] + k for t, k in slots]
+    assert routing.order.tolist() == flat + [-1] * (indices.numel() - len(flat))
+    assert [int(routing.inverse[t, k]) for t, k in slots] == list(range(len(slots)))
+    assert int((routing.inverse == -1).sum()) == indices.numel() - len(slots)
+    assert routing.tokens_per_expert.tolist() == [int((indices == e).sum()) for e in range(experts)]
+    assert_same(routing.offsets, routing.tokens_per_expert.cumsum(0).int())
+
+
+@every_case
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_item13_item15_int32_is_int64_in_every_layout(name, layout):
+    indices, experts, _ = CASES[name]
+    weights = draw(0, *indices.shape)
+    plain = fields(Routing.from_topk(indices, weights, num_experts=experts))
+    lay = LAYOUTS[layout]
+    other = fields(Routing.from_topk(lay(indices.int()), lay(weights), num_experts=experts))
+    assert other.pop("indices").dtype is torch.int32 and plain.pop("indices").dtype is torch.int64
+    for key, value in plain.items():
+        assert_same(other[key], value, key)
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("nobody", "twice", "some_none")])
+@pytest.mark.parametrize("topk", ["K", None])
+def test_item04_from_map_is_from_topk(name, topk):
+    """Of the same experts in ascending order."""
+    indices, experts, hidden = CASES[name]
+    probs = draw(0, indices.shape[0], experts, dtype=torch.float32)
+    routing_map = torch.zeros(probs.shape, dtype=torch.bool).scatter(1, indices, True)
+    ascending = indices.sort(1).values
+    expected = Routing.from_topk(ascending, probs.gather(1, ascending), num_experts=experts)
+    found = Routing.from_map(routing_map, probs, topk=indices.shape[1] if topk else None)
+    assert_routings_equal(found, expected)
+    # And the drop-in's rows are these rows.
+    tokens = draw(1, indices.shape[0], hidden, dtype=torch.float32)
+    rows, row_probs, _ = moe_utils.permute(tokens, routing_map, probs)
+    assert_same(moekit.permute(tokens, found), rows)
+    assert_same(found.row_weights(), row_probs)
+
+
+def test_from_map_with_tokens_of_fewer_experts(poisoned):
+    routing_map = torch.tensor([[0.5, 0, 256], [0, 0, 0], [0, -1, 0]])
+    probs = torch.tensor([[0.1, 0.2, 0.0], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]], requires_grad=True)
+    routing = Routing.from_map(routing_map, probs, topk=3)
+    assert_same(routing.indices, torch.tensor([[0, 2, -1], [-1, -1, -1], [1, -1, -1]]))
+    assert_same(routing.weights.detach(), torch.tensor([[0.1, 0.0, 0], [0, 0, 0], [0.8, 0, 0]]))
+    assert_same(routing.order, torch.tensor([0, 6, 1, -1, -1, -1, -1, -1, -1], dtype=torch.int32))  # prob 0.0: routed
+    routing.weights.backward(torch.arange(1.0, 10).view(3, 3))
+    assert_same(probs.grad, torch.tensor([[1.0, 0, 2], [0, 0, 0], [0, 7, 0]]))
+
+
+def test_to_map_and_back():
+    indices = torch.tensor([[2, 0], [-1, 1], [-1, -1]])
+    weights = leaf(torch.tensor([[0.25, 0.5], [8.0, 1.0], [8, 8]]))
+    routing_map, probs = Routing.from_topk(indices, weights, num_experts=3).to_map()
+    assert_same(routing_map, torch.tensor([[True, False, True], [False, True, False], [False, False, False]]))
+    assert_same(probs.detach(), torch.tensor([[0.5, 0, 0.25], [0, 1, 0], [0, 0, 0]]))
+    probs.backward(torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
+    assert_same(weights.grad, torch.tensor([[3.0, 1], [0, 5], [0, 0]]))
+    again = Routing.from_map(routing_map, probs, topk=2)
+    assert_same(again.indices, torch.tensor([[0, 2], [1, -1], [-1, -1]]))
+    assert_same(again.weights.detach(), torch.tensor([[0.5, 0.25], [1, 0], [0, 0]]))
+    assert Routing.from_topk(indices, num_experts=3).to_map()[1] is None
+
+
+def test_item08_to_map_of_the_same_expert_twice():
+    routing_map, probs = Routing.from_topk(torch.tensor([[1, 1]]), torch.tensor([[0.25, 0.5]]), num_experts=2).to_map()
+    assert_same(routing_map, torch.tensor([[False, True]]))
+    assert_same(probs, torch.tensor([[0, 0.75]]))
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_item01_no_tokens(poisoned, experts):
+    indices, weights = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1)
+    routing = Routing.from_topk(indices, weights, num_experts=experts)
+    assert_same(routing.tokens_per_expert, torch.zeros(experts, dtype=torch.int64))
+    assert_same(routing.offsets, torch.zeros(experts, dtype=torch.int32))
+    assert routing.order.shape == (0,) and routing.inverse.shape == (0, 1) and routing.row_weights().shape == (0,)
+    assert [t.shape for t in routing.to_map()] == [(0, experts)] * 2
+    for topk in (None, 1):
+        routing = Routing.from_map(torch.zeros(0, experts), torch.zeros(0, experts), topk=topk)
+        assert routing.indices.shape == (0, topk or 0) and routing.num_experts == experts
+
+
+def test_item03_nothing_routed(poisoned):
+    weights = leaf(draw(0, 3, 2))
+    routing = Routing.from_topk(torch.full((3, 2), -1), weights, num_experts=2)
+    assert_same(routing.row_weights().detach(), torch.zeros(6, dtype=torch.float64))
+    routing.row_weights().sum().backward()
+    assert_same(weights.grad, torch.zeros(3, 2, dtype=torch.float64))
+    assert_same(Routing.from_map(torch.zeros(3, 2)).tokens_per_expert, torch.tensor([0, 0]))
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_item20_row_weights_and_their_gradient(name):
+    indices, experts, _ = CASES[name]
+    weights = leaf(draw(0, *indices.shape, dtype=torch.bfloat16))
+    row_weights = Routing.from_topk(indices, weights, num_experts=experts).row_weights()
+    slots = slots_by_hand(indices, experts)
+    expected = torch.zeros(indices.numel(), dtype=torch.bfloat16)
+    for row, (t, k) in enumerate(slots):
+        expected[row] = weights.detach()[t, k]
+    assert_same(row_weights.detach(), expected)
+    grad = draw(1, indices.numel(), dtype=torch.bfloat16)
+    row_weights.backward(grad)
+    expected = torch.zeros(indices.shape, dtype=torch.bfloat16)
+    for row, (t, k) in enumerate(slots):
+        expected[t, k] = grad[row]
+    assert_same(weights.grad, expected)
+
+
+def test_item27_gradcheck_of_the_weights():
+    indices = torch.tensor([[1, -1], [0, 1], [2, 2]])
+    weights, probs = leaf(draw(0, 3, 2)), leaf(draw(1, 3, 3))
+    routing_map = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    for function, x in (
+        (lambda w: Routing.from_topk(indices, w, num_experts=3).row_weights(), weights),
+        (lambda w: Routing.from_topk(indices, w, num_experts=3).to_map()[1], weights),
+        (lambda p: Routing.from_map(routing_map, p, topk=2).row_weights(), probs),
+    ):
+        assert gradcheck(function, x)
+        assert gradgradcheck(function, x)
+
+
+@every_case
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+def test_pad_to_multiple(poisoned, name, multiple):
+    indices, experts, hidden = CASES[name]
+    tokens = leaf(draw(0, indices.shape[0], hidden, dtype=torch.float32))
+    weights = leaf(draw(1, *indices.shape, dtype=torch.float32))
+    routing = Routing.from_topk(indices, weights, num_experts=experts)
+    padded = routing.pad_to_multiple(multiple)
+    assert padded.tokens_per_expert is routing.tokens_per_expert and padded.num_rows % multiple == 0
+    starts = [0, *padded.offsets.tolist()]
+    rows, plain = moekit.permute(tokens, padded), moekit.permute(tokens, routing)
+    row = 0
+    for expert, count in enumerate(routing.tokens_per_expert.tolist()):
+        assert (
+            starts[expert] % multiple == 0 and starts[expert + 1] - starts[expert] == -(-count // multiple) * multiple
+        )
+        assert_same(rows[starts[expert] : starts[expert] + count], plain[row : row + count])
+        assert not rows[starts[expert] + count : starts[expert + 1]].any()
+        row += count
+    assert not rows[starts[-1] :].any()
+    outs = [moekit.unpermute(r, table, weighted=True) for r, table in ((rows, padded), (plain, routing))]
+    assert_same(*outs)
+    grad = draw(2, *outs[0].shape, dtype=torch.float32)
+    for a, b in zip(*(torch.autograd.grad(out, (tokens, weights), grad) for out in outs), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_offsets_are_what_grouped_mm_wants(multiple):
+    indices, experts, hidden = CASES["plain"]
+    routing = Routing.from_topk(indices, num_experts=experts).pad_to_multiple(multiple)
+    tokens, matrices = draw(0, indices.shape[0], hidden), draw(1, experts, hidden, 8)
+    rows = moekit.permute(tokens.bfloat16(), routing)
+    out = F.grouped_mm(rows, matrices.bfloat16(), offs=routing.offsets)
+    used = int(routing.offsets[-1])
+    by_expert = permute_by_hand(tokens, indices, experts, indices.numel())
+    numbers = torch.tensor([indices[t, k] for t, k in slots_by_hand(indices, experts)])
+    expected = torch.einsum("rh,rhi->ri", by_expert, matrices[numbers])
+    size = torch.einsum("rh,rhi->ri", by_expert.abs(), matrices[numbers].abs())
+    assert_accurate(out[:used][routing.order[:used] >= 0], expected, scale=size)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [3, 1000, -2])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_item10_index_out_of_range(bad, dtype):
+    indices = torch.tensor([[0, 1], [bad, 2]], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"Routing.from_topk: indices must be -1 .* below 3 .*, got index {bad}$"):
+        Routing.from_topk(indices, num_experts=3)
+
+
+def test_item07_more_slots_than_experts():
+    with pytest.raises(ValueError, match=r"at most num_experts \(3\) a token, got 4"):
+        Routing.from_topk(torch.zeros(2, 4, dtype=torch.int64), num_experts=3)
+    with pytest.raises(ValueError, match=r"from_map: k must be at most the number of experts \(3\), got 4"):
+        Routing.from_map(torch.ones(2, 3), topk=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int16])
+def test_item13_indices_of_other_dtypes(dtype):
+    with pytest.raises(TypeError, match=rf"indices must be an int32 or int64 tensor, got {dtype}"):
+        Routing.from_topk(torch.zeros(2, 2, dtype=dtype), num_experts=3)
+
+
+def test_item14_a_token_of_more_experts_than_topk():
+    with pytest.raises(ValueError, match=r"from_map: topk must be at least the 3 experts of a token, got 2"):
+        Routing.from_map(torch.ones(2, 3), topk=2)
+
+
+def test_item19_mixed_devices():
+    indices, weights = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"weights must be on the device of indices \(cpu\), got meta"):
+        Routing.from_topk(indices, weights.to("meta"), num_experts=3)
+    with pytest.raises(ValueError, match=r"probs must be on the device of routing_map \(meta\), got cpu"):
+        Routing.from_map(weights.to("meta"), weights)
+
+
+def test_wrong_shapes_and_types_say_so():
+    indices = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"weights must be of shape \[tokens, topk\] = \[2, 2\], got shape \[2\]"):
+        Routing.from_topk(indices, torch.zeros(2), num_experts=3)
+    with pytest.raises(TypeError, match=r"weights must be a floating-point tensor, got torch\.int64"):
+        Routing.from_topk(indices, indices, num_experts=3)
+    with pytest.raises(TypeError, match="indices must be a tensor, got list"):
+        Routing.from_topk([[0, 1]], num_experts=3)
+    with pytest.raises(ValueError, match=r"indices must be a 2-D tensor, got shape \[4\]"):
+        Routing.from_topk(indices.view(-1), num_experts=3)
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        Routing.from_topk(indices, num_experts=0)
+    with pytest.raises(TypeError, match="num_experts must be an integer, got float"):
+        Routing.from_topk(indices, num_experts=3.0)
+    with pytest.raises(ValueError, match=r"probs must be of shape \[tokens, experts\] = \[2, 3\], got shape \[2, 2\]"):
+        Routing.from_map(torch.zeros(2, 3), torch.zeros(2, 2))
+    routing = Routing.from_topk(indices, num_experts=3)
+    with pytest.raises(ValueError, match="pad_to_multiple: multiple must be at least 1, got 0"):
+        routing.pad_to_multiple(0)
+    with pytest.raises(ValueError, match=r"row_weights: weights must be given when the routing is built, got None"):
+        routing.row_weights()

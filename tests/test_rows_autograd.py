@@ -1,0 +1,158 @@
+"""Native permute and unpermute under autograd: checks by differences, what is saved, recomputed and left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _by_hand import CASES, leaf
+from _reference import LAYOUTS, assert_accurate, assert_same, draw
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import moekit
+from moekit import Routing, _backend
+from moekit.ops import rows as rows_module
+
+pytestmark = pytest.mark.usefixtures("backend")
+ops = torch.ops.moekit
+
+
+def test_item27_gradcheck():
+    indices = torch.tensor([[1, -1], [0, 1], [2, 2]])
+    tokens, rows, weights = leaf(draw(0, 3, 2)), leaf(draw(1, 6, 2)), leaf(draw(2, 3, 2))
+
+    def permute(x):
+        return moekit.permute(x, Routing.from_topk(indices, num_experts=3))
+
+    def unpermute(x):
+        return moekit.unpermute(x, Routing.from_topk(indices, num_experts=3))
+
+    def weighted(x, w):
+        return moekit.unpermute(x, Routing.from_topk(indices, w, num_experts=3), weighted=True)
+
+    def padded(x, w):
+        routing = Routing.from_topk(indices, w, num_experts=3).pad_to_multiple(4)
+        return moekit.unpermute(moekit.permute(x, routing), routing, weighted=True)
+
+    for function, inputs in ((permute, (tokens,)), (unpermute, (rows,)), (weighted, (rows, weights))):
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs)
+    assert gradcheck(padded, (tokens, weights))
+    assert gradgradcheck(padded, (tokens, weights))
+
+
+def test_item28_double_backward_where_there_is_none(backend):
+    rows, weights = leaf(draw(0, 4, 3, dtype=torch.float32)), leaf(draw(1, 2, 2, dtype=torch.float32))
+    routing = Routing.from_topk(torch.tensor([[0, 1], [1, 0]]), weights, num_experts=2)
+    out = moekit.unpermute(rows, routing, weighted=True)
+    (drows,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
+    if _backend.kernel("unpermute", rows) is None:
+        (second,) = torch.autograd.grad(drows.sum(), rows)
+        by_row = weights.detach()[[0, 1, 0, 1], [0, 1, 1, 0]]  # the rows of (t0, k0), (t1, k1), (t0, k1), (t1, k0)
+        partner = torch.tensor([2, 3, 0, 1])
+        expected = 2 * by_row * (by_row + by_row[partner])
+        assert_accurate(second, expected.double().unsqueeze(1).expand(4, 3))
+    else:
+        with pytest.raises(RuntimeError, match=r"moekit\.unpermute: double backward .* 'torch' backend"):
+            torch.autograd.grad(drows.sum(), rows)
+
+
+def test_item29_two_backwards_and_item30_nothing_is_written():
+    indices, experts, hidden = CASES["e7_odd_hidden"]
+    tokens = leaf(draw(1, indices.shape[0], hidden, dtype=torch.bfloat16))
+    weights = leaf(draw(2, *indices.shape, dtype=torch.float32))
+    routing = Routing.from_topk(indices, weights, num_experts=experts)
+    rows = moekit.permute(tokens, routing)
+    out = moekit.unpermute(rows, routing, weighted=True)
+    grad = draw(3, *out.shape, dtype=torch.bfloat16)
+    kept = [tokens, weights, rows, grad, routing.order, routing.inverse, routing.offsets, *routing.row_tables()]
+    before = [x.detach().clone() for x in kept]
+    first = torch.autograd.grad(out, (tokens, weights), grad, retain_graph=True)
+    second = torch.autograd.grad(out, (tokens, weights), grad)
+    for a, b in zip(first, second, strict=True):
+        assert a.any()
+        assert_same(b, a)
+    for now, then in zip(kept, before, strict=True):
+        assert_same(now.detach(), then)
+
+
+def test_item31_gradients_nobody_needs(monkeypatch):
+    asked = []
+    real = rows_module._unpermute_weighted_backward
+    monkeypatch.setattr(
+        rows_module, "_unpermute_weighted_backward", lambda *args: (asked.append(args[-1]), real(*args))[1]
+    )
+    for wanted in ([True, True], [True, False], [False, True]):
+        rows, weights = draw(0, 4, 3), draw(1, 2, 2)
+        rows.requires_grad_(wanted[0])
+        weights.requires_grad_(wanted[1])
+        routing = Routing.from_topk(torch.tensor([[0, 1], [1, 0]]), weights, num_experts=2)
+        moekit.unpermute(rows, routing, weighted=True).sum().backward()
+        assert [x.grad is not None for x in (rows, weights)] == wanted
+    assert asked == [[True, True], [True, False], [False, True]]
+    tokens = draw(0, 2, 3)
+    assert not moekit.permute(tokens, routing).requires_grad
+
+
+@pytest.mark.parametrize("wanted", [[True, True], [True, False], [False, True], [False, False]])
+def test_item31_the_operator_leaves_out_what_is_not_wanted(wanted):
+    routing = Routing.from_topk(torch.tensor([[0, 1], [1, -1]]), num_experts=2)
+    grad, rows, weights = draw(0, 2, 3).float(), draw(1, 4, 3).float(), draw(2, 4).float()
+    outputs = ops.unpermute_backward(grad, rows, weights, *routing.row_tables(), wanted)
+    full = ops.unpermute_backward(grad, rows, weights, *routing.row_tables(), [True, True])
+    for output, everything, want in zip(outputs, full, wanted, strict=True):
+        assert everything.any()
+        assert_same(output, everything if want else torch.empty(0))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_item32_activation_checkpointing(use_reentrant, tokens):
+    """With equal weights everywhere and one token of no expert."""
+    indices = torch.tensor([[0, 1], [1, 0], [-1, -1], [2, 2], [0, 2]])[:tokens]
+
+    def layer(x, w):
+        routing = Routing.from_topk(indices, w, num_experts=3)
+        return moekit.unpermute(moekit.permute(x, routing).square(), routing, weighted=True)
+
+    results = []
+    for checkpointed in (False, True):
+        x = leaf(draw(0, tokens, 4, dtype=torch.float32))
+        w = torch.full((tokens, 2), 0.5, requires_grad=True)
+        out = checkpoint(layer, x, w, use_reentrant=use_reentrant) if checkpointed else layer(x, w)
+        out.sum().backward()
+        results.append((out, x.grad, w.grad))
+    for plain, recomputed in zip(*results, strict=True):
+        assert plain.any() or not tokens
+        assert_same(recomputed, plain)
+
+
+# --- the operators --------------------------------------------------------------------------------------------------
+
+
+OPCHECK = {
+    **{name: (*CASES[name], "contiguous") for name in ("plain", "nobody", "some_none")},
+    "strided": (*CASES["e7_odd_hidden"], "transposed"),
+    "empty": (torch.zeros(0, 2, dtype=torch.int64), 3, 4, "contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_item38_opcheck(name, dtype):
+    indices, experts, hidden, layout = OPCHECK[name]
+    lay = LAYOUTS[layout]
+    found = Routing.from_topk(indices, num_experts=experts).row_tables()
+    tokens = leaf(lay(draw(0, indices.shape[0], hidden, dtype=dtype)))
+    rows = leaf(lay(draw(1, indices.numel(), hidden, dtype=dtype)))
+    weights = leaf(lay(draw(2, indices.numel(), dtype=torch.promote_types(dtype, torch.float32))))
+    grad = lay(draw(3, indices.shape[0], hidden, dtype=dtype))
+    torch.library.opcheck(ops.permute.default, (tokens, *found))
+    torch.library.opcheck(ops.unpermute.default, (rows, None, *found))
+    torch.library.opcheck(ops.unpermute.default, (rows, weights, *found))
+    for wanted in ([True, True], [True, False], [False, True]):
+        plain = (grad, rows.detach(), weights.detach())
+        torch.library.opcheck(ops.unpermute_backward.default, (*plain, *found, wanted))
+    if dtype is torch.float64:  # double backward
+        args = (leaf(grad), rows, weights, *found, [True, True])
+        torch.library.opcheck(ops.unpermute_backward.default, args)
