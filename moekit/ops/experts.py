@@ -283,22 +283,29 @@ def _backward_reference(
     routed = _Rows.of(weights, order, inverse, offsets)
     result = _Wanted(*(grad.new_empty(0) for _ in range(6)))
     g = rows.move_rows(grad, *routed.tables)
-    inner = _gate_backward(g, down, gate_up_bias, kept, routed, options, wanted)
+    d_projected, d_weights, d_bias, act = _gate_backward(g, down, gate_up_bias, kept, routed, options, wanted)
+    # What is of row size goes as soon as it has served: one [R, H] and one [R, 2I] at a time.
     if wanted.down:
-        ends = (inner.act, g) if options.transposed else (g, inner.act)
-        result = result._replace(down=grouped_outer(*ends, offsets))
+        result = result._replace(down=_outer(act, g, offsets, options))
+    del act
+    if wanted.x:
+        moved = grouped_rows(d_projected, options.matrices(gate_up).mT, offsets, out=g)
+        result = result._replace(x=rows.sum_rows(moved, None, *routed.tables))
+        del moved
+    del g
     if wanted.gate_up:
         gathered = kept[2] if kept[2].numel() or x is None else rows.move_rows(x, *routed.tables)
-        ends = (gathered, inner.projected) if options.transposed else (inner.projected, gathered)
-        result = result._replace(gate_up=grouped_outer(*ends, offsets))
-    if wanted.x:
-        moved = grouped_rows(inner.projected, options.matrices(gate_up).mT, offsets, out=g)
-        result = result._replace(x=rows.sum_rows(moved, None, *routed.tables))
+        result = result._replace(gate_up=_outer(gathered, d_projected, offsets, options))
     if wanted.gate_up_bias:
-        result = result._replace(gate_up_bias=inner.bias)
+        result = result._replace(gate_up_bias=d_bias)
     if wanted.weights:
-        result = result._replace(weights=tables.take(inner.weights, inverse))
+        result = result._replace(weights=tables.take(d_weights, inverse))
     return tuple(_down_bias_backward(result, grad, weights, down_bias, routed, wanted))
+
+
+def _outer(inputs: Tensor, outputs: Tensor, offsets: Tensor, options: _Options) -> Tensor:
+    """The gradient of a weight as it is stored, from its inputs and the gradient of its outputs."""
+    return grouped_outer(*((inputs, outputs) if options.transposed else (outputs, inputs)), offsets)
 
 
 class _Wanted(NamedTuple):
@@ -312,15 +319,6 @@ class _Wanted(NamedTuple):
     down_bias: Any
 
 
-class _Inner(NamedTuple):
-    """What comes back through the gate: gradients of the projection, weights and bias, and the activation."""
-
-    projected: Tensor
-    weights: Tensor
-    bias: Tensor
-    act: Tensor
-
-
 def _gate_backward(
     g: Tensor,
     down: Tensor,
@@ -329,17 +327,18 @@ def _gate_backward(
     routed: _Rows,
     options: _Options,
     wanted: _Wanted,
-) -> _Inner:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Back through the gate: gradients of the projection, weights and bias, and the activation."""
     projected, scale, _, act = kept
     scale = scale if scale.numel() else None
     masks = [bool(wanted.x or wanted.gate_up), wanted.weights, wanted.gate_up_bias, wanted.down and not act.numel()]
     if not any(masks):
-        return _Inner(act, act, act, act)
+        return act, act, act, act
     d_act = grouped_rows(g, options.matrices(down).mT, routed.offsets)
     d_projected, d_weights, d_bias, again = glu.backward(
         d_act, projected, scale, routed.weights, gate_up_bias, routed.offsets, *options.spec, masks
     )
-    return _Inner(d_projected, d_weights, d_bias, again if masks[3] else act)
+    return d_projected, d_weights, d_bias, again if masks[3] else act
 
 
 def _down_bias_backward(
