@@ -33,12 +33,12 @@ class MoE(nn.Module):
         super().__init__()
         self.topk = config.topk
         self.balance_coeff = config.balance_coeff
-        hidden, intermediate, experts = config.hidden, config.intermediate, config.experts
-        self.router = nn.Parameter(torch.randn(experts, hidden) * hidden**-0.5)
-        self.w_in = nn.Parameter(torch.randn(experts, hidden, 2 * intermediate) * hidden**-0.5)
-        self.w_out = nn.Parameter(torch.randn(experts, intermediate, hidden) * intermediate**-0.5)
+        hidden, intermediate, num_experts = config.hidden, config.intermediate, config.experts
+        self.router = nn.Parameter(torch.randn(num_experts, hidden) * hidden**-0.5)
+        self.w_in = nn.Parameter(torch.randn(num_experts, hidden, 2 * intermediate) * hidden**-0.5)
+        self.w_out = nn.Parameter(torch.randn(num_experts, intermediate, hidden) * intermediate**-0.5)
         self.indices = torch.zeros(0, config.topk, dtype=torch.int64)
-        self.load = torch.zeros(experts, dtype=torch.int64)
+        self.load = torch.zeros(num_experts, dtype=torch.int64)
         self.extra_loss: Tensor | float = 0.0
 
     def forward(self, x_TH: Tensor) -> Tensor:
@@ -46,10 +46,7 @@ class MoE(nn.Module):
         logits_TE = F.linear(x_TH, self.router)
         weights_TK, indices_TK = moekit.topk_router(logits_TE, self.topk)
         routing = moekit.Routing.from_topk(indices_TK, weights_TK, num_experts=logits_TE.shape[1])
-        rows_RH = moekit.permute(x_TH, routing)
-        gate_up = F.grouped_mm(rows_RH, self.w_in, offs=routing.offsets)
-        rows_RI = moekit.glu(gate_up, routing.row_weights())
-        out_TH = moekit.unpermute(F.grouped_mm(rows_RI, self.w_out, offs=routing.offsets), routing)
+        out_TH = moekit.experts(x_TH, routing, self.w_in, self.w_out, transposed=True)
         self.indices, self.load = indices_TK, routing.tokens_per_expert
         if self.balance_coeff == 0:
             return out_TH

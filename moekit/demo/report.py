@@ -71,7 +71,7 @@ def _draw_rival(axis: Any, run: Run, rival: Run) -> None:
     axis.plot(range(1, len(run.losses) + 1), run.losses, color="tab:blue", linewidth=2.5, alpha=0.5, label="moekit")
     steps = range(1, len(rival.losses) + 1)
     axis.plot(steps, rival.losses, color="tab:red", linewidth=0.8, label="loop over experts")
-    title = f"Training loss, same seed, batches and choice of experts; largest difference {largest:.1e} at step {step}"
+    title = f"Training loss, same seed, batches and choice of experts\nlargest difference {largest:.1e} at step {step}"
     axis.set(title=title, xlabel="step", ylabel="bits per byte", xlim=(0, len(rival.losses) + 1))
     axis.legend()
     axis.grid(alpha=0.3)
