@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv by itself; only make and a Python >= 3.10 with pip are assumed.
 #   make demo ARGS="--steps 10"       make test ARGS="-k permute"       make demo PYTHON=/path/to/python
 
-.PHONY: help demo test lint check mutants wheel clean
+.PHONY: help demo test lint check mutants bench wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -19,6 +19,7 @@ help:
 	@echo "make test     run the test suite"
 	@echo "make check    lint, formatting and types, then the test suite (make lint: without the suite)"
 	@echo "make mutants  break the ops on purpose and show that the suite notices"
+	@echo "make bench    time operators and expert MLP against the published ones (quarter of an hour; out/bench)"
 	@echo "make wheel    build dist/moekit-*-py3-none-any.whl"
 	@echo "make clean    remove .venv and everything built"
 
@@ -38,6 +39,10 @@ check: lint test
 mutants: .venv/ready-dev
 	$(BIN)/python tests/mutants.py $(ARGS)
 
+bench: .venv/ready-dev .venv/peers/ready
+	$(BIN)/python benchmarks/ops.py $(ARGS)
+	$(BIN)/python benchmarks/experts.py $(ARGS)
+
 wheel: .venv/ready-dev
 	$(BIN)/python -m hatchling build -t wheel
 
@@ -52,6 +57,11 @@ clean:
 	@echo "Installing moekit[$(EXTRAS)] into .venv (a minute or two, once) ..."
 	@$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
+
+# Only compared with, never depended on: the benchmarks skip what is missing, and say so.
+.venv/peers/ready: | $(BIN)/pip
+	@$(PIP) install --no-deps --target .venv/peers nemo-automodel megatron-core && touch $@ || \
+		echo "The peers could not be installed; the benchmarks run without them." >&2
 
 # Distributions that ship venv without ensurepip need the second line.
 $(BIN)/pip:

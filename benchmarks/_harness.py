@@ -371,6 +371,8 @@ def run_jobs(script: str, peers: Path, jobs: Sequence[dict]) -> tuple[list[dict]
             found = json.loads(path.read_text())
             records += found[0]
             notes += found[1]
+    if not records:
+        notes.append("nothing ran: does --only name a case?")
     return records, list(dict.fromkeys(notes))
 
 
@@ -394,6 +396,7 @@ def machine() -> dict[str, Any]:
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(memory_bytes("MemTotal") / 2**30, 1),
         "huge_pages": _huge_pages(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
         "python": platform.python_version(),
         "moekit_backends": [name for name, there in moekit.available().items() if there],
@@ -443,12 +446,13 @@ def _lines(path: str) -> list[str]:
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """The machine in one line, with a warning if others were using it before we began."""
+    busy = f"; BUSY, load {found['load']}: times mean little" if (found["load"] or 0) > found["cores"] / 2 else ""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['vectors']}, "
         f"{found['memory_gib']} GiB, huge pages {found['huge_pages']}; python {found['python']}, {versions}; "
-        f"moekit backends: {', '.join(found['moekit_backends'])}"
+        f"moekit backends: {', '.join(found['moekit_backends'])}{busy}"
     )
 
 

@@ -182,8 +182,7 @@ def permute_cases(x: Inputs, peers: Mapping[str, Any]) -> Iterator[Case]:
     """Permute, from a mask as published and from moekit's Routing."""
     size = x.dtype.itemsize * x.shape.hidden
     floor, rows = (x.shape.tokens + x.shape.rows) * size, x.shape.rows
-    grad_of = x.tokens
-    at_copy = (1.0, 0.9)
+    grad_of, at_copy = x.tokens, (1.0, 0.9)
 
     def run(function: Callable) -> Callable[[], Any]:
         return lambda: function(x.tokens, x.routing_map, num_out_tokens=rows)
@@ -493,8 +492,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     harness.save_json(args.out / "ops.json", machine=found, notes=notes, records=records)
     with contextlib.suppress(ImportError):
         plot(records, args.out / "ops.png")
-    broken = any("moekit" in record["failed"] for record in records) or any("FAILED" in note for note in notes)
-    return int(broken)
+    return int(any("moekit" in record["failed"] for record in records) or any("FAILED" in note for note in notes))
 
 
 if __name__ == "__main__":

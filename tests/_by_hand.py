@@ -86,3 +86,72 @@ def chunks_by_hand(x: Tensor, sizes: list[int], order: list[int]) -> Tensor:
     """The rows of the chunks in their new order."""
     starts = [sum(sizes[:c]) for c in range(len(sizes))]
     return torch.stack([x[starts[c] + i] for c in order for i in range(sizes[c])])
+
+
+# --- maps: any number of experts a token, rows as (token, expert) pairs ---------------------------------------------
+
+
+def map_case(seed: int, tokens: int, experts: int, density: float = 0.4) -> Tensor:
+    """Any number of experts for each token."""
+    return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def only(tokens: int, experts: int, *pairs: tuple[int, int]) -> Tensor:
+    routing_map = torch.zeros(tokens, experts, dtype=torch.bool)
+    for t, e in pairs:
+        routing_map[t, e] = True
+    return routing_map
+
+
+# Map [T, E] and H.
+MAPS = {
+    "plain": (map_case(0, 13, 5), 8),
+    "empty_expert": (only(4, 5, (0, 0), (1, 0), (1, 3), (2, 3), (3, 4)), 4),
+    "nobody": (only(4, 3), 4),
+    "one_expert": (only(4, 3, (0, 1), (1, 1), (2, 1), (3, 1)), 4),
+    "one_token": (only(1, 4, (0, 1), (0, 3)), 8),
+    "k_is_e": (map_case(3, 5, 4, 1.0), 4),
+    "e1": (only(4, 1, (0, 0), (2, 0)), 4),
+    "e7_odd_hidden": (map_case(4, 11, 7), 13),
+    "hidden_1": (map_case(5, 7, 3), 1),
+}
+every_map = pytest.mark.parametrize("name", MAPS)
+
+
+def pairs_of(routing_map: Tensor) -> list[tuple[int, int]]:
+    """The (token, expert) of each row: expert-major, ascending in token."""
+    tokens, experts = routing_map.shape
+    return [(t, e) for e in range(experts) for t in range(tokens) if routing_map[t, e] != 0]
+
+
+def capacity_pairs(routing_map: Tensor, capacity: int) -> list[tuple[int, int]]:
+    """With drop_and_pad: each expert's first routed tokens, then unrouted ones, then no token (-1)."""
+    tokens, experts = routing_map.shape
+    pairs = []
+    for e in range(experts):
+        routed = [t for t in range(tokens) if routing_map[t, e] != 0]
+        chosen = routed + [t for t in range(tokens) if t not in routed] + [-1] * capacity
+        pairs += [(t, e) for t in chosen[:capacity]]
+    return pairs
+
+
+def permute_pairs(tokens: Tensor, probs: Tensor, pairs: list) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their probs and their tokens; a pair of token -1 is a zero row."""
+    rows = torch.zeros(len(pairs), tokens.shape[1], dtype=tokens.dtype)
+    row_probs = torch.zeros(len(pairs), dtype=probs.dtype)
+    for row, (t, e) in enumerate(pairs):
+        if t >= 0:
+            rows[row], row_probs[row] = tokens[t], probs[t, e]
+    return rows, row_probs, torch.tensor([t for t, _ in pairs], dtype=torch.int64)
+
+
+def unpermute_pairs(rows: Tensor, pairs: list, tokens: int, probs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The float64 sums, and the size of what was added."""
+    out = torch.zeros(tokens, rows.shape[1], dtype=torch.float64)
+    size = torch.zeros_like(out)
+    for row, (t, e) in enumerate(pairs):
+        if t >= 0:
+            term = rows[row].detach().double() * (1.0 if probs is None else probs[t, e].detach().double())
+            out[t] += term
+            size[t] += term.abs()
+    return out, size

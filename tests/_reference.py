@@ -46,12 +46,12 @@ def tolerance(
 
     Below float32: twice the error of one correct rounding, which is one ulp, and what the float32 work before it
     loses. In float32 and float64 there is nothing but the work. ``scale`` is the size of the terms that were added;
-    without it the largest element of the row stands in (of the whole tensor, if rows have one element).
+    without it the largest element of the row stands in (of the whole tensor, if rows are short).
     """
     work = work or (torch.float64 if dtype is torch.float64 else torch.float32)
     magnitude = expected.abs().nan_to_num(0.0, 0.0, 0.0)
     if scale is None:
-        one_row = magnitude.dim() > 1 and magnitude.shape[-1] > 1 and magnitude.numel() > 0
+        one_row = magnitude.dim() > 1 and magnitude.shape[-1] >= 8 and magnitude.numel() > 0
         scale = magnitude.amax(-1, keepdim=True) if one_row else (magnitude.max() if magnitude.numel() else 0.0)
     lost = _WORK_ULPS * spacing(expected, work) + _WORK_ULPS_OF_LARGEST * torch.finfo(work).eps * scale
     lost += _UNDERFLOW * torch.finfo(work).smallest_normal

@@ -19,7 +19,6 @@ from _reference import (
     glu_inputs,
     value_and_grads,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import moekit
 from moekit.ops.glu import make_glu
@@ -225,6 +224,15 @@ def test_item38_opcheck_of_backward_with_its_own_gradient(backend):
     torch.library.opcheck(torch.ops.moekit.glu_backward.default, (grad, y, None, *others, [True, True, True, False]))
 
 
+def counting_compile(function):
+    """The compiled function and its counter of compilations."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a second to import
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
 def assert_compiled_is_eager(compiled, function, inputs, grad):
     out, grads = value_and_grads(function, inputs, grad)
     compiled_out, compiled_grads = value_and_grads(compiled, inputs, grad)
@@ -238,9 +246,7 @@ def test_item40_compile_for_any_number_of_rows(fp8_store):
     def function(y, weights, bias):
         return moekit.glu(y, weights, bias=bias, activation="quick_gelu", linear_offset=1.0, fp8_store=fp8_store)
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    compiled, counter = counting_compile(function)
     for num_rows in (11, 7, 64, 3, 30):
         inputs, _, grad = glu_inputs("silu", "vector", torch.bfloat16, num_rows=num_rows)
         assert_compiled_is_eager(compiled, function, inputs, grad)
@@ -251,9 +257,7 @@ def test_item40_compile_for_any_routing():
     def function(y, weights, bias, offsets):
         return moekit.glu(y, weights, bias=bias, offsets=offsets, clamp=0.75)
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    compiled, counter = counting_compile(function)
     for num_rows, ends in [(11, [0, 5, 5, 9]), (9, [9, 9, 9, 9]), (40, [1, 2, 3, 40]), (12, [0, 0, 0, 0])]:
         inputs, _, grad = glu_inputs("silu", "experts", torch.float32, num_rows=num_rows)
         inputs["offsets"] = torch.tensor(ends)

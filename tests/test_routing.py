@@ -195,6 +195,9 @@ def test_pad_to_multiple(poisoned, name, multiple):
     routing = Routing.from_topk(indices, weights, num_experts=experts)
     padded = routing.pad_to_multiple(multiple)
     assert padded.tokens_per_expert is routing.tokens_per_expert and padded.num_rows % multiple == 0
+    slots = torch.arange(indices.numel(), dtype=torch.int32).view(indices.shape)
+    assert_same(padded.order[padded.inverse.long()][indices >= 0], slots[indices >= 0])
+    assert_same(padded.inverse >= 0, indices >= 0)
     starts = [0, *padded.offsets.tolist()]
     rows, plain = moekit.permute(tokens, padded), moekit.permute(tokens, routing)
     row = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -14,18 +15,19 @@ from moekit.kernels.numba._jit import INLINE, inline
 SIGMOID, CUBIC, GELU, RELU, RELU2 = range(5)
 
 _F = np.float32
-# exp(-88) is the smallest that is not subnormal, so its inverse is finite too.
-_LARGEST = _F(88.0)
+_ONE, _HALF, _ZERO = _F(1.0), _F(0.5), _F(0.0)
+# Between these exp(x) is neither subnormal nor infinite.
+_LOWEST, _LARGEST = _F(-87.0), _F(88.0)
 # Past this a gate is fully open or shut; clamping keeps x**2 from overflowing.
 _SATURATED = _F(1e4)
 # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits.
 _ROUND = _F(12582912.0)
-# log2(e) in two parts, because one float32 of it loses 5 bits at the ends of the range.
 _LOG2E = _F(math.log2(math.e))
-_LOG2E_REST = _F(math.log2(math.e) - float(_LOG2E))
-# 2**f on [-1/2, 1/2]: the Taylor series, which at this length is as good as any other.
-_P0, _P1, _P2, _P3, _P4, _P5, _P6 = (_F(math.log(2) ** n / math.factorial(n)) for n in range(7))
-_ONE, _HALF, _ZERO = _F(1.0), _F(0.5), _F(0.0)
+# log(2) in two parts: the first has 9 bits, so that its product with an integer up to 128 is exact.
+_LN2 = _F(round(math.log(2) * 2**9) / 2**9)
+_LN2_REST = _F(math.log(2) - float(_LN2))
+# The Taylor series of exp: at log(2)/2, the farthest from zero it is used, what it leaves out is 5e-9.
+_P2, _P3, _P4, _P5, _P6, _P7 = (_F(1 / math.factorial(n)) for n in range(2, 8))
 _ROOT_HALF = _F(math.sqrt(0.5))
 _DENSITY = _F(1 / math.sqrt(2 * math.pi))
 
@@ -39,12 +41,13 @@ def clamp(x, low, high):
 
 @inline
 def exp(x):
-    """``e**x`` for x in [-88, 88] (outside, the value at the end), within 2 ulp."""
-    x = clamp(x, -_LARGEST, _LARGEST)
+    """``e**x`` for x in [-87, 88] (outside, the value at the end), within 2 ulp."""
+    x = clamp(x, _LOWEST, _LARGEST)
     shifted = x * _LOG2E + _ROUND
     whole = shifted - _ROUND
-    part = (x * _LOG2E - whole) + x * _LOG2E_REST
-    power = _P0 + part * (_P1 + part * (_P2 + part * (_P3 + part * (_P4 + part * (_P5 + part * _P6)))))
+    rest = (x - whole * _LN2) - whole * _LN2_REST
+    series = _P2 + rest * (_P3 + rest * (_P4 + rest * (_P5 + rest * (_P6 + rest * _P7))))
+    power = _ONE + (rest + rest * rest * series)
     return float_of(bits_of(power) + (bits_of(shifted) << np.uint32(23)))
 
 
@@ -126,12 +129,12 @@ _ACT = {SIGMOID: _gate_act, CUBIC: _cubic_act, GELU: _gelu_act, RELU: _relu_act,
 _SLOPE = {SIGMOID: _gate_slope, CUBIC: _cubic_slope, GELU: _gelu_slope, RELU: _relu_slope, RELU2: _relu2_slope}
 
 
-def act(kind: int, x: float, c1: float, c3: float) -> float:
+def act(kind: int, x: Any, c1: Any, c3: Any) -> Any:
     """``act(x)``. For kernels only."""
     raise NotImplementedError
 
 
-def act_and_slope(kind: int, x: float, c1: float, c3: float) -> tuple[float, float]:
+def act_and_slope(kind: int, x: Any, c1: Any, c3: Any) -> tuple[Any, Any]:
     """``(act(x), act'(x))``. For kernels only."""
     raise NotImplementedError
 

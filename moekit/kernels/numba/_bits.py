@@ -67,8 +67,8 @@ narrow_bf16 = _define(types.uint16(types.float32), lambda b, x: b.bitcast(b.fptr
 narrow_f16 = _define(types.uint16(types.float32), lambda b, x: b.bitcast(b.fptrunc(x, _HALF), _I16))
 widen_f16 = _define(types.float32(types.uint16), lambda b, x: b.fpext(b.bitcast(x, _HALF), _FLOAT))
 
-# x + y where the order of a long sum is free: LLVM cannot vectorise a dot product otherwise. Which order it takes depends
-# on the code alone, never on the number of threads.
+# x + y where the order of a long sum is free: LLVM cannot vectorise a dot product otherwise. Which order it takes
+# depends on the code alone, never on the number of threads.
 plus = _define(
     types.float32(types.float32, types.float32),
     lambda b, x, y: b.fadd(x, y, flags=("reassoc", "contract", "nsz")),
@@ -156,8 +156,7 @@ stream = _define(
 )
 
 
-@intrinsic
-def fence(typing: Any) -> Any:
+def _fence(typing: Any) -> Any:
     """Make streamed lines visible to other threads before anything that follows."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -168,7 +167,8 @@ def fence(typing: Any) -> Any:
 
 
 def _copy(builder: Any, source: Any, target: Any, count: Any) -> None:
-    cgutils.raw_memcpy(builder, *(builder.inttoptr(a, _I8.as_pointer()) for a in (target, source)), count, 1)
+    to, of = builder.inttoptr(target, _I8.as_pointer()), builder.inttoptr(source, _I8.as_pointer())
+    cgutils.raw_memcpy(builder, to, of, count, 1)
 
 
 def _zero(builder: Any, target: Any, count: Any) -> None:
@@ -179,8 +179,7 @@ copy = _define(types.void(types.int64, types.int64, types.int64), _copy)
 zero = _define(types.void(types.int64, types.int64), _zero)
 
 
-@intrinsic(prefer_literal=True)
-def nonzero64(typing: Any, size: Any, base: Any, mask: Any) -> Any:
+def _nonzero64(typing: Any, size: Any, base: Any, mask: Any) -> Any:
     """Which of 64 elements of ``size`` bytes (a constant) have a bit of ``mask`` set; the first is the lowest bit."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -196,8 +195,7 @@ def nonzero64(typing: Any, size: Any, base: Any, mask: Any) -> Any:
     return types.uint64(size, types.int64, types.int64), lower
 
 
-@intrinsic(prefer_literal=True)
-def scratch(typing: Any, size: Any) -> Any:
+def _scratch(typing: Any, size: Any) -> Any:
     """The address of ``size`` bytes (a constant) on the stack, aligned to lines."""
 
     def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -207,3 +205,8 @@ def scratch(typing: Any, size: Any) -> Any:
         return builder.ptrtoint(place, _I64)
 
     return types.int64(size), lower
+
+
+fence: Any = intrinsic(_fence)
+nonzero64: Any = intrinsic(prefer_literal=True)(_nonzero64)
+scratch: Any = intrinsic(prefer_literal=True)(_scratch)

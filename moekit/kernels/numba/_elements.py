@@ -8,6 +8,7 @@ read as 0 and are not written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,12 +119,12 @@ _WRITE: dict[int, tuple[Callable, Callable]] = {
 }
 
 
-def load(kind: int, base: int, index: int) -> float:
+def load(kind: int, base: int, index: int) -> Any:
     """Element ``index`` at address ``base`` as float32. For kernels only."""
     raise NotImplementedError
 
 
-def store(kind: int, base: int, index: int, value: float) -> None:
+def store(kind: int, base: int, index: int, value: Any) -> None:
     """Round ``value`` to element ``index`` at address ``base``. For kernels only."""
     raise NotImplementedError
 

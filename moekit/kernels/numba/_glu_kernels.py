@@ -90,7 +90,6 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
         start: int, stop: int, y: int, weights: int, bias: int, bias_step: int, offsets: int, experts: int,
         out: int, width: int, c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
-        c1, c3, shift, limit = _F(c1), _F(c3), _F(shift), _F(limit)
         features, to_up = width * halves, 1 if step == 2 else width
         expert, end = 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
@@ -158,7 +157,6 @@ def backward_kernel(
         offsets: int, experts: int, dy: int, dweights: int, dbias: int, again: int, width: int,
         c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
-        c1, c3, shift, limit = _F(c1), _F(c3), _F(shift), _F(limit)
         features, to_up = width * halves, 1 if step == 2 else width
         expert, summed, end = 0, 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)

@@ -18,9 +18,9 @@ from numba import njit, types
 # elsewhere "reassoc" would cancel the terms that make exp accurate, and let a product overflow on the way.
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 
-INLINE: dict[str, Any] = {"forceinline": True, **_OPTIONS}
+INLINE: Any = {"forceinline": True, **_OPTIONS}
 inline = njit(**INLINE)
-_NUMBA_TYPES = {"int": types.int64, "float": types.float64}
+_NUMBA_TYPES = {"int": types.int64, "float": types.float32}
 
 
 def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@overload
+def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+@overload
+def dense(tensor: None, dtype: torch.dtype | None = None) -> None: ...
+@overload
+def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
 def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """The tensor itself if it is contiguous and of ``dtype``, otherwise a copy."""
     if tensor is None:

@@ -99,7 +99,6 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
         start: int, stop: int, logits: int, bias: int, experts: int, slots: int,
         groups: int, group_topk: int, scale: float, weights: int, indices: int,
     ):  # fmt: skip
-        scale = _F(scale)
         values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
         keys, group_keys = np.empty(experts, np.int64), np.empty(max(groups, 1), np.int64)
         chosen = np.empty(slots, np.float32)
@@ -149,7 +148,6 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
     def route_backward(
         start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int, scale: float, out: int
     ):
-        scale = _F(scale)
         values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
         for token in range(start, stop):
             row, out_row = logits + token * experts * size, out + token * experts * size

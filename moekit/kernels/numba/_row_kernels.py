@@ -113,12 +113,20 @@ def unpermute_kernel(element: int) -> Callable:
         start: int, stop: int, rows: int, rows_step: int, weights: int, token_offsets: int, token_rows: int,
         out: int, num_rows: int, width: int, streaming: int,
     ):  # fmt: skip
-        found = np.empty(most_rows(token_offsets, start, stop), np.int64)
+        most = most_rows(token_offsets, start, stop)
+        found, weight_of = np.empty(most, np.int64), np.empty(most, np.float32)
         sums, tile = scratch(_PANEL_BYTES), scratch(_TILE)
 
         def add(source, target, weight, count):
             for j in range(count):
                 add_f32(target, j, weight * load(element, source, j))
+
+        def add_four(a, b, c, d, target, weight_a, weight_b, weight_c, weight_d, count):
+            for j in range(count):
+                total = read_back_f32(target, j) + weight_a * load(element, a, j)
+                total += weight_b * load(element, b, j)
+                total += weight_c * load(element, c, j)
+                write_f32(target, j, total + weight_d * load(element, d, j))
 
         def finish(source, target, count):
             for j in range(count):
@@ -126,20 +134,30 @@ def unpermute_kernel(element: int) -> Callable:
 
         for token in range(start, stop):
             num_found = rows_of(token, token_offsets, token_rows, num_rows, found)
+            for k in range(num_found):
+                weight_of[k] = read_f32(weights, found[k]) if weights else _ONE
             for panel in range(0, width, _PANEL):
                 columns = min(_PANEL, width - panel)
                 zero(sums, columns * 4)
-                for k in range(num_found):
-                    source = rows + found[k] * rows_step + panel * size
-                    # While a row is added the next one is on its way.
-                    onwards = rows + found[min(k + 1, num_found - 1)] * rows_step + panel * size
-                    weight = read_f32(weights, found[k]) if weights else _ONE
+                from_panel = rows + panel * size
+                # Four rows at a time, so that the sums are not read and written for each.
+                for k in range(0, num_found - 3, 4):
+                    a, b = from_panel + found[k] * rows_step, from_panel + found[k + 1] * rows_step
+                    c, d = from_panel + found[k + 2] * rows_step, from_panel + found[k + 3] * rows_step
                     for first in range(0, columns, _STRIP):
-                        fetch(onwards + first * size, _STRIP * size)
+                        at, to = first * size, sums + first * 4
+                        w_a, w_b, w_c, w_d = weight_of[k], weight_of[k + 1], weight_of[k + 2], weight_of[k + 3]
                         if columns - first >= _STRIP:
-                            add(source + first * size, sums + first * 4, weight, _STRIP)
+                            add_four(a + at, b + at, c + at, d + at, to, w_a, w_b, w_c, w_d, _STRIP)
                         else:
-                            add(source + first * size, sums + first * 4, weight, columns - first)
+                            add_four(a + at, b + at, c + at, d + at, to, w_a, w_b, w_c, w_d, columns - first)
+                for k in range(num_found // 4 * 4, num_found):
+                    a = from_panel + found[k] * rows_step
+                    for first in range(0, columns, _STRIP):
+                        if columns - first >= _STRIP:
+                            add(a + first * size, sums + first * 4, weight_of[k], _STRIP)
+                        else:
+                            add(a + first * size, sums + first * 4, weight_of[k], columns - first)
                 out_panel = out + (token * width + panel) * size
                 for first in range(0, columns, _STRIP):
                     count = min(_STRIP, columns - first)

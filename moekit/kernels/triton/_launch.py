@@ -13,20 +13,20 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """How much one program takes on: bytes of its main tensor for each of its threads, and its warps."""
+    """How much one program takes on: elements of its main tensor for each of its threads, and its warps."""
 
-    bytes: int
+    elements: int
     warps: int
 
 
-# One line a kernel: 32 bytes a thread are two 16-byte loads in flight from each tensor that the kernel reads.
+# 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads, of float32 two.
 _TILES = {
-    "glu": Tile(32, 4),
-    "glu_backward": Tile(16, 4),
-    "glu_bias": Tile(16, 4),
-    "permute": Tile(32, 4),
-    "unpermute": Tile(16, 4),
-    "unpermute_backward": Tile(32, 4),
+    "glu": Tile(16, 4),
+    "glu_backward": Tile(8, 4),
+    "glu_bias": Tile(8, 4),
+    "permute": Tile(8, 4),
+    "unpermute": Tile(8, 4),
+    "unpermute_backward": Tile(16, 4),
 }
 # Where an architecture (major compute capability, or the name of an AMD one) wants another.
 _TILES_OF_ARCH: dict[str, dict[str, Tile]] = {}
@@ -105,14 +105,14 @@ def power_of_two(extent: int) -> int:
 
 
 def shape_tile(
-    x: Tensor, width: int, config: Tile, *, max_columns: int = 1024, min_rows: int = 1
+    device: torch.device, width: int, config: Tile, *, max_columns: int = 1024, min_rows: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of a tile for rows of ``width`` elements like those of ``x``.
+    """Rows and columns of a tile for rows of ``width`` elements.
 
     Columns are the largest power of two that leaves at most an eighth of the lanes idle past the row's end; rows fill up
     what the program is to take on.
     """
-    elements = config.bytes // x.itemsize * config.warps * arch(x.device).warp_size
+    elements = config.elements * config.warps * arch(device).warp_size
     columns = min(power_of_two(width), max_columns, elements // min_rows)
     while columns > 64 and blocks(width, columns) * columns * 8 > width * 9:
         columns //= 2

@@ -155,7 +155,7 @@ def _run(
     num_rows, width = y.shape[0], y.shape[1] if layout == "ungated" else y.shape[1] // 2
     out = torch.empty(num_rows, width, dtype=y.dtype, device=y.device)
     config = _launch.tile("glu", y.device)
-    block_r, block_c = _launch.shape_tile(y, width, config)
+    block_r, block_c = _launch.shape_tile(y.device, width, config)
     # A float8 row needs its maximum first, so one program must see all of it.
     parts = 1 if stored is not None else _launch.blocks(width, block_c)
     _launch.launch(

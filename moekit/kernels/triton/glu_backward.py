@@ -238,7 +238,7 @@ def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: t
     grad = tensors[0]
     num_rows, width = grad.shape
     config = _launch.tile("glu_backward", grad.device)
-    block_r, block_c = _launch.shape_tile(grad, width, config)
+    block_r, block_c = _launch.shape_tile(grad.device, width, config)
     # A row's weight gradient is summed where all of the row is seen.
     parts = _launch.blocks(width, block_c) if need["dweights"] is None else 1
     grid = (_launch.blocks(num_rows, block_r), parts)
@@ -255,7 +255,7 @@ def _backward_by_chunks(tensors: tuple, need: dict[str, Tensor | None], scalars:
     num_experts = 0 if offsets is None else offsets.shape[0]
     features = dbias.shape[-1]
     config = _launch.tile("glu_bias", grad.device)
-    block_r, block_c = _launch.shape_tile(grad, width, config, max_columns=256)
+    block_r, block_c = _launch.shape_tile(grad.device, width, config, max_columns=256)
     # Every expert, and the rows behind the last, may end in a chunk that is not full.
     chunks, strips = _launch.blocks(num_rows, _CHUNK_ROWS) + num_experts + 1, _launch.blocks(width, block_c)
     partial_bias = torch.empty(chunks, features, dtype=torch.float32, device=grad.device)

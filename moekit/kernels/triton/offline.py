@@ -1,7 +1,8 @@
 """Compile every kernel to machine code on a machine without a GPU, and read the result.
 
-    python -m moekit.kernels.triton.offline                 # the table, for every architecture
-    python -m moekit.kernels.triton.offline --arch sm_90 --case glu
+    python -m moekit.kernels.triton.offline                         # every configuration for every architecture
+    python -m moekit.kernels.triton.offline --arch sm_90 --match glu
+    python -m moekit.kernels.triton.offline --write docs/gpu.md     # the table there, between its two markers
 
 The launchers run on meta tensors of real sizes and their launches are caught, so what is compiled is what a GPU would get:
 argument types, alignment, constants and configuration. Registers and spills come from the machine code, the width of
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from moekit.kernels.triton import _launch
+from moekit.kernels.triton import KERNELS, _launch
+from moekit.kernels.triton._cases import Case, cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,12 +70,20 @@ class Launch:
 class Report:
     """What the machine code of one kernel uses; accesses count instructions by their bytes."""
 
+    case: str
     kernel: str
     registers: int
     spills: int
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+
+    def faults(self, aligned: bool) -> list[str]:
+        """What is wrong with it: spilled registers, or no 16-byte accesses where rows are ``aligned``."""
+        narrow = [what for what in ("loads", "stores") if max(getattr(self, what), default=0) < 16]
+        found = [f"{self.spills} bytes of registers spilled"] if self.spills else []
+        # The second pass of the bias gradient reads tiles and writes a few numbers.
+        return found + [f"{what} of less than 16 bytes" for what in narrow if aligned and self.kernel != "sum_chunks"]
 
 
 @contextlib.contextmanager
@@ -109,8 +121,14 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return signature, constants, attributes
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Report:
-    """Compile one launch to machine code and read it."""
+def compile_case(case: Case, target: GPUTarget) -> list[Report]:
+    """Compile the launches of one case to machine code and read them."""
+    with catch_launches(target) as launches:
+        KERNELS[case.op](*case.args)
+    return [_compile(launch, case.name, target) for launch in launches]
+
+
+def _compile(launch: Launch, case: str, target: GPUTarget) -> Report:
     source = ASTSource(launch.kernel, *_specialise(launch))
     compiled = triton.compile(source, target=target, options={"num_warps": launch.warps})
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
@@ -121,7 +139,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Report:
         registers = int(_first(r"\.vgpr_count:\s+(\d+)", assembly))
         spills = int(_first(r"\.vgpr_spill_count:\s+(\d+)", assembly))
         loads, stores = _hip_accesses(assembly)
-    return Report(launch.kernel.__name__.strip("_"), registers, spills, compiled.metadata.shared, loads, stores)
+    kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return Report(case, kernel, registers, spills, compiled.metadata.shared, loads, stores)
 
 
 def _first(pattern: str, text: str) -> str:
@@ -161,3 +180,58 @@ def _hip_accesses(assembly: str) -> tuple[dict[int, int], dict[int, int]]:
 def accesses(counts: dict[int, int]) -> str:
     """``"16x3 4x1"``: widths in bytes and how many instructions have them, widest first."""
     return " ".join(f"{width}x{count}" for width, count in sorted(counts.items(), reverse=True)) or "-"
+
+
+def compile_all(arch: str, match: str = "", shown_only: bool = False) -> tuple[list[Report], list[str], str]:
+    """Reports of the cases to be shown, what is wrong anywhere, and a summary of all that was compiled."""
+    shown, faults, all_reports = [], [], []
+    for case in cases(lambda case: match in case.name and (case.shown or not shown_only)):
+        reports = compile_case(case, TARGETS[arch])
+        all_reports += reports
+        shown += reports if case.shown else []
+        faults += [f"{arch} {case.name}, {r.kernel}: {fault}" for r in reports for fault in r.faults(case.aligned)]
+    most = max((report.registers for report in all_reports), default=0)
+    spilled = sum(report.spills > 0 for report in all_reports)
+    return shown, faults, f"{arch}: {len(all_reports)} programs, at most {most} registers, {spilled} with spills"
+
+
+def table(reports: dict[str, list[Report]]) -> str:
+    """Markdown: a line a kernel, and for each architecture registers, spills, shared memory and accesses."""
+    lines = ["| case, kernel | architecture | registers | spills | shared, bytes | loads | stores |", "|---|---|---|---|---|---|---|"]
+    for rows in zip(*reports.values(), strict=True):
+        for arch, r in zip(reports, rows, strict=True):
+            cells = (f"{r.case}, `{r.kernel}`", arch, r.registers, r.spills, r.shared, accesses(r.loads), accesses(r.stores))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` between the markers in a page."""
+    begin, end = "<!-- kernels: begin -->\n", "<!-- kernels: end -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def main() -> int:
+    """Compile, print the table, and fail on spills or narrow accesses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--match", default="", help="only cases with this in their name")
+    parser.add_argument("--shown", action="store_true", help="only the cases of the table")
+    parser.add_argument("--write", type=Path, help="a page to put the table into")
+    options = parser.parse_args()
+    count = len(options.arch)
+    with ProcessPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(compile_all, options.arch, [options.match] * count, [options.shown] * count))
+    reports = {arch: shown for arch, (shown, _, _) in zip(options.arch, results, strict=True)}
+    text = "\n\n".join([*(f"- {summary}" for _, _, summary in results), table(reports)]).replace("\n\n- ", "\n- ")
+    print(text)
+    if options.write is not None:
+        _write(options.write, text)
+    faults = [fault for _, found, _ in results for fault in found]
+    print("\n".join(faults), file=sys.stderr)
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,7 +77,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     source, target = _launch.words(tokens, out)
     width = target.shape[1]
     config = _launch.tile("permute", tokens.device)
-    block_t, block_c = _launch.shape_tile(target, width, config)
+    block_t, block_c = _launch.shape_tile(target.device, width, config)
     token_blocks = _launch.blocks(num_tokens, block_t)
     _launch.launch(
         _permute_kernel,
@@ -127,7 +127,7 @@ def unpermute(
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     config = _launch.tile("unpermute", rows.device)
-    block_t, block_c = _launch.shape_tile(rows, width, config)
+    block_t, block_c = _launch.shape_tile(rows.device, width, config)
     _launch.launch(
         _unpermute_kernel,
         (_launch.blocks(num_tokens, block_t), _launch.blocks(width, block_c)),
@@ -164,15 +164,16 @@ def _unpermute_backward_kernel(
             weight = tl.load(weights + row, mask=found, other=0).to(tl.float32)
             terms = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for start in range(0, width, BLOCK_C):
-                column = start + tl.arange(0, BLOCK_C)
-                g = tl.load(grad + token.to(tl.int64) * grad_stride + column, mask=column < width, other=0)
-                g = g.to(tl.float32)[None, :]
-                mask = found[:, None] & (column < width)[None, :]
+                column = (start + tl.arange(0, BLOCK_C))[None, :]
+                mask = found[:, None] & (column < width)
+                # As a tile, so that each thread has what it multiplies: all but one row's copies come from the L1 cache.
+                across = tl.zeros([BLOCK_K, 1], tl.int32) + column
+                g = tl.load(grad + token.to(tl.int64) * grad_stride + across, mask=mask, other=0).to(tl.float32)
                 if dweights is not None:
-                    x = tl.load(rows + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
+                    x = tl.load(rows + row.to(tl.int64)[:, None] * stride + column, mask=mask, other=0)
                     terms += g * x.to(tl.float32)
                 if drows is not None:
-                    tl.store(drows + row.to(tl.int64)[:, None] * width + column[None, :], g * weight[:, None], mask=mask)
+                    tl.store(drows + row.to(tl.int64)[:, None] * width + column, g * weight[:, None], mask=mask)
             if dweights is not None:
                 tl.store(dweights + row, tl.sum(terms, axis=1), mask=found)
     else:
@@ -203,7 +204,7 @@ def unpermute_backward(
     num_tokens, (num_rows, width) = grad.shape[0], rows.shape
     config = _launch.tile("unpermute_backward", rows.device)
     most = _rows_at_once(num_tokens, token_rows.shape[0])
-    block_k, block_c = _launch.shape_tile(rows, width, config, min_rows=most)
+    block_k, block_c = _launch.shape_tile(rows.device, width, config, min_rows=most)
     _launch.launch(
         _unpermute_backward_kernel,
         (num_tokens + _launch.blocks(num_rows, _ZERO_ROWS),),

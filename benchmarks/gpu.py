@@ -1,0 +1,541 @@
+"""Check and time the GPU kernels: one command, on a machine with a GPU.
+
+    python benchmarks/gpu.py                    # everything, 5 to 8 minutes; JSON and PNG into benchmarks/out
+    python benchmarks/gpu.py --quick            # one layer shape, nothing compiled
+    python benchmarks/gpu.py --tune             # time the launch configurations too
+    python benchmarks/gpu.py --peers DIR        # also against the packages in DIR (NeMo Automodel, Megatron-core, ...)
+    python benchmarks/gpu.py --interpret        # no GPU: tiny shapes in Triton's interpreter, to try the script itself
+
+Every result is compared with the reference before it is timed. Times are medians of CUDA events around single calls,
+which rotate among input sets that together outgrow the L2 cache; short ones are replayed from a CUDA graph. The fraction
+is of the measured copy bandwidth: bytes that must move, over the time, over what a copy of gigabytes moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+INTERPRET = "--interpret" in sys.argv
+if INTERPRET:  # read when triton and moekit are imported
+    os.environ |= {"TRITON_INTERPRET": "1", "MOEKIT_BACKEND": "triton"}
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import moekit  # noqa: E402
+from moekit import Routing  # noqa: E402
+from moekit.ops import rows as row_ops  # noqa: E402
+
+DEVICE = "cpu" if INTERPRET else "cuda"
+DTYPE = torch.bfloat16
+REPEATS = 2 if INTERPRET else 30
+# Relative error in the norm: bfloat16 rounds with one near 0.17%; a wrong row or a swapped half is far above 1.
+TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One Mixture-of-Experts layer: T tokens, H hidden, I intermediate, E experts, K experts a token."""
+
+    name: str
+    T: int
+    H: int
+    I: int
+    E: int
+    K: int
+
+    @property
+    def R(self) -> int:
+        """Rows after permutation."""
+        return self.T * self.K
+
+
+SHAPES = [
+    Shape("Qwen3-30B-A3B", 16384, 2048, 768, 128, 8),
+    Shape("Mixtral-8x7B", 16384, 4096, 14336, 8, 2),
+    Shape("DeepSeek-V3", 4096, 7168, 2048, 256, 8),
+]
+TINY = [Shape("tiny", 12, 32, 24, 4, 2)]
+
+
+@dataclass
+class Case:
+    """One operation on one shape: how to draw its inputs, what must move, and who computes it.
+
+    ``contenders`` map names to functions of the inputs; the first is moekit's. ``reference`` is another on the same
+    inputs. Gradients are taken for the inputs whose number is in ``gradients``.
+    """
+
+    name: str
+    draw: Callable[[], list[Tensor]]
+    contenders: dict[str, Callable[..., Any]]
+    reference: Callable[..., Any]
+    forward_bytes: int
+    backward_bytes: int = 0
+    gradients: tuple[int, ...] = ()
+    short: bool = False  # so short that launches dominate: replayed from a graph
+    sets: int = 2
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    case: str
+    who: str
+    ms: float
+    bytes: int = 0
+    flops: float = 0.0
+    note: str = ""
+    fraction: float = field(default=0.0)
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def synchronize() -> None:
+    if not INTERPRET:
+        torch.cuda.synchronize()
+
+
+def median_ms(call: Callable[[int], Any], repeats: int = REPEATS) -> float:
+    """Median time of ``call(i)``, i = 0, 1, ...; calls are queued, so that the host is ahead of the GPU."""
+    for i in range(2):
+        call(i)
+    synchronize()
+    if INTERPRET:
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            call(i)
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        start.record()
+        call(i)
+        end.record()
+    synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True))
+
+
+def graph_ms(call: Callable[[int], Any], calls: int = 20) -> float:
+    """Time of one of ``calls`` calls replayed from a CUDA graph."""
+    if INTERPRET:
+        return median_ms(call)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for i in range(3):
+            call(i)
+    synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return median_ms(lambda i: graph.replay(), 10) / calls
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth in GB/s (bytes read and written) and the rate of a large bf16 product in TFLOP/s."""
+    size, side = (1 << 12, 64) if INTERPRET else (1 << 31, 8192)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = median_ms(lambda i: target.copy_(source))
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    product = median_ms(lambda i: a @ b)
+    return {"copy_GBps": 2 * size / copy / 1e6, "matmul_TFLOPs": 2 * side**3 / product / 1e9}
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+
+
+def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def route(shape: Shape) -> Routing:
+    """A random routing, somewhat unbalanced: a few experts are twice as popular as others."""
+    popularity = torch.linspace(0.0, 0.7, shape.E, device=DEVICE)
+    logits = torch.randn(shape.T, shape.E, device=DEVICE) + popularity
+    weights, indices = moekit.topk_router(logits, shape.K)
+    return Routing.from_topk(indices, weights, num_experts=shape.E)
+
+
+def glu_cases(s: Shape) -> Iterator[Case]:
+    def eager(y: Tensor, p: Tensor) -> Tensor:
+        gate, up = y.chunk(2, -1)
+        return (F.silu(gate) * up * p.unsqueeze(-1)).to(y.dtype)
+
+    contenders = {"moekit": lambda y, p: moekit.glu(y, p), "eager": eager, "compile": eager, **peers("glu", s)}
+    forward, backward = 3 * s.R * s.I * 2 + 4 * s.R, 5 * s.R * s.I * 2 + 8 * s.R
+    draw = lambda: [normal(s.R, 2 * s.I), torch.rand(s.R, device=DEVICE)]  # noqa: E731
+    yield Case("weighted swiglu", draw, contenders, eager, forward, backward, (0, 1))
+    fp8 = {"moekit": lambda y, p: moekit.glu(y, p, fp8_store=True)}
+    both = s.R * s.I * (3 * 2 + 2)
+    yield Case("weighted swiglu, float8 store", draw, fp8, eager, both, both, (0, 1))
+
+
+def row_cases(s: Shape) -> Iterator[Case]:
+    routing = route(s)
+    row_token, *tables = routing.row_tables()
+    moved = (s.T + s.R) * s.H * 2
+    index = row_token.long()
+
+    def gather(x: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    def scatter(rows: Tensor) -> Tensor:
+        return torch.zeros(s.T, s.H, dtype=rows.dtype, device=DEVICE).index_add(0, index, rows)
+
+    def weighted(rows: Tensor, p: Tensor) -> Tensor:
+        return scatter((rows * p.unsqueeze(-1)).to(rows.dtype))
+
+    ours = {"moekit": lambda x: row_ops.move_rows(x, row_token, *tables)}
+    draw_rows = functools.partial(normal, s.R, s.H)
+    yield Case("permute", lambda: [normal(s.T, s.H)], ours | both_ways(gather), gather, moved, moved, (0,))
+    ours = {"moekit": lambda x: row_ops.sum_rows(x, None, row_token, *tables)}
+    wide = lambda rows: scatter(rows.float())  # noqa: E731
+    yield Case("unpermute", lambda: [draw_rows()], ours | both_ways(scatter), wide, moved, moved, (0,))
+    ours = {"moekit": lambda x, p: row_ops.sum_rows(x, p, row_token, *tables)}
+    wide_weighted = lambda rows, p: weighted(rows.float(), p)  # noqa: E731
+    back = (s.T + 2 * s.R) * s.H * 2 + 8 * s.R
+    draw = lambda: [draw_rows(), torch.rand(s.R, device=DEVICE)]  # noqa: E731
+    yield Case(
+        "unpermute weighted", draw, ours | both_ways(weighted), wide_weighted, moved + 4 * s.R, back, (0, 1)
+    )
+
+
+def both_ways(function: Callable) -> dict[str, Callable]:
+    return {"eager": function, "compile": function}
+
+
+def drop_in_cases(s: Shape) -> Iterator[Case]:
+    """permute and unpermute from a map, as NeMo Automodel and Megatron-core call them: tables included."""
+    from moekit import moe_utils
+
+    routing_map, probs = (t for t in route(s).to_map())
+    moved = (s.T + s.R) * s.H * 2
+
+    def ours(x: Tensor) -> Tensor:
+        return moe_utils.permute(x, routing_map, num_out_tokens=s.R)[0]
+
+    def eager(x: Tensor) -> Tensor:
+        tokens = torch.arange(s.T, device=DEVICE).expand(s.E, s.T).masked_select(routing_map.T)
+        return x.index_select(0, tokens)
+
+    draw = lambda: [normal(s.T, s.H)]  # noqa: E731
+    contenders = {"moekit": ours, "eager": eager, **peers("permute", s, routing_map)}
+    yield Case("permute from a map", draw, contenders, eager, moved + s.T * s.E, moved, (0,))
+    order = moe_utils.permute(normal(s.T, s.H), routing_map, num_out_tokens=s.R)[2]
+
+    def back(rows: Tensor) -> Tensor:
+        return moe_utils.unpermute(rows, order, (s.T, s.H), probs=probs, routing_map=routing_map)
+
+    def back_eager(rows: Tensor) -> Tensor:
+        p = probs.T.masked_select(routing_map.T).unsqueeze(-1)
+        return torch.zeros(s.T, s.H, device=DEVICE).index_add(0, order, rows.float() * p)
+
+    contenders = {"moekit": back, "eager": back_eager, **peers("unpermute", s, routing_map, probs, order)}
+    yield Case("unpermute with probs from a map", lambda: [normal(s.R, s.H)], contenders, back_eager, moved, moved, (0,))
+
+
+def small_cases(s: Shape) -> Iterator[Case]:
+    """Router and tables, and the tables together with permute."""
+
+    def chosen(logits: Tensor) -> Tensor:
+        return torch.topk(logits, s.K).values.softmax(-1)
+
+    ours = {"moekit": lambda x: moekit.topk_router(x, s.K)[0], "eager": chosen, "compile": chosen}
+    draw_logits = lambda: [normal(s.T, s.E, dtype=torch.float32)]  # noqa: E731
+    sizes = (4 * s.T * s.E + 12 * s.R, 8 * s.T * s.E)
+    yield Case("top-k router", draw_logits, ours, chosen, *sizes, (0,), short=True)
+
+    def eager_order(indices: Tensor) -> Tensor:
+        return indices.flatten().sort(stable=True).indices.int()
+
+    ours = {"moekit": lambda i: Routing.from_topk(i, num_experts=s.E).order, "eager": eager_order}
+    draw_indices = lambda: [torch.rand(s.T, s.E, device=DEVICE).topk(s.K).indices]  # noqa: E731
+    yield Case("routing tables", draw_indices, ours, eager_order, 16 * s.R, short=True)
+
+    def both(x: Tensor, indices: Tensor) -> Tensor:
+        return moekit.permute(x, Routing.from_topk(indices, num_experts=s.E))
+
+    def eager_both(x: Tensor, indices: Tensor) -> Tensor:
+        return x.index_select(0, eager_order(indices) // s.K)
+
+    draw = lambda: [normal(s.T, s.H), *draw_indices()]  # noqa: E731
+    contenders = {"moekit": both, "eager": eager_both}
+    yield Case("routing tables and permute", draw, contenders, eager_both, (s.T + s.R) * s.H * 2 + 16 * s.R, short=True)
+
+
+def peers(op: str, s: Shape, *given: Tensor) -> dict[str, Callable]:
+    """What other packages call this operation, where they can be imported."""
+    found: dict[str, Callable] = {}
+    nemo = load("nemo_automodel.components.moe.megatron.moe_utils")
+    megatron = load("megatron.core.transformer.moe.moe_utils")
+    if op == "glu":
+        fused = load("megatron.core.fusions.fused_bias_swiglu")
+        if nemo:
+            found["nemo"] = lambda y, p: nemo.weighted_bias_swiglu_impl(y, p.unsqueeze(-1))
+        if fused:
+            found["megatron"] = lambda y, p: fused.weighted_bias_swiglu_impl(y, None, p.unsqueeze(-1))
+        liger = load("liger_kernel.ops.swiglu")
+        if liger:  # has no weights: they are one more product
+            halves = lambda y: (half.contiguous() for half in y.chunk(2, -1))  # noqa: E731
+            silu = lambda y: liger.LigerSiLUMulFunction.apply(*halves(y))  # noqa: E731
+            found["liger"] = lambda y, p: (silu(y) * p.unsqueeze(-1)).to(y.dtype)
+    for name, module in (("nemo", nemo), ("megatron", megatron)):
+        if module and op == "permute":
+            found[name] = lambda x, m=module: m.permute(x, given[0], num_out_tokens=s.R)[0]
+        if module and op == "unpermute":
+            routing_map, probs, order = given
+            found[name] = lambda x, m=module: m.unpermute(x, order, (s.T, s.H), probs=probs, routing_map=routing_map)
+    return found
+
+
+@functools.cache
+def load(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a peer may fail in any way
+        print(f"  no {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150])
+        return None
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_case(case: Case, shape: Shape, *, compiled: bool) -> Iterator[Result]:
+    sets = [case.draw() for _ in range(case.sets)]
+    for x in (x for inputs in sets for i, x in enumerate(inputs) if i in case.gradients):
+        x.requires_grad_()
+    expected = with_gradients(case, case.reference, sets[0])
+    for who, function in case.contenders.items():
+        if who == "compile":
+            if not compiled:
+                continue
+            torch._dynamo.reset()
+            function = torch.compile(function, backend="eager" if INTERPRET else "inductor", dynamic=False)
+        try:
+            yield from run_contender(case, shape, who, function, sets, expected)
+        except Exception as error:
+            if who == "moekit":
+                raise
+            print(f"  {case.name}, {who}: {type(error).__name__}: {str(error)[:200]}")
+
+
+def run_contender(
+    case: Case, shape: Shape, who: str, function: Callable, sets: list[list[Tensor]], expected: list[Tensor]
+) -> Iterator[Result]:
+    label, timer = f"{shape.name}: {case.name}", graph_ms if case.short and who != "compile" else median_ms
+    error = worst_error(with_gradients(case, function, sets[0]), expected)
+    note = "" if error <= (0.1 if "float8" in case.name else TOLERANCE) else f"WRONG: error {error:.2g}"
+    if note and who == "moekit":
+        raise AssertionError(f"{label}: {note}")
+    with torch.no_grad():
+        ms = timer(lambda i: function(*sets[i % len(sets)]))
+    yield Result(label, who, ms, case.forward_bytes, note=note)
+    if case.backward_bytes:
+        outputs = [function(*inputs) for inputs in sets]
+        wrt = [[inputs[i] for i in case.gradients] for inputs in sets]
+        upstream = [torch.randn_like(out) for out in outputs]
+
+        def backward(i: int) -> Any:
+            i %= len(sets)
+            return torch.autograd.grad(outputs[i], wrt[i], upstream[i], retain_graph=True)
+
+        yield Result(f"{label}, backward", who, median_ms(backward), case.backward_bytes, note=note)
+
+
+def with_gradients(case: Case, function: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """The result and the gradients of its sum with fixed random coefficients."""
+    out = function(*inputs)
+    if not case.gradients:
+        return [out.detach()]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    upstream = torch.randn(out.shape, generator=generator, device=DEVICE).to(DTYPE).to(out.dtype)
+    grads = torch.autograd.grad(out, [inputs[i] for i in case.gradients], upstream)
+    return [out.detach(), *grads]
+
+
+def worst_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error in the norm; integers must be equal."""
+    errors = []
+    for a, b in zip(found, expected, strict=True):
+        norm = b.float().norm().clamp(min=1e-30)
+        errors.append(float((a.float() - b.float()).norm() / norm))
+    return max(float("inf") if error != error else error for error in errors)
+
+
+def grouped_products(s: Shape) -> Iterator[Result]:
+    """``grouped_mm`` alone: forward, input gradient, weight gradient of the gate/up projection."""
+    offsets = route(s).offsets
+    x, grad = normal(s.R, s.H), normal(s.R, 2 * s.I)
+    w = normal(s.E, 2 * s.I, s.H)
+    flops = 2 * s.R * s.H * 2 * s.I
+    calls = {
+        "forward": lambda i: F.grouped_mm(x, w.mT, offs=offsets),
+        "input gradient": lambda i: F.grouped_mm(grad, w, offs=offsets),
+        "weight gradient": lambda i: F.grouped_mm(grad.T, x, offs=offsets),
+    }
+    for name, call in calls.items():
+        yield Result(f"{s.name}: grouped_mm, {name}", "torch", median_ms(call, 10 if not INTERPRET else 2), flops=flops)
+
+
+def expert_mlps(s: Shape) -> Iterator[Result]:
+    """The whole expert MLP, forward and backward, with its peak memory."""
+    routing = route(s)
+    x = normal(s.T, s.H).requires_grad_()
+    gate_up, down = (w.mul_(0.02).requires_grad_() for w in (normal(s.E, 2 * s.I, s.H), normal(s.E, s.H, s.I)))
+    p, indices = routing.weights.detach().requires_grad_(), routing.indices
+
+    def eager(x: Tensor) -> Tensor:
+        order = indices.flatten().sort(stable=True).indices
+        h = F.grouped_mm(x[order // s.K], gate_up.mT, offs=routing.offsets)
+        gate, up = h.chunk(2, -1)
+        out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=routing.offsets) * p.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, order // s.K, out.to(x.dtype))
+
+    contenders = {f"moekit, save={save}": functools.partial(ours_mlp, indices, p, gate_up, down, save=save)
+                  for save in ("recompute", "fp8", "all")} | {"eager": eager}  # fmt: skip
+    flops = 3 * 2 * s.R * s.H * 3 * s.I
+    for who, function in contenders.items():
+
+        def step(i: int, function: Callable = function) -> Any:
+            out = function(x)
+            return torch.autograd.grad(out, [x, p, gate_up, down], out)
+
+        step(0)
+        if not INTERPRET:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        ms = median_ms(step, 2 if INTERPRET else 10)
+        peak = "" if INTERPRET else f"peak {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
+        yield Result(f"{s.name}: expert MLP, forward and backward", who, ms, flops=flops, note=peak)
+
+
+def ours_mlp(indices: Tensor, p: Tensor, gate_up: Tensor, down: Tensor, x: Tensor, *, save: str) -> Tensor:
+    from moekit.ops.experts import experts
+
+    return experts(x, (indices, p), gate_up, down, save=save)
+
+
+def tune(shapes: list[Shape]) -> Iterator[Result]:
+    """moekit's kernels under every launch configuration; what wins belongs into the table of ``_launch.py``."""
+    from moekit.kernels.triton import _launch
+
+    families = {"glu": (glu_cases, "glu", "glu_backward"), "rows": (row_cases, "permute", "unpermute", "unpermute_backward")}
+    standard = dict(_launch._TILES)
+    for shape, (make, *names) in ((s, f) for s in shapes for f in families.values()):
+        for size, warps in ((4, 4), (8, 2), (8, 4), (8, 8), (16, 2), (16, 4), (16, 8), (32, 4), (32, 8)):
+            _launch._TILES.update({name: _launch.Tile(size, warps) for name in names})
+            for case in make(shape):
+                case.contenders = {"moekit": case.contenders["moekit"]}
+                for result in run_case(case, shape, compiled=False):
+                    result.who = f"{size} elements, {warps} warps"
+                    yield result
+        _launch._TILES.update(standard)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def describe(result: Result, limits: dict[str, float]) -> str:
+    rate = ""
+    if result.bytes:
+        result.fraction = result.bytes / result.ms / 1e6 / limits["copy_GBps"]
+        rate = f"{result.bytes / result.ms / 1e6:7.0f} GB/s {100 * result.fraction:5.1f}%"
+    if result.flops:
+        rate = f"{result.flops / result.ms / 1e9:7.1f} TFLOP/s"
+    return f"{result.case:58} {result.who:22} {result.ms:9.4f} ms {rate} {result.note}"
+
+
+def draw_chart(results: list[Result], path: Path) -> None:
+    """Bars: the fraction of copy bandwidth of each operation, moekit beside the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(r.case for r in results if r.bytes))
+    names = list(dict.fromkeys(r.who for r in results if r.bytes and "warps" not in r.who))
+    height = 0.8 / max(len(names), 1)
+    _, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(cases)))
+    for j, name in enumerate(names):
+        bars = [(cases.index(r.case) + j * height, r.fraction) for r in results if r.bytes and r.who == name]
+        axes.barh(*zip(*bars, strict=True), height=height, label=name)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("bytes that must move / time / copy bandwidth")
+    axes.legend(fontsize=7)
+    plt.tight_layout()
+    plt.savefig(path, dpi=150)
+
+
+def environment() -> dict[str, str]:
+    import triton
+
+    name = platform.processor() if INTERPRET else torch.cuda.get_device_name()
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first shape only, nothing compiled")
+    parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
+    parser.add_argument("--match", default="", help="only cases with this in their name")
+    parser.add_argument("--peers", type=Path, help="a folder of packages to compare with")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where JSON and PNG go")
+    parser.add_argument("--interpret", action="store_true", help="tiny shapes, without a GPU")
+    options = parser.parse_args()
+    if options.peers:
+        sys.path.append(str(options.peers))
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    shapes = TINY if INTERPRET else SHAPES[:1] if options.quick else SHAPES
+    limits, results = ceilings(), []
+    print(environment(), {name: round(value) for name, value in limits.items()}, flush=True)
+
+    def note(found: Iterator[Result]) -> None:
+        for result in found:
+            results.append(result)
+            print(describe(result, limits), flush=True)
+
+    if options.tune:
+        note(tune(shapes))
+    else:
+        for shape in shapes:
+            if "grouped" in f"grouped_mm {options.match}":
+                note(grouped_products(shape))
+        for shape in shapes:
+            for make in (glu_cases, row_cases, small_cases, drop_in_cases):
+                for case in make(shape):
+                    if options.match in case.name:
+                        note(run_case(case, shape, compiled=not options.quick))
+            if not options.match:
+                note(expert_mlps(shape))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment(), "ceilings": limits, "results": [asdict(r) for r in results]}
+    (options.out / "gpu.json").write_text(json.dumps(record, indent=1))
+    if not options.tune:
+        draw_chart(results, options.out / "gpu.png")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the offline compiler compiles: every kernel, in every configuration that makes another program of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# R rows of I features in E experts, T tokens of H features to K experts each: a Qwen3-30B-A3B layer at T = 16384.
+_T, _K, _E, _H, _I = 16384, 8, 128, 2048, 768
+_R = _T * _K
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SILU, _QUICK, _GELU, _RELU2 = (
+    ("sigmoid", 1.0, 0.0),
+    ("sigmoid", 1.702, 0.0),
+    ("gelu", 0.0, 0.0),
+    ("relu2", 0.0, 0.0),
+)
+
+
+class Case(NamedTuple):
+    """One call of a launcher, on meta tensors."""
+
+    name: str
+    op: str
+    args: tuple
+    shown: bool = False  # in the table; the others count in its summary
+    aligned: bool = True  # whether accesses to rows can be, and so must be, 16 bytes wide
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _integers(*shape: int) -> Tensor:
+    return _meta(*shape, dtype=torch.int32)
+
+
+def _glu_cases(width: int, dtype_name: str, layout: str, bias_kind: str, constants: tuple, label: str) -> Iterator[Case]:
+    dtype = _DTYPES[dtype_name]
+    features = width if layout == "ungated" else 2 * width
+    y, grad, weights = _meta(_R, features, dtype=dtype), _meta(_R, width, dtype=dtype), _meta(_R)
+    shapes = {"shared": (features,), "row": (_R, features), "expert": (_E, features)}
+    bias = None if bias_kind == "none" else _meta(*shapes[bias_kind], dtype=dtype)
+    offsets = _integers(_E) if bias_kind == "expert" else None
+    shown, aligned = dtype_name == "bf16" and label == "silu" and width == _I, width % 16 == 0
+    what = f"{layout} {dtype_name} {label}" + ("" if bias is None else f", {bias_kind} bias") + f", I={width}"
+
+    def case(op: str, name: str, *args: Any) -> Case:
+        return Case(f"{name} {what}", op, args, shown, aligned)
+
+    inputs = (weights, bias, offsets, *constants, layout)
+    yield case("glu", "glu", y, *inputs)
+    yield case("glu_fp8", "glu float8", y, *inputs)
+    yield case("glu_backward", "glu backward", grad, y, None, *inputs, [True, True, False, False])
+    yield case("glu_backward", "glu backward again", grad, y, None, *inputs, [True, True, False, True])
+    stored = _meta(_R, features, dtype=torch.float8_e4m3fn)
+    yield case("glu_backward", "glu backward float8", grad, stored, _meta(_R), *inputs, [True, True, False, False])
+    if bias is not None:
+        yield case("glu_backward", "glu backward with dbias", grad, y, None, *inputs, [True, True, True, False])
+
+
+def _all_glu() -> Iterator[Case]:
+    plain = (*_SILU, 0.0, None, False)
+    gpt_oss, clamped = (*_QUICK, 1.0, 7.0, True), (*_QUICK, 1.0, 7.0, False)
+    for layout, dtype in itertools.product(("concatenated", "interleaved", "ungated"), _DTYPES):
+        yield from _glu_cases(_I, dtype, layout, "none", plain, "silu")
+        yield from _glu_cases(_I, dtype, layout, "expert", plain, "silu")
+        yield from _glu_cases(_I, dtype, layout, "shared", (*_GELU, 0.0, None, False), "gelu")
+        if layout != "ungated":
+            yield from _glu_cases(_I, dtype, layout, "expert", gpt_oss, "clamp after bias")
+            yield from _glu_cases(_I, dtype, layout, "row", clamped, "clamp before bias")
+    yield from _glu_cases(_I, "bf16", "ungated", "none", (*_RELU2, 0.0, None, False), "relu2")
+    yield from _glu_cases(14336, "bf16", "concatenated", "none", plain, "silu")
+    yield from _glu_cases(37, "bf16", "concatenated", "none", plain, "silu")
+
+
+def _all_rows() -> Iterator[Case]:
+    for (tokens, topk, width), (name, dtype) in itertools.product(
+        ((_T, _K, _H), (4096, 8, 7168), (_T, 2, 4096), (4096, 1, 2880), (4096, 4, 37)), _DTYPES.items()
+    ):
+        rows = tokens * topk
+        tables = (_integers(rows), _integers(tokens + 1), _integers(rows))
+        x, y, weights = _meta(tokens, width, dtype=dtype), _meta(rows, width, dtype=dtype), _meta(rows)
+        what = f"{name} T={tokens} K={topk} H={width}"
+        shown = name == "bf16" and (tokens, topk) == (_T, _K)
+        flags = {"shown": shown, "aligned": width % 16 == 0}
+        yield Case(f"permute {what}", "permute", (x, *tables), **flags)
+        yield Case(f"unpermute {what}", "unpermute", (y, None, *tables), **flags)
+        yield Case(f"unpermute weighted {what}", "unpermute", (y, weights, *tables), **flags)
+        for wanted in ([True, True], [True, False], [False, True]):
+            label = "" if all(wanted) else " of rows" if wanted[0] else " of weights"
+            args = (x, y, weights, *tables, wanted)
+            shown_here = flags | {"shown": shown and all(wanted)}
+            yield Case(f"unpermute backward{label} {what}", "unpermute_backward", args, **shown_here)
+
+
+def _all_tables() -> Iterator[Case]:
+    for tokens, topk, experts in ((_T, _K, _E), (_T, 2, 8), (4096, 8, 512), (4096, 6, 160)):
+        rows, what = tokens * topk, f"T={tokens} K={topk} E={experts}"
+
+        def case(op: str, *args: Any, what: str = what, shown: bool = experts == _E) -> Case:
+            return Case(f"{op} {what}", op, args, shown, aligned=False)
+
+        indices, row_token = _meta(tokens, topk, dtype=torch.int64), _meta(rows, dtype=torch.int64)
+        yield case("route_indices", indices, experts)
+        yield case("rows_of_tokens", row_token, tokens)
+        yield case("pad_rows", _integers(experts), _integers(rows), _integers(tokens, topk), 16)
+        yield case("sort_chunk_rows", _integers(experts), _integers(experts), rows, rows)
+        for dtype in (torch.bool, torch.float32, torch.int64):
+            routing_map, shown = _meta(tokens, experts, dtype=dtype), dtype is torch.bool and experts == _E
+            yield case("route_map", routing_map, rows, shown=shown)
+            yield case("map_to_indices", routing_map, topk, shown=shown)
+            yield case("route_capacity", routing_map, 2 * rows // experts, shown=shown)
+
+
+def _all_routers() -> Iterator[Case]:
+    shapes = ((_T, _E, _K, None, None), (_T, 8, 2, None, None), (4096, 256, 8, 8, 4), (4096, 512, 10, None, None))
+    scores = {"softmax": ("softmax", False), "pre-softmax": ("softmax", True), "sigmoid": ("sigmoid", False)}
+    for (tokens, experts, k, *groups), (label, score), name, biased in itertools.product(
+        shapes, scores.items(), ("fp32", "bf16"), (False, True)
+    ):
+        dtype = _DTYPES[name]
+        logits, bias = _meta(tokens, experts, dtype=dtype), _meta(experts) if biased else None
+        what = f"{label} {name} T={tokens} E={experts} K={k}" + (" grouped" if groups[0] else "")
+        shown = name == "fp32" and not biased and experts in (_E, 256)
+        args = (logits, bias, k, *score, *groups, None)
+        yield Case(f"topk {what}" + (" biased" if biased else ""), "topk_router", args, shown, aligned=False)
+        if not biased:
+            grads = (_meta(tokens, k, dtype=dtype), logits, _meta(tokens, k, dtype=torch.int64))
+            yield Case(f"topk backward {what}", "topk_router_backward", (*grads, *score, None), shown, aligned=False)
+
+
+def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
+    """All of them, or those that ``select`` takes."""
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers):
+        yield from filter(select, family())

@@ -1,0 +1,169 @@
+"""Imports point one way: kernels <- ops <- moe_utils, hf <- demo, cli. Read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import moekit
+
+ROOT = Path(moekit.__file__).parent
+
+# A module belongs to the longest prefix here; it may import from lower layers, and from its own without a cycle.
+LAYERS = {
+    "moekit._check": 0,
+    "moekit._backend": 0,  # finds the kernels by name, at the call
+    "moekit.kernels": 1,
+    "moekit.ops": 2,
+    "moekit.routing": 2,  # what the operators on rows take: built by ops.tables
+    "moekit.nn": 3,
+    "moekit._megatron": 4,
+    "moekit.moe_utils": 4,
+    "moekit.compat": 4,
+    "moekit.ep": 4,
+    "moekit.hf": 4,
+    "moekit": 5,  # the public names, and what is not listed: demo, cli
+}
+
+# Who may import what, by prefix.
+ONLY_FOR = {
+    "numba": ["moekit.kernels.numba"],
+    "llvmlite": ["moekit.kernels.numba"],
+    "triton": ["moekit.kernels.triton"],
+    "transformers": ["moekit.hf"],
+    "torch.distributed": ["moekit.ep", "moekit.ops.losses"],
+    "typer": ["moekit.cli", "moekit.demo"],
+    "rich": ["moekit.cli", "moekit.demo"],
+    "matplotlib": ["moekit.cli", "moekit.demo"],
+    "numpy": ["moekit.kernels.numba"],
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+PACKAGES = {name_of(path) for path in ROOT.rglob("__init__.py")}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that runs: what is under ``if TYPE_CHECKING`` does not."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            for other in child.orelse:
+                yield from (other, *nodes(other))
+        else:
+            yield child
+            yield from nodes(child)
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that ``module`` imports, wherever in the file; ``from package import module`` means the module."""
+    for node in nodes(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                base = module.split(".")[: None if module in PACKAGES else -1]
+                source = ".".join([*base[: len(base) - node.level + 1], *source.split(".")]).rstrip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield inner if inner in TREES else source
+
+
+def belongs(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def layer(module: str) -> int:
+    return LAYERS[max((prefix for prefix in LAYERS if belongs(module, prefix)), key=len)]
+
+
+def own(module: str) -> set[str]:
+    return {found for found in imports(module) if belongs(found, "moekit")}
+
+
+def test_imports_point_one_way():
+    for module in TREES:
+        wrong = {found for found in own(module) if layer(found) > layer(module)}
+        assert not wrong, f"{module} (layer {layer(module)}) imports {sorted(wrong)} from above"
+
+
+def test_there_are_no_cycles():
+    graphlib.TopologicalSorter({module: own(module) - {module} for module in TREES}).prepare()
+
+
+def test_kernels_of_one_backend_know_nothing_of_the_other():
+    for module in TREES:
+        if belongs(module, "moekit.kernels"):
+            package = ".".join(module.split(".")[:3])
+            wrong = {found for found in own(module) if layer(found) > 0 and not belongs(found, package)}
+            assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_each_dependency_has_its_place():
+    for dependency, users in ONLY_FOR.items():
+        for module in TREES:
+            found = [name for name in imports(module) if belongs(name, dependency)]
+            assert not found or any(belongs(module, user) for user in users), f"{module} imports {found}"
+
+
+def mentions_of_environ(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb"):
+            yield node
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (alias for alias in node.names if alias.name in ("environ", "environb", "getenv", "getenvb"))
+
+
+def test_only_backend_reads_the_environment():
+    mentioned = {module: len([*mentions_of_environ(tree)]) for module, tree in TREES.items()}
+    assert mentioned.pop("moekit._backend")
+    # The command line sets what OpenMP reads, before torch is loaded.
+    setdefault = [node for node in ast.walk(TREES["moekit.cli"]) if getattr(node, "attr", "") == "setdefault"]
+    assert mentioned.pop("moekit.cli") == sum(len([*mentions_of_environ(node)]) for node in setdefault)
+    assert not any(mentioned.values()), mentioned
+
+
+def test_no_assert_statements():
+    """They vanish under ``python -O`` and say nothing to a user."""
+    found = [(m, node.lineno) for m, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not found
+
+
+def test_these_tests_see_something():
+    assert {"moekit.ops.rows", "moekit.ops._library", "moekit.routing"} <= set(TREES)
+    assert "moekit.ops.rows" in own("moekit.moe_utils") and "moekit._check" in own("moekit.routing")
+    assert "moekit.routing" not in own("moekit.ops.rows")  # for type checkers only
+    assert layer("moekit.ops.rows") == 2 and layer("moekit.demo.run") == layer("moekit") == 5
+
+
+def test_the_readers_of_imports_see_every_form():
+    code = """
+import a.b
+from c import d
+from . import rows
+from .._check import fail
+from ..ops import tables as t
+def f():
+    import e
+if TYPE_CHECKING:
+    import g
+else:
+    import h
+"""
+    TREES["moekit.ops.made_up"] = ast.parse(code)
+    try:
+        found = {"a.b", "c", "moekit.ops.rows", "moekit._check", "moekit.ops.tables", "e", "h"}
+        assert set(imports("moekit.ops.made_up")) == found
+    finally:
+        del TREES["moekit.ops.made_up"]

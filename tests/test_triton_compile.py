@@ -1,0 +1,69 @@
+"""The Triton kernels compile to lean machine code, on a machine without a GPU: no spills, 16-byte accesses.
+
+A representative set for one architecture; ``make kernels`` compiles every configuration for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("what is interpreted is not compiled", allow_module_level=True)
+
+from moekit.kernels.triton import KERNELS, _cases, offline
+
+ARCH = "sm_90"
+NAMES = [
+    "glu concatenated bf16 silu, I=768",
+    "glu float8 concatenated bf16 silu, I=768",
+    "glu backward interleaved bf16 silu, I=768",
+    "glu backward again concatenated fp32 silu, I=768",
+    "glu backward with dbias concatenated bf16 clamp after bias, expert bias, I=768",
+    "glu backward float8 ungated fp16 silu, I=768",
+    "glu concatenated bf16 silu, I=37",
+    "permute bf16 T=16384 K=8 H=2048",
+    "unpermute weighted bf16 T=4096 K=8 H=7168",
+    "unpermute backward bf16 T=16384 K=8 H=2048",
+    "unpermute backward fp32 T=4096 K=1 H=2880",
+    "route_indices T=16384 K=8 E=128",
+    "rows_of_tokens T=16384 K=8 E=128",
+    "pad_rows T=4096 K=8 E=512",
+    "route_map T=16384 K=8 E=128",
+    "topk softmax fp32 T=16384 E=128 K=8",
+    "topk sigmoid fp32 T=16384 E=128 K=8 biased",
+    "topk backward pre-softmax fp32 T=16384 E=128 K=8",
+]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return {case.name: case for case in _cases.cases()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_machine_code(cases, name):
+    case = cases[name]
+    for report in offline.compile_case(case, offline.TARGETS[ARCH]):
+        assert not report.faults(case.aligned), f"{report}: {report.faults(case.aligned)}"
+
+
+def test_every_operator_is_compiled(cases):
+    assert {case.op for case in cases.values()} == set(KERNELS)
+
+
+def test_a_fault_is_seen():
+    report = offline.Report("case", "kernel", registers=255, spills=8, shared=0, loads={4: 2}, stores={16: 1})
+    assert len(report.faults(aligned=True)) == 2
+    assert len(report.faults(aligned=False)) == 1
+
+
+@pytest.mark.parametrize(("offset", "width"), [(1, 768), (0, 37)])
+def test_unaligned_rows_are_read_in_narrow_pieces(cases, offset, width):
+    y = torch.empty(64 * 2 * width + offset, dtype=torch.bfloat16, device="meta")[offset:].view(64, 2 * width)
+    case = cases["glu concatenated bf16 silu, I=768"]._replace(args=(y, *cases["glu concatenated bf16 silu, I=768"].args[1:]))
+    (report,) = offline.compile_case(case, offline.TARGETS[ARCH])
+    assert max(report.loads) < 16

@@ -1,0 +1,345 @@
+"""The Triton kernels against the references: on a GPU if there is one, else in Triton's interpreter on the CPU.
+
+The interpreter is chosen when triton is imported, so without a GPU one test here starts another pytest that interprets:
+it runs this file, and the suites of the operators with the triton backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _interpreter import INTERPRETED
+from _reference import BIASES, LAYOUTS, VARIANTS, assert_accurate, assert_same, draw, glu_formula, glu_inputs
+from _reference import doubled, value_and_grads
+
+import moekit
+from moekit import Routing
+from moekit.ops import glu as glu_ops
+from moekit.ops import rows as row_ops
+from moekit.ops import tables as table_ops
+from moekit.ops import topk as topk_ops
+
+pytest.importorskip("triton")
+
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+OTHER_SUITES = ("test_tables.py", "test_rows.py", "test_sort_chunks.py")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
+def test_the_operators_pass_in_the_interpreter():
+    here = Path(__file__).parent
+    files = [Path(__file__), *(path for name in OTHER_SUITES if (path := here / name).exists())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "MOEKIT_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "_interpreter", "-m", "not slow"]
+    child = subprocess.run(
+        [*command, *map(str, files)], env=environment, cwd=here.parent, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, f"in the interpreter:\n{child.stdout[-6000:]}\n{child.stderr[-2000:]}"
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run(request):
+    if request.function is not test_the_operators_pass_in_the_interpreter and not (GPU or INTERPRETED):
+        pytest.skip("needs a GPU, or runs in the interpreter started above")
+
+
+def combinations(*axes):
+    """All combinations on a GPU; in the interpreter, which takes milliseconds an operation, each value at least once."""
+    axes = [list(axis) for axis in axes]
+    if GPU:
+        return itertools.product(*axes)
+    return itertools.islice(zip(*map(itertools.cycle, axes), strict=False), max(map(len, axes)))
+
+
+def place(x):
+    """Tensors, alone or in tuples and dicts, on the device of the kernels; strides stay."""
+    if isinstance(x, torch.Tensor):
+        moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+        return moved.copy_(x) if all(x.stride()) else x.to(DEVICE)
+    if isinstance(x, dict):
+        return {name: place(value) for name, value in x.items()}
+    return tuple(place(value) for value in x) if isinstance(x, tuple | list) else x
+
+
+def kernel(name, *args):
+    """A kernel's results on the CPU; the reference must not have run in its place."""
+    from moekit.kernels.triton import KERNELS
+
+    result = KERNELS[name](*place(args))
+    assert result is not NotImplemented, f"{name} left its arguments to the reference"
+    return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+
+def reference(function, *args):
+    with moekit.backend("torch"):
+        return function(*args)
+
+
+def assert_exact(found, expected, what=""):
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    for i, (a, b) in enumerate(pairs):
+        assert a.dtype is b.dtype and a.shape == b.shape, f"{what}[{i}]: {a.dtype} {list(a.shape)}"
+        where = (a != b).nonzero()
+        assert len(where) == 0, f"{what}[{i}]: {len(where)} differ, the first at {where[0].tolist()}: {a} is not {b}"
+
+
+# --- gated activations ----------------------------------------------------------------------------------------------
+
+
+def check_glu(variant, bias, dtype, layout="contiguous", **sizes):
+    inputs, parameters, grad = glu_inputs(variant, bias, dtype, **sizes)
+    expected = value_and_grads(functools.partial(glu_formula, **parameters), doubled(inputs), grad.double())
+    laid = {name: None if x is None else LAYOUTS[layout](x) for name, x in inputs.items()}
+    with moekit.backend("triton"):
+        call = functools.partial(moekit.glu, **place(parameters))
+        found = value_and_grads(call, place(laid), place(LAYOUTS[layout](grad)))
+    what = f"{variant} {bias} {dtype} {sizes}"
+    assert_accurate(found[0].cpu(), expected[0], work=torch.float32, what=f"{what} value")
+    for name, gradient in found[1].items():
+        assert_accurate(gradient.cpu(), expected[1][name], work=torch.float32, what=f"{what} gradient of {name}")
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_glu(variant, bias):
+    for dtype, weights in combinations((torch.bfloat16, torch.float32, torch.float16) if GPU else (torch.bfloat16,), (True, False)):
+        check_glu(variant, bias, dtype, weights=weights)
+
+
+@pytest.mark.parametrize("variant", ["silu", "clamp-after-bias", "ungated-relu2"])
+@pytest.mark.parametrize(("num_rows", "width"), [(70, 1), (1, 33), (3, 8), (11, 24), (9, 257)])
+def test_glu_of_every_alignment(variant, num_rows, width):
+    for layout, bias in combinations(LAYOUTS, ("none", "vector")):
+        check_glu(variant, bias, torch.float16, layout, num_rows=num_rows, width=width)
+
+
+@pytest.mark.parametrize("variant", ["silu", "silu-interleaved", "ungated-silu"])
+def test_glu_bias_summed_over_many_chunks(variant):
+    check_glu(variant, "vector", torch.float32, num_rows=300, width=3)
+    check_glu(variant, "experts", torch.float32, num_rows=150, width=3)
+
+
+@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=4))
+def test_glu_backward_gives_what_is_wanted(wanted):
+    inputs, parameters, grad = glu_inputs("clamp-before-bias", "experts", torch.float32)
+    offsets = parameters.pop("offsets")
+    args = (grad, inputs["y"], None, inputs["weights"], inputs["bias"], offsets, *glu_ops.make_glu(**parameters))
+    found = kernel("glu_backward", *args, list(wanted))
+    for value, expected in zip(found, reference(glu_ops.glu_backward_reference, *args, list(wanted)), strict=True):
+        assert_accurate(value, expected.double(), what=f"{wanted}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", glu_ops.LAYOUTS)
+def test_glu_float8(layout, dtype):
+    spec = glu_ops.make_glu(layout=layout)
+    tiny, huge = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max
+    scales = torch.tensor([1.0, 0.0, tiny, huge / 8, 1e-3, 30.0], dtype=torch.float64)
+    y = (draw(3, 6, 70) * scales[:, None]).clamp(-huge, huge).to(dtype)
+    y[1:4, 0] = torch.tensor([0.0, -tiny, huge])
+    out, stored, scale = kernel("glu_fp8", y, None, None, None, *spec)
+    expected_out, expected, expected_scale = reference(glu_ops._glu_fp8_reference, y, None, None, None, *spec)
+    assert_exact((stored.view(torch.uint8), scale), (expected.view(torch.uint8), expected_scale), "float8")
+    assert_same(out, kernel("glu", y, None, None, None, *spec))
+    grad, flags = draw(4, *out.shape, dtype=dtype), [True, False, False, False]
+    args = (grad, expected, expected_scale, None, None, None, *spec, flags)
+    found, true = kernel("glu_backward", *args), reference(glu_ops.glu_backward_reference, *args)
+    assert_accurate(found[0], true[0].double(), what="dy")
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def random_tables(num_tokens, topk, num_experts, *, seed=0, spare=0, sort=False):
+    """The tables of a random routing in which some slots and some tokens have no expert."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :topk]
+    indices[torch.rand(num_tokens, topk, generator=generator) < 0.2] = -1
+    routing = reference(functools.partial(Routing.from_topk, num_experts=num_experts), indices)
+    if not sort:
+        return routing.row_tables()
+    row_token = torch.cat([routing.row_tables()[0].long(), torch.full((spare,), -1)])
+    return row_token, *reference(table_ops.rows_of_tokens, row_token, num_tokens)
+
+
+ROUTINGS = [(5, 2, 4), (1, 1, 1), (9, 3, 5), (3, 12, 12)]
+WIDTHS = [1, 7, 64, 72, 1030]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.int64, torch.complex64])
+def test_permute_copies_any_dtype(dtype):
+    for sizes, sort, width, layout in combinations(ROUTINGS, (True, False), WIDTHS, LAYOUTS.values()):
+        tables = random_tables(*sizes, sort=sort, spare=200)
+        tokens = (draw(1, sizes[0], width) * 4).to(dtype)
+        expected = reference(row_ops._permute_reference, tokens, *tables)
+        assert_exact(kernel("permute", layout(tokens), *tables), expected, f"{sizes} {width}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS if GPU else WIDTHS[1:4])
+def test_unpermute_and_its_gradient(width, dtype):
+    flags, layouts = ([True, True], [True, False], [False, True]), LAYOUTS.values()
+    for sizes, sort, weighted, layout, wanted in combinations(ROUTINGS, (True, False), (True, False), layouts, flags):
+        row_token, *tables = random_tables(*sizes, sort=sort, spare=150)
+        rows = draw(2, len(row_token), width, dtype=dtype)
+        weights = draw(3, len(row_token), dtype=torch.float32)
+        given, wide = (weights, weights.double()) if weighted else (None, None)
+        expected = reference(row_ops._unpermute_reference, rows.double(), wide, row_token, *tables)
+        found = kernel("unpermute", layout(rows), given, row_token, *tables)
+        assert_accurate(found, expected, work=torch.float32, what=f"{sizes}")
+        args = (draw(4, sizes[0], width, dtype=dtype), rows, weights, row_token, *tables, wanted)
+        doubles = (t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args)
+        expected = reference(row_ops._weighted_backward_reference, *doubles)
+        for value, true in zip(kernel("unpermute_backward", *args), expected, strict=True):
+            assert_accurate(value, true, work=torch.float32, what=f"{sizes} {wanted}")
+
+
+def test_expanded_gradients():
+    row_token, *tables = random_tables(9, 3, 5)
+    grad, rows, weights = torch.ones(()).expand(9, 24), draw(1, 27, 24, dtype=torch.float32), torch.ones(27)
+    args = (row_token, *tables)
+    assert_exact(kernel("permute", grad, *args), reference(row_ops._permute_reference, grad, *args))
+    expected = reference(row_ops._weighted_backward_reference, grad, rows, weights, *args, [True, True])
+    for value, true in zip(kernel("unpermute_backward", grad, rows, weights, *args, [True, True]), expected, strict=True):
+        assert_accurate(value, true.double())
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows", "width"), [(0, 0, 4), (0, 3, 4), (3, 0, 4), (3, 5, 0)])
+def test_empty_rows(num_tokens, num_rows, width):
+    row_token = torch.full((num_rows,), -1)
+    tables = (row_token, *reference(table_ops.rows_of_tokens, row_token, num_tokens))
+    assert not kernel("permute", torch.ones(num_tokens, width), *tables).any()
+    assert not kernel("unpermute", torch.ones(num_rows, width), None, *tables).any()
+    args = (torch.ones(num_tokens, width), torch.ones(num_rows, width), torch.ones(num_rows), *tables, [True, True])
+    assert not any(x.any() for x in kernel("unpermute_backward", *args))
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+BIG = [(16384, 8, 128), (5000, 6, 160), (20000, 1, 500)] if GPU else []
+
+
+@pytest.mark.parametrize("sizes", [(5, 2, 4), (0, 2, 4), (100, 3, 5), (20, 2, 130), *BIG])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tables_from_indices(sizes, dtype):
+    num_tokens, topk, num_experts = sizes
+    generator = torch.Generator().manual_seed(1)
+    indices = torch.randint(-1, num_experts, (num_tokens, topk), generator=generator).to(dtype)
+    counts, offsets, order, inverse = reference(table_ops._route_indices_reference, indices, num_experts)
+    assert_exact(kernel("route_indices", indices, num_experts), (counts, offsets, order, inverse), "route_indices")
+    for row_token in (torch.div(order, topk, rounding_mode="floor").to(dtype), indices.reshape(-1) * 3 - 1):
+        expected = reference(table_ops._rows_of_tokens_reference, row_token, num_tokens)
+        assert_exact(kernel("rows_of_tokens", row_token, num_tokens), expected, "rows_of_tokens")
+    for multiple in (4, 7):
+        expected = reference(table_ops._pad_rows_reference, offsets, order, inverse, multiple)
+        assert_exact(kernel("pad_rows", offsets, order, inverse, multiple), expected, "pad_rows")
+
+
+@pytest.mark.parametrize("num_tokens", [700, *([70000] if GPU else [])])
+def test_radix_sort_of_more_tokens_than_rows(num_tokens):
+    row_token = torch.randint(-1, num_tokens, (300,), generator=torch.Generator().manual_seed(0))
+    expected = reference(table_ops._rows_of_tokens_reference, row_token, num_tokens)
+    assert_exact(kernel("rows_of_tokens", row_token, num_tokens), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float64, torch.int64])
+@pytest.mark.parametrize("sizes", [(5, 4), (1, 1), (0, 4), (80, 7), (20, 130), *([(16384, 128)] if GPU else [])])
+def test_tables_from_a_map(sizes, dtype):
+    drawn = torch.rand(sizes, generator=torch.Generator().manual_seed(2)) < 0.3
+    routing_map = (drawn * torch.tensor(0.5 if dtype.is_floating_point else 2)).to(dtype)
+    rows, widest = int(drawn.sum()), int(drawn.sum(1).max()) if sizes[0] else 0
+    maps = (routing_map, routing_map.T.contiguous().T)
+    for given, size in combinations(maps, (None, rows, rows + 5)):
+        expected = reference(table_ops._route_map_reference, given, size)
+        assert_exact(kernel("route_map", given, size), expected, "route_map")
+    for given, topk in combinations(maps, (None, widest, widest + 2)):
+        expected = reference(table_ops._map_to_indices_reference, given, topk)
+        assert_exact(kernel("map_to_indices", given, topk), expected, "map_to_indices")
+    for given, capacity in combinations(maps, (0, 1, sizes[0], sizes[0] + 3)):
+        expected = reference(table_ops._route_capacity_reference, given, capacity)
+        assert_exact(kernel("route_capacity", given, capacity), expected, "route_capacity")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("chunks", [1, 5, 40])
+def test_chunk_tables(chunks, dtype):
+    generator = torch.Generator().manual_seed(chunks)
+    sizes = torch.randint(0, 3000 // chunks, (chunks,), generator=generator).to(dtype)
+    rows = int(sizes.sum())
+    order = torch.randperm(chunks, generator=generator).to(dtype)
+    expected = reference(table_ops._sort_chunks_reference, sizes, order, rows, rows)
+    assert_exact(kernel("sort_chunk_rows", sizes, order, rows, rows), expected)
+    some = torch.randint(0, chunks, (chunks + 2,), generator=generator).to(dtype)
+    expected = reference(table_ops._sort_chunks_reference, sizes, some, rows, None)
+    assert_exact(kernel("sort_chunk_rows", sizes, some, rows, None), expected)
+
+
+# --- top-k ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", [("softmax", False), ("softmax", True), ("sigmoid", False)])
+@pytest.mark.parametrize(
+    "sizes", [(7, 12, 3, None, None), (5, 20, 8, 4, 2), (1, 1, 1, None, None), (12, 128, 8, 8, 4)]
+)
+def test_topk_router(sizes, score):
+    num_tokens, num_experts, k, *groups = sizes
+    options = [(False, None, torch.float32, True), (True, 2.5, torch.bfloat16, False), (True, 0.0, torch.float32, True)]
+    for biased, scaling, dtype, tied in options:
+        logits = draw(1, num_tokens, num_experts, dtype=dtype)
+        bias = draw(2, num_experts, dtype=torch.float32, scale=0.1) if biased else None
+        if tied:
+            logits, bias = logits.round(), None if bias is None else bias.round()
+        args = (logits, bias, k, *score, *groups, scaling)
+        weights, indices = kernel("topk_router", *args)
+        _, expected = reference(topk_ops._topk_router_reference, *args)
+        assert_exact(indices, expected, f"{args[2:]}")
+        wide = (logits.double(), indices, *score, scaling)
+        named = {"score_function": score[0], "pre_softmax": score[1], "scaling_factor": scaling}
+        true = reference(functools.partial(topk_ops.router_weights, *wide[:2], **named))
+        assert_accurate(weights, true, work=torch.float32, scale=4.0, what=f"{args[2:]}")
+        grad = draw(3, num_tokens, k, dtype=dtype)
+        found = kernel("topk_router_backward", grad, logits, indices, *score, scaling)
+        true = reference(topk_ops._topk_router_backward_reference, grad.double(), *wide)
+        assert_accurate(found, true, work=torch.float32, scale=16.0, what=f"{args[2:]} gradient")
+
+
+def test_topk_of_what_is_no_number():
+    nan, inf = float("nan"), float("inf")
+    logits = draw(5, 6, 8, dtype=torch.float32)
+    logits[0], logits[1, 3], logits[2, :4], logits[3, 2], logits[4] = nan, nan, -inf, inf, -inf
+    logits[4, 7], logits[5] = nan, torch.tensor([-0.0, 0.0] * 4)
+    for groups, score in itertools.product([(None, None), (4, 2)], [("softmax", False), ("softmax", True), ("sigmoid", False)]):
+        weights, indices = kernel("topk_router", logits, None, 4, *score, *groups, None)
+        true, expected = reference(topk_ops._topk_router_reference, logits, None, 4, *score, *groups, None)
+        assert_exact(indices, expected)
+        assert torch.equal(weights.isnan(), true.isnan())
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "warps"), [(4, 2), (8, 8), (16, 4), (32, 4)])
+def test_item44_every_configuration(monkeypatch, size, warps):
+    from moekit.kernels.triton import _launch
+
+    monkeypatch.setattr(_launch, "_TILES", {name: _launch.Tile(size, warps) for name in _launch._TILES})
+    check_glu("silu", "experts", torch.bfloat16, num_rows=70, width=40)
+    check_glu("clamp-after-bias", "none", torch.bfloat16, num_rows=70, width=40)
+    test_unpermute_and_its_gradient(72, torch.bfloat16)
+
+
+def test_float64_is_left_to_the_reference():
+    from moekit.kernels.triton import KERNELS
+
+    y = place(torch.ones(3, 4, dtype=torch.float64))
+    assert KERNELS["glu"](y, None, None, None, *glu_ops.make_glu()) is NotImplemented
+    assert KERNELS["topk_router"](y, None, 1, "softmax", False, None, None, None) is NotImplemented
