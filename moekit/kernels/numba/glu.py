@@ -133,11 +133,12 @@ def glu_backward(
     ready, bias_kind, bias_step = _bias_arguments(bias, features)
     scaled = dense(weights, torch.float32)
 
-    empty = torch.empty(0, dtype=grad.dtype)
-    dy = torch.empty(y.shape, dtype=dtype) if want_y else empty
-    dweights = torch.empty(rows) if want_weights and weights is not None else empty
-    again = torch.empty((rows, width), dtype=dtype) if want_out else empty
-    dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (empty, _glu_kernels.NO_SUM)
+    dy = torch.empty(y.shape if want_y else 0, dtype=dtype)
+    want_weights = want_weights and weights is not None
+    dweights = torch.empty(rows if want_weights else 0)
+    again = torch.empty((rows, width) if want_out else 0, dtype=dtype)
+    want_bias = want_bias and bias is not None
+    dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (torch.empty(0), _glu_kernels.NO_SUM)
     kernel = _glu_kernels.backward_kernel(
         element, grad_kind, bias_kind, spec.kind, spec.order, spec.layout, bias_sum, bool(want_out)
     )
@@ -153,8 +154,8 @@ def glu_backward(
         dbias = _sum_blocks(dbias, bias, offsets, rows)
     return (
         dy,
-        dweights.to(weights.dtype) if want_weights and weights is not None else empty,
-        dbias.to(bias.dtype) if want_bias and bias is not None else empty,
+        dweights if weights is None else dweights.to(weights.dtype),
+        dbias if bias is None else dbias.to(bias.dtype),
         again,
     )
 

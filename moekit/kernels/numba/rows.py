@@ -80,11 +80,10 @@ def unpermute_backward(
         return NotImplemented
     want_rows, want_weights = wanted
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
-    empty = torch.empty(0, dtype=grad.dtype)
-    drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else empty
-    dweights = torch.empty(num_rows) if want_weights else empty
+    drows = torch.empty(rows.shape if want_rows else 0, dtype=rows.dtype)
+    dweights = torch.empty(num_rows if want_weights else 0)
     if num_tokens == 0:
-        return drows.zero_(), dweights.to(weights.dtype).zero_() if want_weights else empty
+        return drows.zero_(), dweights.to(weights.dtype).zero_()
     grad, rows, scaled = dense(grad), dense(rows), dense(weights, torch.float32)
     row_token, token_offsets, token_rows, wide = _tables(row_token, token_offsets, token_rows)
     kernel = _row_kernels.unpermute_backward_kernel(element, grad_element, wide, bool(want_rows), bool(want_weights))
@@ -94,4 +93,4 @@ def unpermute_backward(
         row_token.data_ptr(), token_offsets.data_ptr(), token_rows.data_ptr(),
         drows.data_ptr(), dweights.data_ptr(), num_tokens, num_rows, width, streams(drows, width * SIZES[element]),
     )  # fmt: skip
-    return drows, dweights.to(weights.dtype) if want_weights else empty
+    return drows, dweights.to(weights.dtype)

@@ -12,7 +12,7 @@ import triton.language as tl
 from moekit.kernels.triton import _launch
 
 _MAX_BLOCKS = 128  # about one for each multiprocessor: then a block's own work is done by many warps
-WARPS = 16
+WIDE = _launch.Tile(0, 16)
 
 
 def tile_of(num_bins: int, entries: int = 8192) -> dict[str, int]:

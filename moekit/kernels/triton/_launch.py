@@ -13,16 +13,21 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """How much one program takes on: elements of its main tensor for each of its threads, and its warps."""
+    """How much one program takes on: elements of its main tensor for each of its threads, and its warps.
+
+    ``registers`` limits a thread's (on NVIDIA). Without a limit ptxas saves registers by moving loads down to where
+    they are used, behind the arithmetic on earlier ones, and a thread waits for memory several times; with one it does not.
+    """
 
     elements: int
     warps: int
+    registers: int | None = None
 
 
 # 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads, of float32 two.
 _TILES = {
-    "glu": Tile(16, 4),
-    "glu_backward": Tile(8, 4),
+    "glu": Tile(8, 4),
+    "glu_backward": Tile(8, 4, 128),
     "glu_bias": Tile(8, 4),
     "permute": Tile(8, 4),
     "unpermute": Tile(8, 4),
@@ -53,16 +58,19 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return _TILES_OF_ARCH.get(arch(device).name, {}).get(kernel, _TILES[kernel])
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile = Tile(0, 4), **constants: Any) -> None:
     """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty."""
     if 0 in grid:
         return
+    constants["num_warps"] = config.warps
+    if config.registers is not None and torch.version.hip is None:
+        constants["maxnreg"] = config.registers
     device = args[0].device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, num_warps=warps, **constants)
+        kernel[grid](*args, **constants)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, num_warps=warps, **constants)
+        kernel[grid](*args, **constants)
 
 
 def computes(*tensors: Tensor | None) -> bool:

@@ -165,7 +165,7 @@ def _run(
         out, stored if stored is None else stored.view(torch.uint8), scales,
         num_rows, width, 0 if offsets is None else offsets.shape[0], y.stride(0), row_stride(bias),
         c1, c3, linear_offset, 0.0 if clamp is None else clamp,
-        ACT=act, BLOCK_R=block_r, BLOCK_C=block_c, warps=config.warps,
+        ACT=act, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
         **describe(y, bias, offsets, clamp, clamp_after_bias, layout),
     )  # fmt: skip
     return out

@@ -245,7 +245,7 @@ def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: t
     outputs = (need["dy"], need["dweights"], need["dbias"], need["activation"])
     _launch.launch(
         _glu_backward_kernel, grid, *tensors, *outputs, *scalars,
-        BLOCK_R=block_r, BLOCK_C=block_c, warps=config.warps, **constants,
+        BLOCK_R=block_r, BLOCK_C=block_c, config=config, **constants,
     )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def _backward_by_chunks(tensors: tuple, need: dict[str, Tensor | None], scalars:
     _launch.launch(
         _glu_bias_kernel, (chunks, strips),
         *tensors, need["dy"], partial_weights, partial_bias, need["activation"], *scalars,
-        BLOCK_R=block_r, BLOCK_C=block_c, CHUNK=_CHUNK_ROWS, warps=config.warps, **constants,
+        BLOCK_R=block_r, BLOCK_C=block_c, CHUNK=_CHUNK_ROWS, config=config, **constants,
     )  # fmt: skip
     if dweights is not None:
         dweights.copy_(partial_weights.sum(0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit import _backend
 from moekit.kernels.triton import _launch
-from moekit.kernels.triton._counting import WARPS, chunking, counts_before, fill, store_ends, tile_of
+from moekit.kernels.triton._counting import WIDE, chunking, counts_before, fill, store_ends, tile_of
 
 _ENTRIES = 2048  # of the map that a tile holds
 _LOADED = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float64)
@@ -110,16 +110,16 @@ def _map_to_indices_kernel(
     tl.store(rows + spare, tl.zeros([TILE, BLOCK_K], tl.int64) - 1, mask=mask)
 
 
-def _tidy(routing_map: Tensor) -> tuple[Tensor, dict[str, int]]:
+def _tidy(routing_map: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The map in a dtype that kernels load, with adjacent experts; and the shape of tiles."""
     if routing_map.dtype not in _LOADED and not _launch.computes(routing_map):
         routing_map = routing_map != 0
     if routing_map.dtype is torch.bool:
         routing_map = routing_map.view(torch.uint8)
-    return _launch.rows_of(routing_map), {"warps": WARPS, **tile_of(routing_map.shape[1], _ENTRIES)}
+    return _launch.rows_of(routing_map), {"config": WIDE, **tile_of(routing_map.shape[1], _ENTRIES)}
 
 
-def _count(routing_map: Tensor, tiles: dict[str, int]) -> tuple[Tensor, int, int]:
+def _count(routing_map: Tensor, tiles: dict[str, Any]) -> tuple[Tensor, int, int]:
     num_tokens, num_experts = routing_map.shape
     chunk, num_blocks = chunking(num_tokens, tiles["TILE"])
     histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=routing_map.device)

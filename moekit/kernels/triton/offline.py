@@ -63,7 +63,7 @@ class Launch:
     kernel: Any
     args: tuple
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,11 @@ def catch_launches(target: GPUTarget) -> Iterator[list[Launch]]:
     """Inside the ``with`` block launches are listed instead of run, configured as on ``target``."""
     caught: list[Launch] = []
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        caught.append(Launch(self, args, constants, num_warps))
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+        if target.backend != "cuda":
+            options.pop("maxnreg", None)
+        caught.append(Launch(self, args, constants, options))
 
     arch = _launch.Arch(str(target.arch)[:-1] if target.backend == "cuda" else str(target.arch), target.warp_size)
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(_launch, "arch", lambda device: arch):
@@ -130,7 +133,7 @@ def compile_case(case: Case, target: GPUTarget) -> list[Report]:
 
 def _compile(launch: Launch, case: str, target: GPUTarget) -> Report:
     source = ASTSource(launch.kernel, *_specialise(launch))
-    compiled = triton.compile(source, target=target, options={"num_warps": launch.warps})
+    compiled = triton.compile(source, target=target, options=launch.options)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     if target.backend == "cuda":
         registers, spills = _resources(compiled.asm["cubin"])

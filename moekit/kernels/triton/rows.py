@@ -85,7 +85,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
         source, row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(), target,
         num_tokens, num_rows, token_blocks, width, source.stride(0),
         MULTIPLE=_launch.multiple(width, source.stride(0)),
-        BLOCK_T=block_t, BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, warps=config.warps,
+        BLOCK_T=block_t, BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip
     return out
 
@@ -134,7 +134,7 @@ def unpermute(
         rows, _launch.dense(weights), token_offsets.contiguous(), token_rows.contiguous(), out,
         num_tokens, num_rows, width, rows.stride(0),
         MULTIPLE=_launch.multiple(width, rows.stride(0)), BLOCK_T=block_t, BLOCK_C=block_c,
-        UNROLL=_rows_at_once(num_tokens, token_rows.shape[0]), warps=config.warps,
+        UNROLL=_rows_at_once(num_tokens, token_rows.shape[0]), config=config,
     )  # fmt: skip
     return out
 
@@ -212,6 +212,6 @@ def unpermute_backward(
         drows, dweights,
         num_tokens, num_rows, width, grad.stride(0), rows.stride(0),
         MULTIPLE=_launch.multiple(width, grad.stride(0), rows.stride(0)),
-        BLOCK_K=min(block_k, most), BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, warps=config.warps,
+        BLOCK_K=min(block_k, most), BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip
     return tuple(grad.new_empty(0) if t is None else t for t in (drows, dweights))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._counting import (
-    WARPS,
+    WIDE,
     chunking,
     counts_before,
     fill,
@@ -90,11 +90,11 @@ def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
     _launch.launch(
         _count_kernel, (num_blocks,), flat, histogram, slots, chunk, num_experts, num_experts, 0,
-        DIGITS=False, warps=WARPS, **tiles,
+        DIGITS=False, config=WIDE, **tiles,
     )  # fmt: skip
     _launch.launch(
         _place_slots_kernel, (num_blocks,), flat, histogram, counts, offsets, order, inverse,
-        slots, chunk, num_blocks, num_experts, warps=WARPS, **tiles,
+        slots, chunk, num_blocks, num_experts, config=WIDE, **tiles,
     )  # fmt: skip
     return counts, offsets, order, inverse
 
@@ -153,11 +153,11 @@ def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         found = [torch.empty(num_keys, dtype=torch.int32, device=device) for _ in range(2)]
         radix = (num_tokens, 1 << digit, i * digit)
         _launch.launch(
-            _count_kernel, (num_blocks,), keys, histogram, num_keys, chunk, *radix, DIGITS=True, warps=WARPS, **tiles
+            _count_kernel, (num_blocks,), keys, histogram, num_keys, chunk, *radix, DIGITS=True, config=WIDE, **tiles
         )
         _launch.launch(
             _place_digits_kernel, (num_blocks,), keys, rows, histogram, *found, num_keys, chunk, num_blocks, *radix,
-            LAST=i == passes - 1, warps=WARPS, **tiles,
+            LAST=i == passes - 1, config=WIDE, **tiles,
         )  # fmt: skip
         keys, rows = found
     offsets = torch.empty(num_tokens + 1, dtype=torch.int32, device=device)
@@ -250,6 +250,6 @@ def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> 
         _pad_rows_kernel, (row_blocks + _launch.blocks(slots, block),),
         offsets.contiguous(), order.contiguous(), inverse, new_offsets, new_order, new_inverse,
         num_experts, num_rows, size, slots, row_blocks, multiple,
-        BLOCK=block, BLOCK_E=block_e, warps=8,
+        BLOCK=block, BLOCK_E=block_e, config=_launch.Tile(0, 8),
     )  # fmt: skip
     return new_offsets, new_order, new_inverse
