@@ -57,7 +57,12 @@ __all__ = [
 ]
 
 
+_MODULES = ("compat", "hf", "moe_utils")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"moekit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'moekit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -66,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -98,12 +98,17 @@ def kernel(op: str, tensor: Tensor) -> Callable | None:
 
 
 @functools.cache
-def _kernels(name: str) -> Mapping[str, Callable] | None:
-    """The kernels of a backend by operator name; None when its package is not installed."""
+def _load(name: str) -> Mapping[str, Callable] | ImportError:
+    """The kernels of a backend by operator name, or why they cannot be had."""
     try:
         return importlib.import_module(_KERNEL_PACKAGES[name]).KERNELS
-    except ImportError:
-        return None
+    except ImportError as error:
+        return error
+
+
+def _kernels(name: str) -> Mapping[str, Callable] | None:
+    found = _load(name)
+    return None if isinstance(found, ImportError) else found
 
 
 def _require(name: str) -> Mapping[str, Callable]:
@@ -111,10 +116,10 @@ def _require(name: str) -> Mapping[str, Callable]:
         raise ValueError(f"moekit.backend: name must be one of {', '.join(CHOICES)}, got {name!r}")
     if name in ("auto", "torch"):
         return {}
-    table = _kernels(name)
-    if table is None:
-        raise RuntimeError(f"moekit.backend: {name!r} is not installed; get it with: {_HOW_TO_GET[name]}")
-    return table
+    found = _load(name)
+    if isinstance(found, ImportError):
+        raise RuntimeError(f"moekit.backend: {name!r} is not installed; get it with: {_HOW_TO_GET[name]}") from found
+    return found
 
 
 def _require_device(name: str, device: str) -> None:

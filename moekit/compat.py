@@ -49,9 +49,7 @@ class Substitution:
     def __enter__(self) -> Substitution:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._undo is not None:
             self._undo()
 

@@ -551,9 +551,7 @@ class WeightedQuickGeGLUFunction(_WeightedFunction):
     """Autograd function of :func:`weighted_quick_geglu`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool, linear_offset: float | Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool, linear_offset: float | Tensor) -> Tensor:
         """``input [N, 2I]``, ``weights [N, 1]`` to ``[N, I]``; the offset is a number or a tensor of one element."""
         op = "WeightedQuickGeGLUFunction"
         return _WeightedFunction.run(ctx, op, input, None, weights, fp8_input_store, linear_offset)

@@ -35,11 +35,7 @@ def slots_by_hand(indices: Tensor, experts: int) -> list[tuple[int, int]]:
     """The (token, slot) of each routed row: expert-major, ascending in token, then in slot."""
     found = indices.tolist()
     return [
-        (t, k)
-        for e in range(experts)
-        for t in range(indices.shape[0])
-        for k in range(indices.shape[1])
-        if found[t][k] == e
+        (t, k) for e in range(experts) for t in range(indices.shape[0]) for k in range(indices.shape[1]) if found[t][k] == e
     ]
 
 

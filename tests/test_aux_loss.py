@@ -385,9 +385,7 @@ def test_no_warning_in_an_evaluation_under_grad():
     gc.collect()
 
 
-@pytest.mark.parametrize(
-    "statement", ["moekit.aux_loss(x, loss)", "aux_loss(x, loss=loss, scale=2.0)", "aux_loss(*args)"]
-)
+@pytest.mark.parametrize("statement", ["moekit.aux_loss(x, loss)", "aux_loss(x, loss=loss, scale=2.0)", "aux_loss(*args)"])
 def test_a_discarded_result_warns(statement):
     code = compile(f"def run(x, loss, args, aux_loss, moekit):\n    {statement}\n    return x", "model.py", "exec")
     space: dict = {}
@@ -429,9 +427,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("shape", [(), (3,), (0,)])
 @pytest.mark.parametrize("scale", [None, torch.tensor(2.0)], ids=["process", "own"])
-@pytest.mark.parametrize(
-    "grad", [torch.ones(4, 3), torch.ones(3, 4).T, torch.ones(0, 3)], ids=["plain", "strided", "empty"]
-)
+@pytest.mark.parametrize("grad", [torch.ones(4, 3), torch.ones(3, 4).T, torch.ones(0, 3)], ids=["plain", "strided", "empty"])
 def test_item38_opcheck(shape, scale, grad):
     args = (grad, scale, shape, torch.bfloat16, torch.device("cpu"))
     torch.library.opcheck(ops.aux_loss_grad.default, args)

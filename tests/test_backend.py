@@ -234,9 +234,7 @@ def test_backward_in_another_thread_runs_where_forward_ran(kernels):
 
 def test_item28_double_backward_where_there_is_none(kernels):
     rows, weights = leaf(draw(0, 6, 2, dtype=torch.float32)), leaf(draw(1, 3, 2, dtype=torch.float32))
-    message = (
-        r"moekit\.unpermute: double backward exists on the 'torch' backend only; .*`with moekit\.backend\('torch'\):`"
-    )
+    message = r"moekit\.unpermute: double backward exists on the 'torch' backend only; .*`with moekit\.backend\('torch'\):`"
     with moekit.backend("numba"):
         (grad,) = torch.autograd.grad(weighted(rows, weights).square().sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match=message):

@@ -210,9 +210,7 @@ def test_the_process_wide_scale_is_read_at_backward():
 
 
 def test_a_tensor_scale_of_the_native_loss_is_read_at_backward():
-    compiled = torch.compile(
-        lambda x, w, s: moekit.aux_loss(x * 2, (w**2).sum(), s), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x, w, s: moekit.aux_loss(x * 2, (w**2).sum(), s), fullgraph=True, backend="aot_eager")
     x, w, scale = leaf(draw(0, 3)), leaf(draw(1, 4)), torch.tensor(3.0, dtype=torch.float64)
     for at_backward in (7.0, 0.25):
         out = compiled(x, w, scale)

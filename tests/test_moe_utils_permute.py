@@ -49,9 +49,7 @@ def test_item04_item20_permute(poisoned, name, fused, dtype):
     pairs = pairs_of(routing_map)
     rows, row_probs, sorted_indices = permute(tokens, routing_map, probs, fused=fused)
     expected = permute_pairs(tokens.detach(), probs.detach(), pairs)
-    for actual, wanted, what in zip(
-        (rows, row_probs, sorted_indices), expected, ("rows", "probs", "index"), strict=True
-    ):
+    for actual, wanted, what in zip((rows, row_probs, sorted_indices), expected, ("rows", "probs", "index"), strict=True):
         assert_same(actual.detach(), wanted, what)
     grad, probs_grad = draw(2, *rows.shape, dtype=dtype), draw(3, *row_probs.shape, dtype=dtype)
     torch.autograd.backward((rows, row_probs), (grad, probs_grad))
@@ -83,9 +81,7 @@ def test_a_map_of_any_dtype(kind, fused):
 def test_tokens_of_other_dtypes(dtype):
     """Integers, flags and float8 move as they are."""
     routing_map, _ = MAPS["plain"]
-    tokens = (torch.arange(1, 13 * 3 + 1).view(13, 3) % 2 if dtype is torch.bool else torch.arange(39).view(13, 3)).to(
-        dtype
-    )
+    tokens = (torch.arange(1, 13 * 3 + 1).view(13, 3) % 2 if dtype is torch.bool else torch.arange(39).view(13, 3)).to(dtype)
     rows, probs, sorted_indices = permute(tokens, routing_map)
     assert rows.dtype is dtype and probs is None
     assert_same(rows.double(), tokens.double()[[t for t, _ in pairs_of(routing_map)]])
@@ -204,9 +200,7 @@ def check_drop_and_pad(name, fused, kind, capacity):
 def test_drop_and_pad_without_a_size_is_plain():
     routing_map, hidden = MAPS["plain"]
     tokens = draw(0, len(routing_map), hidden)
-    for a, b in zip(
-        permute(tokens, routing_map, drop_and_pad=True)[::2], permute(tokens, routing_map)[::2], strict=True
-    ):
+    for a, b in zip(permute(tokens, routing_map, drop_and_pad=True)[::2], permute(tokens, routing_map)[::2], strict=True):
         assert_same(a, b)
 
 
@@ -406,9 +400,7 @@ def test_item03_no_token_routed(poisoned, dtype):
 def test_item20_any_map(data):
     tokens, experts = data.draw(st.integers(0, 12), "tokens"), data.draw(st.integers(1, 9), "experts")
     hidden, extra = data.draw(st.integers(1, 9), "hidden"), data.draw(st.integers(0, 4), "extra")
-    marks = data.draw(
-        st.lists(st.sampled_from([0, 0, 1, 256, -1]), min_size=tokens * experts, max_size=tokens * experts)
-    )
+    marks = data.draw(st.lists(st.sampled_from([0, 0, 1, 256, -1]), min_size=tokens * experts, max_size=tokens * experts))
     routing_map = torch.tensor(marks, dtype=torch.int32).view(tokens, experts)
     pairs = pairs_of(routing_map)
     x, probs = draw(0, tokens, hidden, dtype=torch.float32), draw(1, tokens, experts, dtype=torch.float32)

@@ -202,9 +202,7 @@ def test_pad_to_multiple(poisoned, name, multiple):
     rows, plain = moekit.permute(tokens, padded), moekit.permute(tokens, routing)
     row = 0
     for expert, count in enumerate(routing.tokens_per_expert.tolist()):
-        assert (
-            starts[expert] % multiple == 0 and starts[expert + 1] - starts[expert] == -(-count // multiple) * multiple
-        )
+        assert starts[expert] % multiple == 0 and starts[expert + 1] - starts[expert] == -(-count // multiple) * multiple
         assert_same(rows[starts[expert] : starts[expert] + count], plain[row : row + count])
         assert not rows[starts[expert] + count : starts[expert + 1]].any()
         row += count

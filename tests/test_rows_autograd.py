@@ -79,9 +79,7 @@ def test_item29_two_backwards_and_item30_nothing_is_written():
 def test_item31_gradients_nobody_needs(monkeypatch):
     asked = []
     real = rows_module._unpermute_weighted_backward
-    monkeypatch.setattr(
-        rows_module, "_unpermute_weighted_backward", lambda *args: (asked.append(args[-1]), real(*args))[1]
-    )
+    monkeypatch.setattr(rows_module, "_unpermute_weighted_backward", lambda *args: (asked.append(args[-1]), real(*args))[1])
     for wanted in ([True, True], [True, False], [False, True]):
         rows, weights = draw(0, 4, 3), draw(1, 2, 2)
         rows.requires_grad_(wanted[0])

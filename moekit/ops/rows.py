@@ -37,9 +37,7 @@ def permute(tokens: Tensor, routing: Routing) -> Tensor:
     """
     _check.tensor_dim("permute", "tokens", tokens, 2)
     if tokens.shape[0] != routing.num_tokens:
-        raise _check.fail(
-            "permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}"
-        )
+        raise _check.fail("permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}")
     _check.same_device("permute", tokens=tokens, routing=routing.order)
     return move_rows(tokens, *routing.row_tables())
 
@@ -189,9 +187,7 @@ def _weighted_backward_reference(
     g = _gather(grad, row_token).to(dtype)
     return (
         (g * weights.to(dtype).unsqueeze(1)).to(rows.dtype) if wanted[0] else grad.new_empty(0),
-        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype)
-        if wanted[1]
-        else grad.new_empty(0),
+        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype) if wanted[1] else grad.new_empty(0),
     )
 
 

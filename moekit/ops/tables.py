@@ -240,9 +240,7 @@ def padded_size(num_rows: int, num_experts: int, multiple: int) -> int:
     return -(-(num_rows + num_experts * (multiple - 1)) // multiple) * multiple
 
 
-def _pad_rows_reference(
-    offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tables in which each expert starts at a multiple of ``multiple`` rows; the rows in between are -1."""
     num_experts, num_rows = offsets.shape[0], order.shape[0]
     size = padded_size(num_rows, num_experts, multiple)

@@ -94,7 +94,7 @@ def _all_rows() -> Iterator[Case]:
         for wanted in ([True, True], [True, False], [False, True]):
             label = "" if all(wanted) else " of rows" if wanted[0] else " of weights"
             args = (x, y, weights, *tables, wanted)
-            shown_here = flags | {"shown": shown and all(wanted)}
+            shown_here = {"shown": shown and all(wanted), "aligned": width % 16 == 0 and wanted[0]}
             yield Case(f"unpermute backward{label} {what}", "unpermute_backward", args, **shown_here)
 
 

@@ -58,12 +58,12 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return _TILES_OF_ARCH.get(arch(device).name, {}).get(kernel, _TILES[kernel])
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile = Tile(0, 4), **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None = None, **constants: Any) -> None:
     """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty."""
     if 0 in grid:
         return
-    constants["num_warps"] = config.warps
-    if config.registers is not None and torch.version.hip is None:
+    constants["num_warps"] = 4 if config is None else config.warps
+    if config is not None and config.registers is not None and torch.version.hip is None:
         constants["maxnreg"] = config.registers
     device = args[0].device
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -37,9 +37,7 @@ def _count_map_kernel(
     end = tl.minimum(block * chunk + chunk, num_tokens)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(block * chunk, end, TILE):
-        counts += tl.sum(
-            _load_routed(routing_map, start + tl.arange(0, TILE), end, num_experts, stride, BLOCK_E), axis=0
-        )
+        counts += tl.sum(_load_routed(routing_map, start + tl.arange(0, TILE), end, num_experts, stride, BLOCK_E), axis=0)
     expert = tl.arange(0, BLOCK_E)
     tl.store(histogram + block * num_experts + expert, counts, mask=expert < num_experts)
 
@@ -124,9 +122,7 @@ def _count(routing_map: Tensor, tiles: dict[str, Any]) -> tuple[Tensor, int, int
     chunk, num_blocks = chunking(num_tokens, tiles["TILE"])
     histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=routing_map.device)
     stride = routing_map.stride(0)
-    _launch.launch(
-        _count_map_kernel, (num_blocks,), routing_map, histogram, num_tokens, chunk, num_experts, stride, **tiles
-    )
+    _launch.launch(_count_map_kernel, (num_blocks,), routing_map, histogram, num_tokens, chunk, num_experts, stride, **tiles)
     return histogram, chunk, num_blocks
 
 

@@ -200,7 +200,10 @@ def compile_all(arch: str, match: str = "", shown_only: bool = False) -> tuple[l
 
 def table(reports: dict[str, list[Report]]) -> str:
     """Markdown: a line a kernel, and for each architecture registers, spills, shared memory and accesses."""
-    lines = ["| case, kernel | architecture | registers | spills | shared, bytes | loads | stores |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case, kernel | architecture | registers | spills | shared, bytes | loads | stores |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for rows in zip(*reports.values(), strict=True):
         for arch, r in zip(reports, rows, strict=True):
             cells = (f"{r.case}, `{r.kernel}`", arch, r.registers, r.spills, r.shared, accesses(r.loads), accesses(r.stores))

@@ -117,9 +117,7 @@ def _unpermute_kernel(
     tl.store(address, total, mask=exists[:, None] & (column < width)[None, :])
 
 
-def unpermute(
-    rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor
-) -> Any:
+def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
     """``moekit::unpermute``."""
     if not _launch.computes(rows, weights):
         return NotImplemented
