@@ -258,8 +258,7 @@ def _figures(problem: Problem, job: dict) -> dict[str, Any]:
 
 
 def _say(what: str, values: Mapping[str, float]) -> None:
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    print(f"  {what}: {shown}", file=sys.stderr, flush=True)
+    print(f"  {what}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), file=sys.stderr, flush=True)
 
 
 def memory_needed(shape: Shape, dtype: torch.dtype) -> int:
@@ -400,9 +399,7 @@ def columns(records: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
             shares = record["outside"].items()
             layer[f"outside GEMMs %, {record['mode']}"] = {name: share * 100 for name, share in shares}
     order = {name: _GROUPS.index(name.partition(",")[0]) for found in layers.values() for name in found}
-    return {
-        layer: {name: found[name] for name in sorted(found, key=order.__getitem__)} for layer, found in layers.items()
-    }
+    return {layer: {name: found[name] for name in sorted(found, key=order.__getitem__)} for layer, found in layers.items()}
 
 
 def print_tables(records: Sequence[dict], console: Any) -> None:
@@ -462,6 +459,8 @@ def _bars(axis: Any, found: Mapping[str, Mapping[str, float]]) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.2)
+    every = [value for values in found.values() for value in values.values() if value > 0]
+    axis.set_xscale("log" if max(every, default=1) > 100 * min(every, default=1) else "linear")
     if len(found) > 1:
         axis.legend(fontsize=6)
 

@@ -49,11 +49,11 @@ def install(monkeypatch: pytest.MonkeyPatch):
             module.KERNELS = kernels
         monkeypatch.setitem(sys.modules, package, module)  # None makes the import fail
         monkeypatch.setitem(_backend._KERNEL_PACKAGES, name, package)
-        _backend._kernels.cache_clear()
+        _backend._load.cache_clear()
 
     yield install
     monkeypatch.undo()
-    _backend._kernels.cache_clear()
+    _backend._load.cache_clear()
 
 
 @pytest.fixture

@@ -304,7 +304,8 @@ def test_item31_frozen_inputs_cost_nothing():
         ours(choose())(**leaves).sum().backward()
         for name in names:
             if name in wanted:
-                assert torch.equal(leaves[name].grad, expected[name]), (name, wanted)
+                # Not bit for bit: a kernel that has less to do may add up a row in another order.
+                assert_accurate(leaves[name].grad, expected[name].double(), what=f"{name} of {wanted}")
             else:
                 assert leaves[name].grad is None, (name, wanted)
     only = {n: v.detach().clone().requires_grad_(n == "down_bias") for n, v in base.items()}
