@@ -26,8 +26,9 @@ help:
 demo: .venv/ready-demo
 	$(BIN)/moekit demo $(ARGS)
 
+# By file, because a file's tests share the kernels that they compile.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -215,6 +215,7 @@ def expert_mlps(s: Shape) -> Iterator[Result]:
 
     contenders = {f"moekit, save={save}": functools.partial(ours_mlp, indices, p, gate_up, down, save=save)
                   for save in ("recompute", "fp8", "all")} | {"eager": eager}  # fmt: skip
+    contenders |= transformers_mlp(s, indices, p, gate_up, down)
     flops = 3 * 2 * s.R * s.H * 3 * s.I
     for who, function in contenders.items():
 
@@ -229,6 +230,24 @@ def expert_mlps(s: Shape) -> Iterator[Result]:
         ms = median_ms(step, 2 if INTERPRET else 10)
         peak = "" if INTERPRET else f"peak {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
         yield Result(f"{s.name}: expert MLP, forward and backward", who, ms, flops=flops, note=peak)
+
+
+def transformers_mlp(s: Shape, indices: Tensor, p: Tensor, gate_up: Tensor, down: Tensor) -> dict[str, Callable]:
+    """Transformers' own grouped_mm implementation, in one of its own classes."""
+    try:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(num_experts=s.E, hidden_size=s.H, moe_intermediate_size=s.I)
+        config._experts_implementation = "grouped_mm"
+        with torch.device("meta"):
+            experts = Qwen3MoeExperts(config)
+    except Exception as error:  # a peer may fail in any way
+        print(f"  no Transformers: {type(error).__name__}: {str(error)[:120]}")
+        return {}
+    del experts.gate_up_proj, experts.down_proj
+    experts.gate_up_proj, experts.down_proj = gate_up, down
+    return {"transformers grouped_mm": lambda x: experts(x, indices, p.to(x.dtype))}
 
 
 def ours_mlp(indices: Tensor, p: Tensor, gate_up: Tensor, down: Tensor, x: Tensor, *, save: str) -> Tensor:

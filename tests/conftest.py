@@ -9,6 +9,9 @@ import torch
 
 import moekit
 
+# The tensors here are small: a second thread costs more than it brings, and two test processes share two cores.
+torch.set_num_threads(1)
+
 
 def _backends() -> list[str]:
     """What this process can run on CPU tensors: MOEKIT_BACKEND narrows it to one."""

@@ -10,13 +10,14 @@ from _reference import (
     BIASES,
     DTYPES,
     ENDS,
+    EVERY_DTYPE,
     LAYOUTS,
-    LOW,
     VARIANTS,
     Recorder,
     assert_matches_formula,
     assert_same,
     draw,
+    dtypes,
     glu_formula,
     glu_inputs,
     interleaved,
@@ -28,6 +29,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import moekit
+from moekit import _backend
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -51,8 +53,8 @@ def check(inputs, parameters, grad, what=""):
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item20_value_and_gradients(variant, bias):
-    for dtype in DTYPES:
+def test_item20_value_and_gradients(variant, bias, backend):
+    for dtype in dtypes(variant, backend):
         for weights in (True, False):
             inputs, parameters, grad = glu_inputs(variant, bias, dtype, weights=weights, seed=7)
             check(inputs, parameters, grad, f"{dtype}")
@@ -80,15 +82,16 @@ def test_item20_weights_of_either_shape_and_any_leading_shape():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape_stride_and_parameters(data):
-    """Drawn shapes, strides and parameters, in float32."""
+    """Drawn shapes, strides and parameters."""
     variant, bias = data.draw(st.sampled_from(list(VARIANTS))), data.draw(st.sampled_from(BIASES[:3]))
     num_rows, width = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 9))
-    inputs, parameters, grad = glu_inputs(variant, bias, torch.float32, num_rows=num_rows, width=width)
+    dtype = dtypes(variant, _backend.current())[1]
+    inputs, parameters, grad = glu_inputs(variant, bias, dtype, num_rows=num_rows, width=width)
     if data.draw(st.booleans()):
         ends = sorted(data.draw(st.lists(st.integers(0, num_rows + 2), min_size=1, max_size=4)))
         parameters["offsets"] = torch.tensor(ends)
         if inputs["bias"] is not None:
-            inputs["bias"] = draw(5, len(ends), inputs["y"].shape[1], dtype=torch.float32)
+            inputs["bias"] = draw(5, len(ends), inputs["y"].shape[1], dtype=dtype)
     layouts = [LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))] for _ in range(4)]
     inputs = {name: x if x is None else lay(x) for (name, x), lay in zip(inputs.items(), layouts, strict=False)}
     check(inputs, parameters, layouts[3](grad), f"{parameters}")
@@ -121,11 +124,11 @@ def test_item01_no_tokens(variant, bias, fp8_store, poisoned):
         assert not gradient.any() and not gradient.isnan().any()
 
 
+@pytest.mark.parametrize("bias", ["none", "experts"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_item03_rows_past_the_last_offset_are_zero(variant, dtype, poisoned):
+def test_item03_rows_past_the_last_offset_are_zero(variant, bias, backend, poisoned):
     """Such rows hold whatever a grouped GEMM left there. Twice, as dirty memory comes with the second step."""
-    for bias in ("none", "experts"):
+    for dtype in dtypes(variant, backend):
         inputs, parameters, grad = glu_inputs(variant, bias, dtype)
         parameters["offsets"] = torch.tensor(ENDS, dtype=torch.int32)
         clean = run(inputs, parameters, grad)
@@ -157,10 +160,10 @@ def test_item02_an_expert_without_rows_has_no_bias_gradient(poisoned):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item06_memory_that_was_not_written_is_not_read(variant, poisoned):
+def test_item06_memory_that_was_not_written_is_not_read(variant, backend, poisoned):
     for bias in BIASES:
-        for fp8_store in (False, True):
-            inputs, parameters, grad = glu_inputs(variant, bias, torch.float32)
+        for fp8_store in sorted({False, backend == "torch" or variant in EVERY_DTYPE}):
+            inputs, parameters, grad = glu_inputs(variant, bias, torch.bfloat16)
             out, grads = run(inputs, {**parameters, "fp8_store": fp8_store}, grad)
             for name, tensor in {"out": out, **grads}.items():
                 assert not tensor.isnan().any(), (name, bias, fp8_store)
@@ -171,9 +174,9 @@ def test_item06_memory_that_was_not_written_is_not_read(variant, poisoned):
 
 @pytest.mark.parametrize("layout", ["embedded", "transposed"])
 @pytest.mark.parametrize("bias", BIASES)
-def test_item15_strided_is_the_same_as_contiguous(layout, bias):
+def test_item15_strided_is_the_same_as_contiguous(layout, bias, backend):
     for variant in ("silu", "clamp-after-bias", "ungated-silu"):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(variant, backend):
             inputs, parameters, grad = glu_inputs(variant, bias, dtype)
             out, grads = run(inputs, parameters, grad)
             laid = {name: None if x is None else LAYOUTS[layout](x) for name, x in inputs.items()}
@@ -196,7 +199,7 @@ def test_item15_chunk_views():
 
 @pytest.mark.parametrize("bias", BIASES)
 def test_item16_expanded_gradient(bias):
-    inputs, parameters, _ = glu_inputs("clamp-before-bias", bias, torch.float32)
+    inputs, parameters, _ = glu_inputs("clamp-before-bias", bias, torch.bfloat16)
     leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
     moekit.glu(**leaves, **parameters).sum().backward()
     _, grads = run(inputs, parameters, torch.ones(11, 6))
@@ -220,7 +223,7 @@ def test_item18_interleaved_is_concatenated_with_converted_weights():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_item39_results_own_their_memory(variant):
-    inputs, parameters, grad = glu_inputs(variant, "rows", torch.float32)
+    inputs, parameters, grad = glu_inputs(variant, "rows", torch.bfloat16)
     out, grads = run(inputs, parameters, grad)
     tensors = [*inputs.values(), grad, out, *grads.values()]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
@@ -231,16 +234,21 @@ def test_item39_results_own_their_memory(variant):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item22_scales(variant, scale):
-    for dtype in LOW:
+def test_item22_scales(variant, scale, backend):
+    for dtype in dtypes(variant, backend)[1:]:
         inputs, parameters, grad = glu_inputs(variant, "vector", dtype, scale=scale, width=32)
         check(inputs, parameters, grad, f"{dtype}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", LOW)
-def test_item22_gates_far_out(variant, dtype):
-    """Finite where the true value is. For ReLU squared, whose slope doubles the gate, half of the largest."""
+def test_item22_gates_far_out(variant, backend):
+    """Finite where the true value is."""
+    for dtype in dtypes(variant, backend)[1:]:
+        check_gates_far_out(variant, dtype)
+
+
+def check_gates_far_out(variant, dtype):
+    """For ReLU squared, whose slope doubles the gate, half of the largest."""
     largest = torch.finfo(dtype).max / (2 if "relu2" in variant else 1)
     gate = torch.tensor([100.0, -100.0, largest, -largest, largest / 2, -largest / 2, 1e4, -1e4], dtype=dtype)
     inputs, parameters, _ = glu_inputs(variant, "none", dtype, num_rows=8, width=1)
@@ -376,7 +384,7 @@ def test_item29_item30_backward_twice(fp8_store):
 
 @pytest.mark.parametrize("needed", [("y",), ("weights",), ("bias",), ("y", "bias"), ("y", "weights", "bias")])
 def test_item31_gradients_nobody_needs_are_not_computed(needed):
-    inputs, parameters, grad = glu_inputs("clamp-before-bias", "vector", torch.float32)
+    inputs, parameters, grad = glu_inputs("clamp-before-bias", "vector", torch.bfloat16)
     leaves = {name: x.clone().requires_grad_(name in needed) for name, x in inputs.items()}
     out = moekit.glu(**leaves, **parameters)
     with Recorder() as recorder:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from _reference import (
     BIASES,
+    EVERY_DTYPE,
     LAYOUTS,
     VARIANTS,
     assert_accurate,
     assert_same,
     doubled,
     draw,
+    dtypes,
     glu_formula,
     glu_inputs,
     value_and_grads,
@@ -26,7 +28,7 @@ from moekit.ops.glu import make_glu
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def operands(variant, bias="none", dtype=torch.float32, layout="contiguous", requires_grad=True, **sizes):
+def operands(variant, bias="none", dtype=torch.bfloat16, layout="contiguous", requires_grad=True, **sizes):
     """The arguments of ``torch.ops.moekit.glu`` and an upstream gradient."""
     inputs, parameters, grad = glu_inputs(variant, bias, dtype, **sizes)
     offsets = parameters.pop("offsets", None)
@@ -76,10 +78,12 @@ def test_item26_float8_rows(dtype):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item26_float8_gradients_are_those_of_the_stored_rows(variant):
+def test_item26_float8_gradients_are_those_of_the_stored_rows(variant, backend):
     """Forward is that of the rows themselves; backward is exact for the rows that were kept."""
+    if backend != "torch" and variant not in (*EVERY_DTYPE, "ungated-relu2"):
+        pytest.skip("a kernel reads float8 rows as it reads others, and each costs a compilation")
     for bias in BIASES:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(variant, backend)[1:]:
             inputs, parameters, grad = glu_inputs(variant, bias, dtype, scale=1e-3)
             glu = functools.partial(moekit.glu, fp8_store=True, **parameters)
             out, grads = value_and_grads(glu, inputs, grad)

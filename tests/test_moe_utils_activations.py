@@ -334,9 +334,7 @@ def test_decision_weights_in_the_backs():
     for function in (ours.weighted_swiglu_back, ours.weighted_geglu_back, ours.weighted_quick_geglu_back):
         with pytest.raises(ValueError, match=r"moekit\.weighted_\w+_back: weights must be .* got shape \[4\]"):
             function(torch.zeros(4, 4), torch.zeros(4, 8), torch.zeros(4))
-        with pytest.raises(
-            ValueError, match=r"moekit\.weighted_\w+_back: g must be of shape \[4, 4\], got shape \[4, 3\]"
-        ):
+        with pytest.raises(ValueError, match=r"moekit\.weighted_\w+_back: g must be of shape \[4, 4\], got shape \[4, 3\]"):
             function(torch.zeros(4, 3), torch.zeros(4, 8), torch.zeros(4, 1))
 
 
@@ -391,9 +389,7 @@ def class_arguments(name, dtype=torch.float64, fp8=False, **sizes):
 def test_autograd_functions(name):
     for dtype in DTYPES:
         tensors, apply = class_arguments(name, dtype)
-        assert_matches_formula(
-            apply, formula(CLASSES[name][1], "input"), tensors, draw(5, N, I, dtype=dtype), f"{dtype}"
-        )
+        assert_matches_formula(apply, formula(CLASSES[name][1], "input"), tensors, draw(5, N, I, dtype=dtype), f"{dtype}")
 
 
 @each(CLASSES)
@@ -435,7 +431,7 @@ def test_item31_autograd_functions_compute_what_is_needed(name):
             out.backward(draw(5, N, I, dtype=torch.float32))
         (results,) = recorder.results("glu_backward")
         assert [part for part in tensors if results[places[part]].numel()] == [needed]
-        assert_same(leaves[needed].grad, exact[needed], needed)
+        assert_accurate(leaves[needed].grad, exact[needed].double(), what=needed)
         assert all(leaf.grad is None for part, leaf in leaves.items() if part != needed)
 
 

@@ -91,9 +91,7 @@ def test_conversions_and_their_twins_equal_torch(name):
 def test_float8_saturates_and_keeps_nan():
     values = torch.tensor([500.0, -1e30, float("inf"), float("nan")])
     out = torch.empty(4, dtype=torch.float8_e4m3fn)
-    _converter(_bits.read_f32, _elements.narrow_e4m3, _bits.write_u8, "narrow_e4m3")(
-        0, 4, values.data_ptr(), out.data_ptr()
-    )
+    _converter(_bits.read_f32, _elements.narrow_e4m3, _bits.write_u8, "narrow_e4m3")(0, 4, values.data_ptr(), out.data_ptr())
     assert out.float().tolist()[:3] == [448, -448, 448] and out.float()[3].isnan()
 
 

@@ -25,9 +25,7 @@ def parse(line):
     name, parameters = line.split("(", 1)
     arguments = ast.parse(f"lambda {parameters.removesuffix(')')}: 0", mode="eval").body.args
     empty = inspect.Parameter.empty
-    defaults = [empty] * (len(arguments.args) - len(arguments.defaults)) + [
-        ast.literal_eval(d) for d in arguments.defaults
-    ]
+    defaults = [empty] * (len(arguments.args) - len(arguments.defaults)) + [ast.literal_eval(d) for d in arguments.defaults]
     found = [
         (argument.arg, inspect.Parameter.POSITIONAL_OR_KEYWORD, default)
         for argument, default in zip(arguments.args, defaults, strict=True)

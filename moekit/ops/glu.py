@@ -77,9 +77,7 @@ def make_glu(
         if not clamp >= 0:
             raise _check.fail("glu", "clamp", "None or at least 0", clamp)
     if layout == "ungated" and (linear_offset != 0.0 or clamp is not None):
-        raise _check.fail(
-            "glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp)
-        )
+        raise _check.fail("glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
     kind, c1, c3 = _ACTIVATIONS[activation]
     return Glu(kind, alpha if c1 is None else c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
 
@@ -309,9 +307,7 @@ def _in_range(offsets: Tensor | None, num_rows: int) -> Tensor | None:
     return (torch.arange(num_rows, device=offsets.device) < offsets[-1]).unsqueeze(1)
 
 
-def glu_reference(
-    y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any
-) -> Tensor:
+def glu_reference(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Tensor:
     """``y [N, 2I]``, ``weights [N]`` to ``[N, I]`` in y's dtype."""
     spec = Glu(*constants)
     dtype = _compute_dtype(y, weights, bias)

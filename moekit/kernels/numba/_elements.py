@@ -23,6 +23,7 @@ NONE, F32, BF16, F16, E4M3 = range(5)
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.float8_e4m3fn: E4M3}
 SIZES = (0, 4, 2, 2, 1)
 
+# Numba widens integers to 64 bits at each operation: the conversions in between keep vectors of 32 bits.
 _U = np.uint32
 _MAGNITUDE, _INFINITY = _U(0x7FFFFFFF), _U(0x7F800000)
 
@@ -35,29 +36,30 @@ def widen_bf16(half):
 @inline
 def narrow_bf16(value):
     bits = bits_of(value)
-    rounded = (bits + _U(0x7FFF) + ((bits >> _U(16)) & _U(1))) >> _U(16)
+    even = _U(_U(bits >> _U(16)) & _U(1))
+    rounded = _U(_U(bits + _U(0x7FFF) + even) >> _U(16))
     return np.uint16(rounded if value == value else _U(0x7FC0))
 
 
 @inline
 def widen_f16(half):
-    field = _U(half) & _U(0x7FFF)
-    bits = (field << _U(13)) + _U((127 - 15) << 23)
+    field = _U(_U(half) & _U(0x7FFF))
+    bits = _U(_U(field << _U(13)) + _U((127 - 15) << 23))
     if field >= _U(0x7C00):
-        bits += _U((128 - 16) << 23)
+        bits = _U(bits + _U((128 - 16) << 23))
     if field < _U(0x0400):
         bits = bits_of(np.float32(np.int32(field)) * np.float32(2.0**-24))
-    return float_of(bits | ((_U(half) & _U(0x8000)) << _U(16)))
+    return float_of(bits | _U(_U(_U(half) & _U(0x8000)) << _U(16)))
 
 
 @inline
 def narrow_f16(value):
-    bits = bits_of(value)
-    sign = (bits >> _U(16)) & _U(0x8000)
-    bits &= _MAGNITUDE
-    field = (bits - _U((127 - 15) << 23) + _U(0xFFF) + ((bits >> _U(13)) & _U(1))) >> _U(13)
+    sign = _U(_U(bits_of(value) >> _U(16)) & _U(0x8000))
+    bits = _U(bits_of(value) & _MAGNITUDE)
+    even = _U(_U(bits >> _U(13)) & _U(1))
+    field = _U(_U(bits - _U((127 - 15) << 23) + _U(0xFFF) + even) >> _U(13))
     if bits < _U((127 - 14) << 23):  # subnormal: the sum's mantissa ends where the result's does
-        field = bits_of(float_of(bits) + np.float32(0.5)) - _U(126 << 23)
+        field = _U(bits_of(float_of(bits) + np.float32(0.5)) - _U(126 << 23))
     if bits >= _U((127 + 16) << 23):
         field = _U(0x7E00) if bits > _INFINITY else _U(0x7C00)
     return np.uint16(field | sign)
@@ -65,24 +67,24 @@ def narrow_f16(value):
 
 @inline
 def widen_e4m3(byte):
-    field = _U(byte) & _U(0x7F)
-    bits = (field << _U(20)) + _U((127 - 7) << 23)
+    field = _U(_U(byte) & _U(0x7F))
+    bits = _U(_U(field << _U(20)) + _U((127 - 7) << 23))
     if field < _U(8):
         bits = bits_of(np.float32(np.int32(field)) * np.float32(2.0**-9))
     if field == _U(0x7F):
         bits = _U(0x7FC00000)
-    return float_of(bits | ((_U(byte) & _U(0x80)) << _U(24)))
+    return float_of(bits | _U(_U(_U(byte) & _U(0x80)) << _U(24)))
 
 
 @inline
 def narrow_e4m3(value):
     """Saturates at 448: the format has no infinity."""
-    bits = bits_of(value)
-    sign = (bits >> _U(24)) & _U(0x80)
-    bits &= _MAGNITUDE
-    field = (bits - _U((127 - 7) << 23) + _U(0x7FFFF) + ((bits >> _U(20)) & _U(1))) >> _U(20)
+    sign = _U(_U(bits_of(value) >> _U(24)) & _U(0x80))
+    bits = _U(bits_of(value) & _MAGNITUDE)
+    even = _U(_U(bits >> _U(20)) & _U(1))
+    field = _U(_U(bits - _U((127 - 7) << 23) + _U(0x7FFFF) + even) >> _U(20))
     if bits < _U((127 - 6) << 23):
-        field = bits_of(float_of(bits) + np.float32(16384.0)) - _U(141 << 23)
+        field = _U(bits_of(float_of(bits) + np.float32(16384.0)) - _U(141 << 23))
     if bits > _U(0x43E00000):
         field = _U(0x7F) if bits > _INFINITY else _U(0x7E)
     return np.uint8(field | sign)

@@ -1,7 +1,7 @@
 """The gated activations, forward and backward: one kernel each, specialised by constants.
 
 Rows are worked through in strips. A strip's results go to memory directly, or (``streaming``) to a tile in the
-first-level cache and from there past the caches to memory. What comes a page later is prefetched.
+first-level cache and from there past the caches to memory. What comes two pages later is prefetched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moekit.kernels.numba._bits import (
     read_i64,
     scratch,
     stream,
+    wide_vectors,
     write_f32,
     zero,
 )
@@ -37,15 +38,16 @@ BLOCK = 256
 
 _STRIP = 128  # elements
 _TILE = 3 * 4 * _STRIP  # bytes: the results of a strip, both gradients and the output
-_AHEAD = 4096  # bytes: a page, so that the address translation is on its way too
+_AHEAD = 8192  # bytes: two pages, so that the address translation is on its way too
 _LINE = 64
 _F, _U = np.float32, np.uint32
 _ONE, _ZERO, _INFINITY = _F(1.0), _F(0.0), _F(np.inf)
+_F8_LIMIT = _F(1.875 * 2.0**127)  # what is larger would come back from float8 as 2**128: Inf
 
 
 @inline
 def fetch(address, size):
-    """Prefetch as many bytes as a strip has, a page ahead of it."""
+    """Prefetch as many bytes as a strip has, two pages ahead of it."""
     for line in range(0, size, _LINE):
         prefetch(address + _AHEAD, line)
 
@@ -160,6 +162,7 @@ def backward_kernel(
         features, to_up = width * halves, 1 if step == 2 else width
         expert, summed, end = 0, 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
+        wide_vectors()
         in_tile = 1 if step == 2 else _STRIP  # elements from the gate's gradient to the up half's
         buffered = streaming or dy == 0
 
@@ -281,18 +284,22 @@ def store_fp8_kernel(element: int) -> Callable:
     def store_fp8(start: int, stop: int, y: int, kept: int, scales: int, features: int):
         for row in range(start, stop):
             y_row, kept_row = y + row * features * size, kept + row * features
-            largest = _U(0)
+            largest = np.int32(0)  # as bits, whose order is that of the magnitudes; NaN is above all
             for j in range(features):
-                largest = max(largest, bits_of(load(element, y_row, j)) & _U(0x7FFFFFFF))
-            exponent = np.int64(largest >> _U(23)) - 8  # biased, as in the bits of a float32
-            if (largest & _U(0x7FFFFF)) > _U(0x600000):  # 448 is 1.75 * 2**8
+                magnitude = np.int32(bits_of(load(element, y_row, j)) & _U(0x7FFFFFFF))
+                largest = magnitude if magnitude > largest else largest
+            exponent = np.int64(largest >> 23) - 8  # biased, as in the bits of a float32
+            if (largest & 0x7FFFFF) > 0x600000:  # 448 is 1.75 * 2**8
                 exponent += 1
             exponent = max(exponent, 1)
-            if largest == _U(0) or largest >= _U(0x7F800000):
+            if largest == 0 or largest >= 0x7F800000:
                 exponent = 127
             write_f32(scales, row, float_of(_U(exponent << 23)))
             inverse = float_of(_U((254 - exponent) << 23))
             for j in range(features):
-                store(E4M3, kept_row, j, load(element, y_row, j) * inverse)
+                x = load(element, y_row, j)
+                x = _F8_LIMIT if x > _F8_LIMIT else x
+                x = -_F8_LIMIT if x < -_F8_LIMIT else x
+                store(E4M3, kept_row, j, x * inverse)
 
     return store_fp8

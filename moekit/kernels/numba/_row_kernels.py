@@ -170,9 +170,7 @@ def unpermute_kernel(element: int) -> Callable:
 
 
 @functools.cache
-def unpermute_backward_kernel(
-    element: int, grad_element: int, wide: bool, want_rows: bool, want_weights: bool
-) -> Callable:
+def unpermute_backward_kernel(element: int, grad_element: int, wide: bool, want_rows: bool, want_weights: bool) -> Callable:
     """``drows[r] = grad[token] * weight``, ``dweights[r] = grad[token] . rows[r]``; zero for rows without a token."""
     size, grad_size = SIZES[element], SIZES[grad_element]
     row_element, drow_element = element if want_weights else NONE, element if want_rows else NONE

@@ -42,9 +42,7 @@ def _usual() -> Iterator[Callable[[], object]]:
                 element, element, wide, True, True
             )
         for scoring in (_router_kernels.SOFTMAX, _router_kernels.PRE_SOFTMAX, _router_kernels.SIGMOID):
-            yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(
-                element, element, scoring
-            )
+            yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(element, element, scoring)
             for has_bias, grouped in itertools.product((False, True), repeat=2):
                 yield lambda args=(element, scoring, has_bias, grouped): _router_kernels.router_kernel(*args)
     for wide in (False, True):

@@ -32,9 +32,7 @@ class _Spec(NamedTuple):
     constants: tuple[float, float, float, float]
 
 
-def _spec(
-    act: str, c1: float, c3: float, offset: float, clamp: float | None, clamp_after_bias: bool, layout: str
-) -> _Spec:
+def _spec(act: str, c1: float, c3: float, offset: float, clamp: float | None, clamp_after_bias: bool, layout: str) -> _Spec:
     kind = _ACTIVATIONS.get(act)
     if kind is None:
         kind = _activations.CUBIC if c3 else _activations.SIGMOID
@@ -135,10 +133,10 @@ def glu_backward(
 
     dy = torch.empty(y.shape if want_y else 0, dtype=dtype)
     want_weights = want_weights and weights is not None
-    dweights = torch.empty(rows if want_weights else 0)
+    dweights = torch.empty(rows) if want_weights else torch.empty(0, dtype=grad.dtype)
     again = torch.empty((rows, width) if want_out else 0, dtype=dtype)
     want_bias = want_bias and bias is not None
-    dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (torch.empty(0), _glu_kernels.NO_SUM)
+    dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (grad.new_empty(0), _glu_kernels.NO_SUM)
     kernel = _glu_kernels.backward_kernel(
         element, grad_kind, bias_kind, spec.kind, spec.order, spec.layout, bias_sum, bool(want_out)
     )
@@ -154,8 +152,8 @@ def glu_backward(
         dbias = _sum_blocks(dbias, bias, offsets, rows)
     return (
         dy,
-        dweights if weights is None else dweights.to(weights.dtype),
-        dbias if bias is None else dbias.to(bias.dtype),
+        dweights.to(weights.dtype) if want_weights and weights is not None else dweights,
+        dbias.to(bias.dtype) if want_bias and bias is not None else dbias,
         again,
     )
 

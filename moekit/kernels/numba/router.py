@@ -40,9 +40,7 @@ def topk_router(
     tokens, experts = logits.shape
     weights = torch.empty((tokens, k), dtype=logits.dtype)
     indices = torch.empty((tokens, k), dtype=torch.int64)
-    kernel = kernels.router_kernel(
-        element, _scoring(score_function, pre_softmax), expert_bias is not None, bool(group_topk)
-    )
+    kernel = kernels.router_kernel(element, _scoring(score_function, pre_softmax), expert_bias is not None, bool(group_topk))
     run(
         kernel, tokens, logits.nbytes * _EFFORT,
         logits.data_ptr(), address(expert_bias), experts, k, num_groups or 0, group_topk or 0,

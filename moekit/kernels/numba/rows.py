@@ -43,9 +43,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     return out
 
 
-def unpermute(
-    rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor
-) -> Any:
+def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
     """``rows [S, H]`` to ``[T, H]``: each token's rows, times their weights, added in float32."""
     element = KINDS.get(rows.dtype, E4M3)
     if element == E4M3 or (weights is not None and weights.dtype is torch.float64):
@@ -80,10 +78,10 @@ def unpermute_backward(
         return NotImplemented
     want_rows, want_weights = wanted
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
-    drows = torch.empty(rows.shape if want_rows else 0, dtype=rows.dtype)
-    dweights = torch.empty(num_rows if want_weights else 0)
+    drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else torch.empty(0, dtype=grad.dtype)
+    dweights = torch.empty(num_rows) if want_weights else torch.empty(0, dtype=grad.dtype)
     if num_tokens == 0:
-        return drows.zero_(), dweights.to(weights.dtype).zero_()
+        return drows.zero_(), dweights.to(weights.dtype).zero_() if want_weights else dweights
     grad, rows, scaled = dense(grad), dense(rows), dense(weights, torch.float32)
     row_token, token_offsets, token_rows, wide = _tables(row_token, token_offsets, token_rows)
     kernel = _row_kernels.unpermute_backward_kernel(element, grad_element, wide, bool(want_rows), bool(want_weights))
@@ -93,4 +91,4 @@ def unpermute_backward(
         row_token.data_ptr(), token_offsets.data_ptr(), token_rows.data_ptr(),
         drows.data_ptr(), dweights.data_ptr(), num_tokens, num_rows, width, streams(drows, width * SIZES[element]),
     )  # fmt: skip
-    return drows, dweights.to(weights.dtype)
+    return drows, dweights.to(weights.dtype) if want_weights else dweights

@@ -24,9 +24,7 @@ def _pieces(length: int) -> int:
     return max(1, min(get_num_threads(), length // _PIECE))
 
 
-def _sort(
-    keys: Tensor, buckets: int, counts: Tensor | None, ends: Tensor, inverse: Tensor | None, first: int = 0
-) -> Tensor:
+def _sort(keys: Tensor, buckets: int, counts: Tensor | None, ends: Tensor, inverse: Tensor | None, first: int = 0) -> Tensor:
     """Positions of the keys in sorted order, -1 after the last; fills ``counts``, ``ends[first:]`` and ``inverse``."""
     keys = dense(keys)
     length, wide = keys.numel(), keys.dtype is torch.int64
