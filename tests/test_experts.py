@@ -85,9 +85,7 @@ def choose(seed: int = 0) -> Tensor:
 
 def ours(indices: Tensor, **options):
     def run(x, weights, gate_up, down, gate_up_bias=None, down_bias=None):
-        return experts(
-            x, (indices, weights), gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias, **options
-        )
+        return experts(x, (indices, weights), gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias, **options)
 
     return run
 
@@ -255,7 +253,7 @@ def test_item27_gradcheck(layout, options):
 def test_item28_double_backward_raises():
     inputs = [v.requires_grad_() for v in make().values() if v is not None]
     (grad,) = torch.autograd.grad(ours(choose())(*inputs).sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward does not exist.*'torch' backend"):
+    with pytest.raises(RuntimeError, match=r"double backward does not exist.*'torch' backend"):
         grad.sum().backward()
 
 
@@ -353,7 +351,7 @@ def test_item40_compiles_whole_for_any_number_of_tokens():
         inputs.update(x=inputs["x"][:rows].clone(), weights=inputs["weights"][:rows].clone())
         indices = choose(rows)[:rows].clone()
         expected = value_and_grads(ours(indices), inputs, torch.ones(rows, H))
-        actual = value_and_grads(lambda **i: run(indices, **i), inputs, torch.ones(rows, H))
+        actual = value_and_grads(lambda i=indices, **named: run(i, **named), inputs, torch.ones(rows, H))
         assert torch.equal(actual[0], expected[0])
         assert all(torch.equal(actual[1][n], g) for n, g in expected[1].items())
     assert counter.frame_count <= 2

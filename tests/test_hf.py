@@ -29,23 +29,24 @@ def decorated_classes() -> list[tuple[str, str]]:
     return found
 
 
+NAMED = {
+    "hidden_act": "silu",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "mlp_hidden_act": "relu2",
+    "moe_latent_size": None,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 0.5,
+}
+
+
 class Settings(types.SimpleNamespace):
     """A configuration that has every field an experts class asks for, small and plausible."""
-
-    _named = {
-        "hidden_act": "silu",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "mlp_hidden_act": "relu2",
-        "moe_latent_size": None,
-        "swiglu_alpha": 1.702,
-        "swiglu_limit": 0.5,
-    }
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        if name in self._named:
-            return self._named[name]
+        if name in NAMED:
+            return NAMED[name]
         if "expert" in name and "size" not in name:
             return E
         return 24 if "intermediate" in name else 16 if "hidden" in name else 1.0
@@ -114,9 +115,7 @@ def test_gates_of_their_own_say_so_once(caplog):
     with caplog.at_level(logging.INFO, logger="moekit.hf"):
         for _ in range(3):
             module(torch.randn(T, 16), chosen(False), torch.rand(T, K))
-    assert [r.message for r in caplog.records] == [
-        "MuseSparkExperts has a gate or norm of its own: its experts run unfused"
-    ]
+    assert [r.message for r in caplog.records] == ["MuseSparkExperts has a gate or norm of its own: its experts run unfused"]
 
 
 def test_a_users_subclass_with_another_gate_is_not_fused():

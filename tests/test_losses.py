@@ -75,9 +75,7 @@ def test_item35_padding_is_excluded():
     mask[[2, 7, 9]] = True
     counts = torch.tensor([2, 1, 3, 1])
     loss = load_balancing_loss(probs, counts, 7, 1, 4, 1.0, padding_mask=mask)
-    assert float(loss.detach()) == pytest.approx(
-        float(load_balancing_loss(probs[~mask].detach(), counts, 7, 1, 4, 1.0))
-    )
+    assert float(loss.detach()) == pytest.approx(float(load_balancing_loss(probs[~mask].detach(), counts, 7, 1, 4, 1.0)))
     loss.backward()
     assert probs.grad is not None and probs.grad[mask].eq(0).all() and probs.grad[~mask].ne(0).all()
     poisoned = probs.detach().masked_fill(mask[:, None], NAN).requires_grad_()

@@ -21,9 +21,7 @@ HEAVY = ("triton", "numba", "llvmlite", "transformers", "matplotlib", "typer", "
 
 def run_python(code: str, **kwargs) -> str:
     """Run code in a fresh interpreter and return what it printed."""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -85,9 +83,7 @@ def test_wheel_installs_the_command(wheel):
 def test_wheel_imports_from_anywhere(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = "import moekit, moekit.moe_utils; print(moekit.__file__); print(moekit.__version__)"
-    where, version = run_python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path
-    ).split()
+    where, version = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", cwd=tmp_path).split()
     assert Path(where).is_relative_to(tmp_path)
     assert version == moekit.__version__
 
@@ -129,9 +125,7 @@ def test_public_names_resolve_and_are_documented():
 def test_readme_commands_exist_in_the_makefile():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in ("README.md", "CONTRIBUTING.md"):
-        named = set(
-            re.findall(r"\bmake ([a-z]+)", "\n".join(code_in((ROOT / page).read_text(encoding="utf-8"))))
-        )
+        named = set(re.findall(r"\bmake ([a-z]+)", "\n".join(code_in((ROOT / page).read_text(encoding="utf-8")))))
         assert {"demo", "test"} <= named <= targets, f"{page}: {named - targets}"
 
 
@@ -141,10 +135,7 @@ def code_in(page: str) -> list[str]:
 
 
 def test_readme_links_lead_somewhere():
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-")
-        for h in re.findall(r"^#+ (.+)$", README, re.M)
-    }
+    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if target.startswith("#"):
             assert target[1:] in headings, target

@@ -212,9 +212,7 @@ def test_selection_sees_scores_before_rounding():
 def test_scaling_factor_zero_is_honoured(variant):
     logits = bf16_logits(4, 8)
     assert topk_router(logits, 2, scaling_factor=0.0, **variant)[0].eq(0).all()
-    assert torch.equal(
-        topk_router(logits, 2, scaling_factor=2.0, **variant)[0], 2 * topk_router(logits, 2, **variant)[0]
-    )
+    assert torch.equal(topk_router(logits, 2, scaling_factor=2.0, **variant)[0], 2 * topk_router(logits, 2, **variant)[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

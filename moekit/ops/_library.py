@@ -125,7 +125,5 @@ def differentiate(reference: Callable, args: tuple, needs: tuple, grads: tuple) 
     sources = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     if not reached:
         return (None,) * len(needs)
-    found = iter(
-        torch.autograd.grad([out for out, _ in reached], sources, [grad for _, grad in reached], allow_unused=True)
-    )
+    found = iter(torch.autograd.grad([out for out, _ in reached], sources, [grad for _, grad in reached], allow_unused=True))
     return tuple(next(found) if need else None for need in needs)

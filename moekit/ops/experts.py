@@ -79,9 +79,7 @@ def experts(
         activation, alpha=alpha, linear_offset=linear_offset, clamp=clamp, clamp_after_bias=True, layout=layout
     )
     _check.one_of(op, "save", save, SAVES)
-    hidden_states, gate_up, down, gate_up_bias, down_bias = _autocast(
-        hidden_states, gate_up, down, gate_up_bias, down_bias
-    )
+    hidden_states, gate_up, down, gate_up_bias, down_bias = _autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     routing = _as_routing(routing, gate_up.shape[0])
     _check.same_device(

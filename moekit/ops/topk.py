@@ -246,9 +246,7 @@ def topk_router(
     _check_selection(logits, k, score_function, num_groups, group_topk, expert_bias)
     if scaling_factor is not None:
         scaling_factor = _check.real("topk_router", "scaling_factor", scaling_factor)
-    return _topk_router(
-        logits, expert_bias, k, score_function, bool(pre_softmax), num_groups, group_topk, scaling_factor
-    )
+    return _topk_router(logits, expert_bias, k, score_function, bool(pre_softmax), num_groups, group_topk, scaling_factor)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------
