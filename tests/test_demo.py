@@ -478,10 +478,10 @@ def test_waiting_threads_give_way():
         "import os, sys, moekit.cli\n"
         "from typer.testing import CliRunner\n"
         "CliRunner().invoke(moekit.cli.app, ['demo', '--device', 'nonsense'])\n"
-        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+        "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     command = [sys.executable, "-c", script]
-    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+    for given, expected in (({}, "PASSIVE"), ({"GOMP_SPINCOUNT": "ACTIVE"}, "ACTIVE")):
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | given)
         assert done.stdout == f"True {expected}\n"
