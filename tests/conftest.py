@@ -21,6 +21,27 @@ def _backends() -> list[str]:
     return ["torch", *(["numba"] if moekit.available()["numba"] else [])]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what would repeat another test: it is not skipped, it runs elsewhere.
+
+    ``reference_only`` tests look at what only the reference computes. The Triton kernels' tests run in an interpreter
+    that one of them starts, where there is no GPU.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    kernels_run_here = interpreted or torch.cuda.is_available()
+
+    def repeats(item: pytest.Item) -> bool:
+        if item.path.name == "test_triton_kernels.py" and not kernels_run_here:
+            return item.name != "test_the_operators_pass_in_the_interpreter"
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        other = parameters.get("backend", "torch") != "torch" and os.environ.get("MOEKIT_BACKEND", "auto") == "auto"
+        return other and item.get_closest_marker("reference_only") is not None
+
+    left_out = [item for item in items if repeats(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest):
     """Run the test on each backend for CPU tensors. float64 runs on the reference under every one of them."""

@@ -357,11 +357,10 @@ def test_errors_name_operation_argument_wanted_and_got(name):
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each({**UNWEIGHTED, **WEIGHTED, **BACK})
 def test_item27_gradcheck_and_gradgradcheck(name, backend):
     """The hand-written backwards are functions of their arguments too, and differentiable once."""
-    if backend != "torch":
-        pytest.skip("float64 is computed by the reference on every backend")
     function = {**UNWEIGHTED, **WEIGHTED, **BACK}[name][0]
     names = {"_back": ("g", "y")}.get(name.split("-")[0][-5:], ("y",) if name in UNWEIGHTED else ("y", "weights"))
     leaves = [x.requires_grad_() for x in inputs(*names, num_rows=3, width=2).values()]
@@ -370,10 +369,9 @@ def test_item27_gradcheck_and_gradgradcheck(name, backend):
         assert gradgradcheck(lambda *args: function(*args), leaves, fast_mode=True)
 
 
+@pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each(WEIGHTED_BACK)
 def test_item27_weighted_backs_are_differentiable(name, backend):
-    if backend != "torch":
-        pytest.skip("float64 is computed by the reference on every backend")
     leaves = [x.requires_grad_() for x in inputs("g", "y", "weights", num_rows=3, width=2).values()]
     assert gradcheck(lambda *args: WEIGHTED_BACK[name][0](*args), leaves)
 
@@ -405,10 +403,9 @@ def test_autograd_functions_with_float8_store(name):
         assert (found[part] - gradient).float().norm() <= 0.07 * gradient.float().norm(), part
 
 
+@pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each(CLASSES)
 def test_item27_autograd_functions(name, backend):
-    if backend != "torch":
-        pytest.skip("float64 is computed by the reference on every backend")
     tensors, apply = class_arguments(name, num_rows=3, width=2)
     leaves = [x.requires_grad_() for x in tensors.values()]
 
@@ -477,10 +474,9 @@ def test_item24_autocast_changes_nothing(name):
             assert_same(function(**tensors), function(**tensors).to(dtype))
 
 
+@pytest.mark.reference_only("the compiled graph calls the same operators")
 @each({**WEIGHTED, **IMPLS, **CLASSES})
 def test_item40_compile(name, backend):
-    if backend != "torch":
-        pytest.skip("the compiled graph calls the same operators")
     if name in CLASSES:
         tensors, function = class_arguments(name, torch.bfloat16)
     else:

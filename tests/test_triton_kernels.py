@@ -57,12 +57,6 @@ def test_the_operators_pass_in_the_interpreter():
     assert child.returncode == 0, f"in the interpreter:\n{child.stdout[-6000:]}\n{child.stderr[-2000:]}"
 
 
-@pytest.fixture(autouse=True)
-def _kernels_run(request):
-    if request.function is not test_the_operators_pass_in_the_interpreter and not (GPU or INTERPRETED):
-        pytest.skip("needs a GPU, or runs in the interpreter started above")
-
-
 def combinations(*axes):
     """All combinations on a GPU; in the interpreter, which takes milliseconds an operation, each value at least once."""
     axes = [list(axis) for axis in axes]
