@@ -38,7 +38,7 @@ BLOCK = 256
 
 _STRIP = 128  # elements
 _TILE = 3 * 4 * _STRIP  # bytes: the results of a strip, both gradients and the output
-_AHEAD = 8192  # bytes: two pages, so that the address translation is on its way too
+_AHEAD = 4096  # bytes: a page, so that the address translation is on its way too; two pages are no faster
 _LINE = 64
 _F, _U = np.float32, np.uint32
 _ONE, _ZERO, _INFINITY = _F(1.0), _F(0.0), _F(np.inf)
