@@ -80,9 +80,9 @@ def test_item26_float8_rows(dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_item26_float8_gradients_are_those_of_the_stored_rows(variant, backend):
     """Forward is that of the rows themselves; backward is exact for the rows that were kept."""
-    if backend != "torch" and variant not in (*EVERY_DTYPE, "ungated-relu2"):
-        pytest.skip("a kernel reads float8 rows as it reads others, and each costs a compilation")
-    for bias in BIASES:
+    # A kernel reads float8 rows as it reads others, and each combination costs a compilation: one dtype for most.
+    fewer = backend != "torch" and variant not in (*EVERY_DTYPE, "ungated-relu2")
+    for bias in BIASES[:1] if fewer else BIASES:
         for dtype in dtypes(variant, backend)[1:]:
             inputs, parameters, grad = glu_inputs(variant, bias, dtype, scale=1e-3)
             glu = functools.partial(moekit.glu, fp8_store=True, **parameters)

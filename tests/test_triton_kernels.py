@@ -133,7 +133,7 @@ def test_glu_bias_summed_over_many_chunks(variant):
     check_glu(variant, "experts", torch.float32, num_rows=150, width=3)
 
 
-@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
 def test_glu_backward_gives_what_is_wanted(wanted):
     inputs, parameters, grad = glu_inputs("clamp-before-bias", "experts", torch.float32)
     offsets = parameters.pop("offsets")
