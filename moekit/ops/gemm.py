@@ -35,11 +35,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     if _looped(rows):
         out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
         for expert, block in _blocks(offsets):
-            if block.stop - block.start == 1 and rows.dtype is torch.bfloat16:
-                # One row an expert is decoding: PyTorch's matrix-vector product takes two thirds of mm's time on a CPU.
-                torch.mv(matrices[expert].mT, rows[block.start], out=out[block.start])
-            else:
-                torch.mm(rows[block], matrices[expert], out=out[block])
+            torch.mm(rows[block], matrices[expert], out=out[block])
         return out
     width = matrices.shape[2]
     product = torch.nn.functional.grouped_mm(_aligned(rows, 1), _aligned(matrices, 1, 2), offs=offsets)
