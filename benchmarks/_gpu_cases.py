@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -129,6 +130,17 @@ def row_cases(s: Shape) -> Iterator[Case]:
     draw = lambda: [draw_rows(), torch.rand(s.R, device=DEVICE)]  # noqa: E731
     yield Case("unpermute weighted", draw, ours | both_ways(weighted), wide_weighted, moved + 4 * s.R, back, (0, 1))
 
+    def ours_by_slot(rows: Tensor, w: Tensor) -> Tensor:
+        return moekit.unpermute(rows, dataclasses.replace(routing, weights=w), weighted=True)
+
+    def eager_by_slot(rows: Tensor, w: Tensor) -> Tensor:
+        return weighted(rows, w.flatten()[routing.order])
+
+    wide_by_slot = lambda rows, w: eager_by_slot(rows.float(), w)  # noqa: E731
+    contenders = {"moekit": ours_by_slot, "eager": eager_by_slot, **peers("unpermute by slot", s, routing.inverse)}
+    draw = lambda: [draw_rows(), torch.rand(s.T, s.K, device=DEVICE)]  # noqa: E731
+    yield Case("unpermute with top-k weights", draw, contenders, wide_by_slot, moved + 4 * s.R, back, (0, 1))
+
 
 def both_ways(function: Callable) -> dict[str, Callable]:
     return {"eager": function, "compile": function}
@@ -170,7 +182,7 @@ def small_cases(s: Shape) -> Iterator[Case]:
     def chosen(logits: Tensor) -> Tensor:
         return torch.topk(logits, s.K).values.softmax(-1)
 
-    ours = {"moekit": lambda x: moekit.topk_router(x, s.K)[0], "eager": chosen, "compile": chosen}
+    ours = {"moekit": lambda x: moekit.topk_router(x, s.K)[0], "eager": chosen, "compile": chosen, **peers("top-k", s)}
     draw_logits = lambda: [normal(s.T, s.E, dtype=torch.float32)]  # noqa: E731
     sizes = (4 * s.T * s.E + 12 * s.R, 8 * s.T * s.E)
     yield Case("top-k router", draw_logits, ours, chosen, *sizes, (0,), short=True)
@@ -189,7 +201,7 @@ def small_cases(s: Shape) -> Iterator[Case]:
         return x.index_select(0, eager_order(indices) // s.K)
 
     draw = lambda: [normal(s.T, s.H), *draw_indices()]  # noqa: E731
-    contenders = {"moekit": both, "eager": eager_both}
+    contenders = {"moekit": both, "eager": eager_both, **peers("tables and permute", s)}
     yield Case("routing tables and permute", draw, contenders, eager_both, (s.T + s.R) * s.H * 2 + 16 * s.R, short=True)
 
 
@@ -209,6 +221,14 @@ def peers(op: str, s: Shape, *given: Tensor) -> dict[str, Callable]:
             halves = lambda y: (half.contiguous() for half in y.chunk(2, -1))  # noqa: E731
             silu = lambda y: liger.LigerSiLUMulFunction.apply(*halves(y))  # noqa: E731
             found["liger"] = lambda y, p: (silu(y) * p.unsqueeze(-1)).to(y.dtype)
+    moe_ops = load("moe_ops")
+    if moe_ops and op == "top-k":
+        found["moe-ops"] = lambda x: moe_ops.fused_topk_softmax(x, s.K)[0]
+    if moe_ops and op == "tables and permute":  # the order of an expert's rows is not fixed there, hence its "error"
+        found["moe-ops"] = lambda x, i: moe_ops.permute(x, i, 0, s.E)[0]
+    if moe_ops and op == "unpermute by slot":
+        slots = given[0].T.contiguous().flatten()
+        found["moe-ops"] = lambda rows, w: moe_ops.unpermute(rows, slots, w, s.T, s.K)
     for name, module in (("nemo", nemo), ("megatron", megatron)):
         if module and op == "permute":
             found[name] = lambda x, m=module: m.permute(x, given[0], num_out_tokens=s.R)[0]
