@@ -7,8 +7,9 @@
     python benchmarks/gpu.py --interpret        # no GPU: tiny shapes in Triton's interpreter, to try the script itself
 
 Every result is compared with the reference before it is timed. Times are medians of CUDA events around single calls,
-which rotate among input sets that together outgrow the L2 cache; short ones are replayed from a CUDA graph. The fraction
-is of the measured copy bandwidth: bytes that must move, over the time, over what a copy of gigabytes moves.
+which rotate among input sets that together outgrow the L2 cache and are queued behind other work, so that the GPU does not
+wait for the host; short ones are replayed from a CUDA graph. What the host takes to issue a call stands beside it. The
+fraction is of the measured copy bandwidth: bytes that must move, over the time, over what a copy of gigabytes moves.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from _gpu_cases import (
 from torch import Tensor
 
 REPEATS = 2 if INTERPRET else 30
+SLEEP_HZ = 2e9  # cycles a second of torch.cuda._sleep, about
 # Relative error in the norm: bfloat16 rounds with one near 0.17%; a wrong row or a swapped half is far above 1.
 TOLERANCE = 5e-3
 
@@ -61,6 +63,7 @@ class Result:
     bytes: int = 0
     flops: float = 0.0
     note: str = ""
+    host_ms: float = 0.0
     fraction: float = field(default=0.0)
 
 
@@ -73,24 +76,32 @@ def synchronize() -> None:
 
 
 def median_ms(call: Callable[[int], Any], repeats: int = REPEATS) -> float:
-    """Median time of ``call(i)``, i = 0, 1, ...; calls are queued, so that the host is ahead of the GPU."""
+    """Median time of ``call(i)``, i = 0, 1, ..., on the GPU: it is kept busy until the host has queued all of them."""
     for i in range(2):
         call(i)
     synchronize()
     if INTERPRET:
-        times = []
-        for i in range(repeats):
-            start = time.perf_counter()
-            call(i)
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return statistics.median(host_times(call, repeats))
+    queueing = host_times(call, repeats)
+    synchronize()
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    torch.cuda._sleep(int(min(1.5e-3 * sum(queueing), 0.2) * SLEEP_HZ))
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         start.record()
         call(i)
         end.record()
     synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True))
+
+
+def host_times(call: Callable[[int], Any], repeats: int = REPEATS) -> list[float]:
+    """Times in ms that the host takes to issue ``call(i)``; on a GPU the work itself goes on behind it."""
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        call(i)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def graph_ms(call: Callable[[int], Any], calls: int = 20) -> float:
@@ -152,7 +163,8 @@ def run_contender(
         raise AssertionError(f"{label}: relative {note}")
     with torch.no_grad():
         ms = timer(lambda i: function(*sets[i % len(sets)]))
-    yield Result(label, who, ms, case.forward_bytes, note=note)
+        host = statistics.median(host_times(lambda i: function(*sets[i % len(sets)])))
+    yield Result(label, who, ms, case.forward_bytes, note=note, host_ms=host)
     if case.backward_bytes:
         outputs = [function(*inputs) for inputs in sets]
         wrt = [[inputs[i] for i in case.gradients] for inputs in sets]
@@ -162,7 +174,9 @@ def run_contender(
             i %= len(sets)
             return torch.autograd.grad(outputs[i], wrt[i], upstream[i], retain_graph=True)
 
-        yield Result(f"{label}, backward", who, median_ms(backward), case.backward_bytes, note=note)
+        ms = median_ms(backward)
+        host = statistics.median(host_times(backward))
+        yield Result(f"{label}, backward", who, ms, case.backward_bytes, note=note, host_ms=host)
 
 
 def with_gradients(case: Case, function: Callable, inputs: list[Tensor]) -> list[Tensor]:
@@ -302,7 +316,8 @@ def describe(result: Result, limits: dict[str, float]) -> str:
         rate = f"{result.bytes / result.ms / 1e6:7.0f} GB/s {100 * result.fraction:5.1f}%"
     if result.flops:
         rate = f"{result.flops / result.ms / 1e9:7.1f} TFLOP/s"
-    return f"{result.case:58} {result.who:22} {result.ms:9.4f} ms {rate} {result.note}"
+    host = f" host {1e3 * result.host_ms:5.0f} us" if result.host_ms else ""
+    return f"{result.case:58} {result.who:22} {result.ms:9.4f} ms {rate}{host} {result.note}"
 
 
 def draw_chart(results: list[Result], path: Path) -> None:

@@ -129,13 +129,11 @@ def permute(
     if drop_and_pad and num_out_tokens is not None:
         capacity = num_out_tokens // max(num_experts, 1)
         sorted_indices = tables.route_capacity(routing_map, capacity)
-        row_expert = _capacity_expert(sorted_indices, capacity)
+        found = tables.rows_of_tokens(sorted_indices, num_tokens)
+        slots = None if probs is None else _capacity_slots(sorted_indices, capacity, num_experts)
     else:
-        _, sorted_indices, row_expert = tables.route_map(routing_map, num_out_tokens)
-    found = tables.rows_of_tokens(sorted_indices, num_tokens)
-    permuted_probs = None
-    if probs is not None:
-        permuted_probs = tables.take(probs, tables.row_slots(sorted_indices, row_expert, num_experts))
+        _, sorted_indices, slots, *found = tables.route_map(routing_map, num_out_tokens)
+    permuted_probs = None if probs is None else tables.take(probs, slots)
     return rows.move_rows(tokens, sorted_indices, *found), permuted_probs, sorted_indices
 
 
@@ -201,15 +199,16 @@ def _row_probs(
         capacity = num_rows // max(num_experts, 1)
         if capacity * num_experts != num_rows:
             raise _check.fail("unpermute", "sorted_indices", f"a multiple of {num_experts} experts long", num_rows)
-        row_token, row_expert = sorted_indices, _capacity_expert(sorted_indices, capacity)
+        slots = _capacity_slots(sorted_indices, capacity, num_experts)
     else:
-        _, row_token, row_expert = tables.route_map(routing_map, num_rows)
-    return tables.take(probs, tables.row_slots(row_token, row_expert, num_experts))
+        slots = tables.route_map(routing_map, num_rows)[2]
+    return tables.take(probs, slots)
 
 
-def _capacity_expert(sorted_indices: Tensor, capacity: int) -> Tensor:
+def _capacity_slots(sorted_indices: Tensor, capacity: int, num_experts: int) -> Tensor:
+    """Where each row's entry stands in a flat ``[T, E]`` table, -1 for none, if each expert has ``capacity`` rows."""
     row = torch.arange(sorted_indices.shape[0], device=sorted_indices.device)
-    return torch.div(row, max(capacity, 1), rounding_mode="floor")
+    return tables.row_slots(sorted_indices, torch.div(row, max(capacity, 1), rounding_mode="floor"), num_experts)
 
 
 # --- activations ----------------------------------------------------------------------------------------------------

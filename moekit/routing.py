@@ -142,11 +142,9 @@ class Routing:
         """
         if self.weights is None:
             raise _check.fail("Routing.row_weights", "weights", "given when the routing is built", None)
-        return tables.take(self.weights, self.order)
+        return tables.take(self.weights, self.order, self.inverse)
 
     def row_tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """``row_token [R]``, ``token_offsets [T + 1]``, ``token_rows [T * K]``: what the row movers work from."""
-        slots = max(self.topk, 1)
-        row_token = torch.div(self.order, slots, rounding_mode="floor")
-        token_offsets = torch.arange(self.num_tokens + 1, dtype=torch.int32, device=self.order.device) * self.topk
-        return row_token, token_offsets, self.inverse.reshape(-1)
+        found = tables.row_tables(self.order, self.num_tokens, self.topk)
+        return *found, self.inverse.reshape(-1)

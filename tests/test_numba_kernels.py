@@ -355,7 +355,7 @@ GUARDED = """
             routed = torch.zeros(5, 70, dtype=torch.bool)
             routed[:, ::9] = True
             call("map_to_indices", routed, None), call("route_capacity", routed, 3), call("route_capacity", routed, 8)
-            _, row_token, _ = call("route_map", routed, 45)
+            _, row_token, *_ = call("route_map", routed, 45)
             found = (row_token, *call("rows_of_tokens", row_token, 5))
             tokens, values = torch.randn(5, width).to(dtype), torch.randn(45, width).to(dtype)
             call("permute", tokens, *found)

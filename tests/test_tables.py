@@ -46,13 +46,21 @@ def map_of(indices: Tensor, experts: int, dtype: torch.dtype = torch.bool, mark=
     return out
 
 
-def route_map_by_hand(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, token of each row, expert of each row."""
+def route_map_by_hand(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, ...]:
+    """Counts, token of each row, place in the map of each row, and the rows of each token."""
     tokens, experts = routing_map.shape
     pairs = [(t, e) for e in range(experts) for t in range(tokens) if routing_map[t, e] != 0]
     counts = ints(*(sum(e == expert for _, e in pairs) for expert in range(experts)))
-    pairs += [(-1, -1)] * ((num_rows or 0) - len(pairs))
-    return counts, ints(*(t for t, _ in pairs)), ints(*(e for _, e in pairs), dtype=torch.int32)
+    spare = [-1] * ((num_rows or 0) - len(pairs))
+    by_token = sorted(range(len(pairs)), key=lambda row: pairs[row][0])  # Python's sort is stable
+    begins = [sum(t < token for t, _ in pairs) for token in range(tokens + 1)]
+    return (
+        counts,
+        ints(*(t for t, _ in pairs), *spare),
+        ints(*(t * experts + e for t, e in pairs), *spare),
+        ints(*begins, dtype=torch.int32),
+        ints(*by_token, *spare, dtype=torch.int32),
+    )
 
 
 def assert_tables(actual, expected) -> None:
@@ -328,6 +336,33 @@ def test_take_and_row_slots():
     assert nothing.grad.shape == (0, 4)
 
 
+def test_item27_take_with_its_inverse():
+    values = draw(0, 2, 2).requires_grad_()
+    index, back = ints(3, -1, 0), ints(2, -1, -1, 0)
+    tables.take(values, index, back).backward(torch.tensor([1.0, 2, 3], dtype=torch.float64))
+    assert_same(values.grad, torch.tensor([[3.0, 0], [0, 1]], dtype=torch.float64))
+    torch.autograd.gradcheck(tables.take, (values, index, back))
+    torch.autograd.gradcheck(tables.take, (values, index))
+    torch.autograd.gradcheck(tables.put, (values, ints(4, -1, 0, 1).view(2, 2), 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_put_and_take_any_dtype(poisoned, dtype, index_dtype):
+    values = torch.arange(1, 7).view(2, 3).T.to(dtype)  # strided
+    index = ints(6, -1, 0, 9, 2, 1, dtype=index_dtype)
+    expected = torch.tensor([2, 6, 3, 0, 0, 0, 1]).to(dtype)
+    assert_same(tables.put(values, index.view(3, 2), 7), expected)
+    assert_same(tables.take(values, index).flatten(), torch.tensor([0, 0, 1, 0, 2, 4]).to(dtype))
+
+
+def test_row_tables_by_hand(poisoned):
+    found = tables.row_tables(ints(5, 0, -1, 3, dtype=torch.int32), 3, 2)
+    assert_tables(found, (ints(2, 0, -1, 1, dtype=torch.int32), ints(0, 2, 4, 6, dtype=torch.int32)))
+    empty = ints(dtype=torch.int32)
+    assert_tables(tables.row_tables(empty, 2, 0), (empty, ints(0, 0, 0, dtype=torch.int32)))
+
+
 # --- every operator -------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +380,12 @@ def operator_calls():
         yield "route_capacity", (m, size or 3)
     yield "route_map", (routing_map, 9)
     yield "map_to_indices", (routing_map, 2)
+    values = draw(0, 2, 3, dtype=torch.float32)
+    for v in (values, values.clone().requires_grad_(), strided(values)):
+        yield "take", (v, ints(3, -1, 0), None)
+        yield "take", (v, ints(3, -1, 0), ints(2, -1, -1, 0, -1, -1))
+        yield "put", (v, ints(4, -1, 0, 1, 7, 2).view(2, 3), 8)
+    yield "row_tables", (ints(5, 0, -1, 3, dtype=torch.int32), 3, 2)
     for row_token in (ints(2, -1, 0, 2), strided(ints(2, -1, 0, 2, dtype=torch.int32)), ints()):
         yield "rows_of_tokens", (row_token, 3)
     for sizes, order, size in ((ints(2, 0, 3), ints(2, 1, 0), 5), (strided(ints(1, 4)), strided(ints(1, 0)), 5)):

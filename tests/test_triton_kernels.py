@@ -33,7 +33,7 @@ from _reference import (
 )
 
 import moekit
-from moekit import Routing
+from moekit import Routing, _backend
 from moekit.ops import glu as glu_ops
 from moekit.ops import rows as row_ops
 from moekit.ops import tables as table_ops
@@ -233,9 +233,32 @@ def test_empty_rows(num_tokens, num_rows, width):
 BIG = [(16384, 8, 128), (5000, 6, 160), (20000, 1, 500)] if GPU else []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int64])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_entries(dtype, index_dtype):
+    values = torch.randperm(1500, generator=torch.Generator().manual_seed(0)).view(3, 500).T.to(dtype)
+    index = torch.randperm(1600, generator=torch.Generator().manual_seed(1)).sub(50).to(index_dtype)
+    expected = reference(table_ops._take_reference, values, index.view(40, 40), None)
+    assert_exact(kernel("take", values, index.view(40, 40), None), expected, "take")
+    for size in (1400, 2000):
+        expected = reference(table_ops._put_reference, values, index[:1500].view(500, 3), size)
+        assert_exact(kernel("put", values, index[:1500].view(500, 3), size), expected, "put")
+    empty = index[:0]
+    assert kernel("take", values[:0], empty, None).shape == (0,)
+    assert_exact(kernel("put", values[:0], empty, 3), torch.zeros(3, dtype=dtype))
+
+
+@pytest.mark.parametrize(("num_tokens", "topk"), [(5, 3), (700, 2), (0, 2), (3, 0)])
+def test_row_tables(num_tokens, topk):
+    order = torch.randperm(num_tokens * topk + 4, generator=torch.Generator().manual_seed(0)).sub(4).clamp(min=-1).int()
+    expected = reference(table_ops._row_tables_reference, order, num_tokens, topk)
+    assert_exact(kernel("row_tables", order, num_tokens, topk), expected, "row_tables")
+
+
 @pytest.mark.parametrize("sizes", [(5, 2, 4), (0, 2, 4), (100, 3, 5), (20, 2, 130), *BIG])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_tables_from_indices(sizes, dtype):
+def test_tables_from_indices(sizes, dtype, monkeypatch):
+    monkeypatch.setattr(_backend, "checks_values", lambda tensor: False)  # as on a GPU: what is out of range is nowhere
     num_tokens, topk, num_experts = sizes
     generator = torch.Generator().manual_seed(1)
     indices = torch.randint(-1, num_experts, (num_tokens, topk), generator=generator).to(dtype)

@@ -24,7 +24,6 @@ def define(
     *,
     reference: Callable,
     fake: Callable,
-    check: Callable | None = None,
     save: Callable | None = None,
     backward: Callable | None = None,
 ) -> Any:
@@ -34,14 +33,13 @@ def define(
         schema: ``"name(Tensor x, ...) -> Tensor"``.
         reference: the operator in plain PyTorch; its arguments are the schema's.
         fake: the same arguments to empty outputs, for tracing.
-        check: looks at the arguments' values before any backend runs, and raises.
         save: ``save(ctx, args, outputs)`` keeps what backward needs.
         backward: ``backward(ctx, needs, *grads)`` to a tuple with a gradient (or None) for each argument;
             ``needs`` says for each argument whether its gradient is wanted.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _with_kernels(name, reference, check), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _with_kernels(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.moekit, name).default
     if save is not None and backward is not None:
@@ -49,12 +47,10 @@ def define(
     return op
 
 
-def _with_kernels(name: str, reference: Callable, check: Callable | None) -> Callable:
+def _with_kernels(name: str, reference: Callable) -> Callable:
     """The operator below autograd: the chosen backend's kernel, or the reference for what it leaves."""
 
     def run(*args: Any) -> Any:
-        if check is not None:
-            check(*args)
         kernel = _backend.kernel(name, _first_tensor(args))
         if kernel is not None:
             outputs = kernel(*args)

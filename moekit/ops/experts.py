@@ -188,10 +188,7 @@ class _Rows(NamedTuple):
 
     @staticmethod
     def of(weights: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> _Rows:
-        num_tokens, topk = inverse.shape
-        row_token = torch.div(order, max(topk, 1), rounding_mode="floor")
-        token_offsets = torch.arange(num_tokens + 1, dtype=torch.int32, device=order.device) * topk
-        found = (row_token, token_offsets, inverse.reshape(-1))
+        found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
         return _Rows(found, tables.take(weights, order), offsets, inverse)
 
     def slots(self) -> Tensor:

@@ -10,6 +10,9 @@ range routes nowhere and nothing is written past the end of a table.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,12 +44,14 @@ def _ends(counts: Tensor) -> Tensor:
 # --- from top-k indices ---------------------------------------------------------------------------------------------
 
 
-def _route_indices_check(indices: Tensor, num_experts: int) -> None:
+def check_indices(indices: Tensor, num_experts: int) -> None:
+    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
     require_in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
 
 
 def _route_indices_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``indices [T, K]`` to counts ``[E]``, offsets ``[E]``, order ``[T*K]``, inverse ``[T, K]``."""
+    check_indices(indices, num_experts)
     flat = indices.reshape(-1).long()
     expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     counts = sum_by_index(torch.ones_like(expert), expert, num_experts)
@@ -70,7 +75,6 @@ def _route_indices_fake(indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 route_indices = _library.define(
     "route_indices(Tensor indices, SymInt num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
-    check=_route_indices_check,
     reference=_route_indices_reference,
     fake=_route_indices_fake,
 )
@@ -79,8 +83,11 @@ route_indices = _library.define(
 # --- from a map -----------------------------------------------------------------------------------------------------
 
 
-def _route_map_reference(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``routing_map [T, E]`` to counts ``[E]``, the token ``[S] int64`` and the expert ``[S] int32`` of each row."""
+def _route_map_reference(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``routing_map [T, E]`` to counts ``[E] int64`` and, of each row, token and place in the map ``[S] int64``.
+
+    Also the inverse of the tokens' table, as :data:`rows_of_tokens` has it: offsets ``[T + 1]`` and rows ``[S]``.
+    """
     num_tokens, num_experts = routing_map.shape
     routed = (routing_map != 0).T.reshape(-1)  # expert-major
     counts = routed.view(num_experts, num_tokens).sum(1)
@@ -94,21 +101,24 @@ def _route_map_reference(routing_map: Tensor, num_rows: int | None) -> tuple[Ten
     found = place.new_full((num_rows + 1,), -1).scatter(0, target, place)[:num_rows]
     none = found < 0
     token = torch.where(none, -1, found % max(num_tokens, 1))
-    expert = torch.where(none, -1, found // max(num_tokens, 1))
-    return counts, token, expert.int()
+    slot = torch.where(none, -1, token * num_experts + found // max(num_tokens, 1))
+    return counts, token, slot, *_rows_of_tokens_reference(token, num_tokens)
 
 
-def _route_map_fake(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _route_map_fake(routing_map: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size() if num_rows is None else num_rows
+    num_tokens, num_experts = routing_map.shape
     return (
-        routing_map.new_empty(routing_map.shape[1], dtype=torch.int64),
+        routing_map.new_empty(num_experts, dtype=torch.int64),
         routing_map.new_empty(size, dtype=torch.int64),
+        routing_map.new_empty(size, dtype=torch.int64),
+        routing_map.new_empty(num_tokens + 1, dtype=torch.int32),
         routing_map.new_empty(size, dtype=torch.int32),
     )
 
 
 route_map = _library.define(
-    "route_map(Tensor routing_map, SymInt? num_rows) -> (Tensor, Tensor, Tensor)",
+    "route_map(Tensor routing_map, SymInt? num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_route_map_reference,
     fake=_route_map_fake,
 )
@@ -166,12 +176,14 @@ route_capacity = _library.define(
 # --- the inverse of a table -----------------------------------------------------------------------------------------
 
 
-def _rows_of_tokens_check(row_token: Tensor, num_tokens: int) -> None:
+def check_row_token(row_token: Tensor, num_tokens: int) -> None:
+    """Refuse tokens out of range."""
     require_in_range("unpermute", "sorted_indices", row_token, num_tokens, "the number of tokens")
 
 
 def _rows_of_tokens_reference(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """The rows of each token, ascending: offsets ``[T + 1] int32`` into rows ``[S] int32`` (-1 past the end)."""
+    check_row_token(row_token, num_tokens)
     token = torch.where((row_token >= 0) & (row_token < num_tokens), row_token, num_tokens).long()
     counts = sum_by_index(torch.ones_like(token), token, num_tokens)
     sorted_token, rows = token.sort(stable=True)
@@ -188,7 +200,6 @@ def _rows_of_tokens_fake(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Te
 
 rows_of_tokens = _library.define(
     "rows_of_tokens(Tensor row_token, SymInt num_tokens) -> (Tensor, Tensor)",
-    check=_rows_of_tokens_check,
     reference=_rows_of_tokens_reference,
     fake=_rows_of_tokens_fake,
 )
@@ -197,7 +208,8 @@ rows_of_tokens = _library.define(
 # --- chunks and padding ---------------------------------------------------------------------------------------------
 
 
-def _sort_chunks_check(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
+def check_chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
+    """Refuse sizes that do not add up and chunks that do not exist."""
     if not _backend.checks_values(split_sizes):
         return
     chunks = split_sizes.shape[0]
@@ -211,6 +223,7 @@ def _sort_chunks_check(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, nu
 
 def _sort_chunks_reference(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``, int64."""
+    check_chunks(split_sizes, sorted_idxs, num_in, num_out)
     chosen = sorted_idxs.long()
     sizes = split_sizes.long()
     starts = (sizes.cumsum(0) - sizes)[chosen]
@@ -229,7 +242,6 @@ def _sort_chunks_fake(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num
 
 sort_chunk_rows = _library.define(
     "sort_chunk_rows(Tensor split_sizes, Tensor sorted_idxs, SymInt num_in, SymInt? num_out) -> Tensor",
-    check=_sort_chunks_check,
     reference=_sort_chunks_reference,
     fake=_sort_chunks_fake,
 )
@@ -270,15 +282,107 @@ pad_rows = _library.define(
 )
 
 
+# --- entries of a table ---------------------------------------------------------------------------------------------
+
+
+def _row_tables_reference(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+    """The token of each row ``[R]`` and where each token's slots begin ``[T + 1]``, both int32.
+
+    ``order [R]`` holds the slot ``token * topk + k`` of each row, -1 for none.
+    """
+    starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=order.device) * topk
+    return torch.div(order, max(topk, 1), rounding_mode="floor"), starts
+
+
+def _row_tables_fake(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(order), order.new_empty(num_tokens + 1)
+
+
+row_tables = _library.define(
+    "row_tables(Tensor order, SymInt num_tokens, SymInt topk) -> (Tensor, Tensor)",
+    reference=_row_tables_reference,
+    fake=_row_tables_fake,
+)
+
+
 def row_slots(row_token: Tensor, row_expert: Tensor, num_experts: int) -> Tensor:
     """Where each row's entry stands in a flattened ``[T, E]`` table, -1 for none."""
     return torch.where((row_token >= 0) & (row_expert >= 0), row_token * num_experts + row_expert, -1)
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """``values.flatten()[index]``, zero where the index is -1. Differentiable in ``values``."""
+def _take_reference(values: Tensor, index: Tensor, back: Tensor | None) -> Tensor:
+    """``values.flatten()[index]``, zero where the index is out of range.
+
+    No entry is taken twice. ``back``, if given, says for each entry of ``values`` where it went (-1: nowhere): the
+    gradient is then gathered, too.
+    """
     flat = values.reshape(-1)
-    if flat.shape[0] == 0:  # nothing to take from, so every index is -1
-        return flat.new_zeros(index.shape) + flat.sum()
-    found = flat.index_select(0, index.reshape(-1).clamp(min=0)).view(index.shape)
-    return torch.where(index >= 0, found, 0)
+    if flat.shape[0] == 0:  # nothing to take from, so no index is in range
+        return flat.new_zeros(index.shape)
+    inside = (index >= 0) & (index < flat.shape[0])
+    found = flat.index_select(0, torch.where(inside, index, 0).reshape(-1)).view(index.shape)
+    return torch.where(inside, found, flat.new_zeros(()))  # a plain 0 would turn bool into int64
+
+
+def _take_fake(values: Tensor, index: Tensor, back: Tensor | None) -> Tensor:
+    return values.new_empty(index.shape)
+
+
+def _take_save(ctx: Any, args: tuple, outputs: Any) -> None:
+    values, index, back = args
+    ctx.shape = values.shape
+    ctx.save_for_backward(index, back)
+
+
+def _take_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    index, back = ctx.saved_tensors
+    # torch.Size.numel() would fix symbolic sizes.
+    found = put(grad, index, math.prod(ctx.shape)) if back is None else _take(grad, back, index)
+    return found.view(ctx.shape), None, None
+
+
+_take = _library.define(
+    "take(Tensor values, Tensor index, Tensor? back) -> Tensor",
+    reference=_take_reference,
+    fake=_take_fake,
+    save=_take_save,
+    backward=_take_backward,
+)
+
+
+def take(values: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
+    """``values.flatten()[index]``, zero where the index is -1; each entry is taken at most once. Differentiable.
+
+    ``back`` is the inverse of ``index``, if known: the place that took each entry of ``values``, -1 for none.
+    """
+    return _take(values, index, back)
+
+
+def _put_reference(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """``out[index] = values`` in zeros ``[size]``, for an index that names no place twice; -1 goes nowhere."""
+    inside = (index >= 0) & (index < size)
+    target = torch.where(inside, index, size).reshape(-1).long()
+    return values.new_zeros(size + 1).scatter(0, target, values.reshape(-1))[:size].clone()
+
+
+def _put_fake(values: Tensor, index: Tensor, size: int) -> Tensor:
+    return values.new_empty(size)
+
+
+def _put_save(ctx: Any, args: tuple, outputs: Any) -> None:
+    ctx.shape = args[0].shape
+    ctx.save_for_backward(args[1])
+
+
+def _put_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    (index,) = ctx.saved_tensors
+    return _take(grad, index, None).view(ctx.shape), None, None
+
+
+put = _library.define(
+    "put(Tensor values, Tensor index, SymInt size) -> Tensor",
+    reference=_put_reference,
+    fake=_put_fake,
+    save=_put_save,
+    backward=_put_backward,
+)

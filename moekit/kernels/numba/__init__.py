@@ -46,6 +46,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rows_of_tokens": tables.rows_of_tokens,
     "sort_chunk_rows": tables.sort_chunk_rows,
     "pad_rows": tables.pad_rows,
+    "row_tables": tables.row_tables,
+    "take": tables.take,
+    "put": tables.put,
     "topk_router": router.topk_router,
     "topk_router_backward": router.topk_router_backward,
 }

@@ -26,11 +26,14 @@ from moekit.kernels.numba._bits import (
     trailing_zeros,
     write_i32,
     write_i64,
+    write_u8,
+    write_u16,
     zero,
 )
 from moekit.kernels.numba._jit import INLINE, inline, kernel
 
 _READ = {1: read_u8, 2: read_u16, 4: read_i32, 8: read_i64}
+_WRITE = {1: write_u8, 2: write_u16, 4: write_i32, 8: write_i64}
 _ONE = np.uint64(1)
 
 
@@ -69,17 +72,23 @@ def bump(table, index):
 
 @functools.cache
 def count_keys_kernel(wide: bool) -> Callable:
-    """How many of each key a piece has; keys outside ``[0, buckets)`` are left out. ``wide``: they are int64."""
+    """How many of each key a piece has, and how many that are no key: neither -1 nor in ``[0, buckets)``.
+
+    ``wide``: keys are int64.
+    """
 
     @kernel(wide)
-    def count_keys(start: int, stop: int, keys: int, length: int, pieces: int, buckets: int, starts: int):
+    def count_keys(start: int, stop: int, keys: int, length: int, pieces: int, buckets: int, starts: int, wrong: int):
         for piece in range(start, stop):
-            table = starts + piece * buckets * 4
+            table, bad = starts + piece * buckets * 4, 0
             zero(table, buckets * 4)
             for i in range(length * piece // pieces, length * (piece + 1) // pieces):
                 key = read_i64(keys, i) if wide else np.int64(read_i32(keys, i))
                 if 0 <= key < buckets:
                     bump(table, key)
+                elif key != -1:
+                    bad += 1
+            write_i32(wrong, piece, bad)
 
     return count_keys
 
@@ -151,24 +160,32 @@ def count_map_kernel(size: int) -> Callable:
 
 @functools.cache
 def place_map_kernel(size: int) -> Callable:
-    """The token and the expert of each row."""
+    """The token and the place in the map of each row; each token's rows, and where they begin."""
 
     @kernel(size)
     def place_map(
         start: int, stop: int, routing: int, mask: int, tokens: int, experts: int, pieces: int, starts: int,
-        row_token: int, row_expert: int,
+        ends: int, row_token: int, row_slot: int, token_offsets: int, token_rows: int,
     ):  # fmt: skip
         for piece in range(start, stop):
             table = starts + piece * experts * 4
+            behind = 0  # rows of the tokens before this piece
+            for expert in range(experts):
+                behind += read_back_i32(table, expert) - (read_i32(ends, expert - 1) if expert else 0)
             for token in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+                write_i32(token_offsets, token, behind)
                 for first in range(0, experts, 64):
                     found = marks(size, routing + (token * experts + first) * size, min(64, experts - first), mask)
                     while found:
                         expert = first + trailing_zeros(found)
                         place = bump(table, expert)
                         write_i64(row_token, place, token)
-                        write_i32(row_expert, place, expert)
+                        write_i64(row_slot, place, token * experts + expert)
+                        write_i32(token_rows, behind, place)
+                        behind += 1
                         found &= found - _ONE
+            if piece == pieces - 1:
+                write_i32(token_offsets, tokens, behind)
 
     return place_map
 
@@ -303,3 +320,48 @@ def pad_rows_kernel() -> Callable:
             write_i32(new_offsets, expert, target)
 
     return pad_rows
+
+
+# --- entries of a table ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def row_tables_kernel() -> Callable:
+    """The token of each row, from its slot."""
+
+    @kernel()
+    def row_tables(start: int, stop: int, order: int, topk: int, row_token: int):
+        for row in range(start, stop):
+            slot = read_i32(order, row)
+            write_i32(row_token, row, slot // topk if slot >= 0 else -1)
+
+    return row_tables
+
+
+@functools.cache
+def take_kernel(size: int, wide: bool) -> Callable:
+    """``out[i] = values[index[i]]`` for elements of ``size`` bytes, zero where the index is out of range."""
+    read, write = _READ[size], _WRITE[size]
+
+    @kernel(size, wide)
+    def take(start: int, stop: int, values: int, length: int, index: int, out: int):
+        for i in range(start, stop):
+            place = read_i64(index, i) if wide else np.int64(read_i32(index, i))
+            write(out, i, read(values, place) if 0 <= place < length else 0)
+
+    return take
+
+
+@functools.cache
+def put_kernel(size: int, wide: bool) -> Callable:
+    """``out[index[i]] = values[i]`` where the index is in range; what is not named is zero already."""
+    read, write = _READ[size], _WRITE[size]
+
+    @kernel(size, wide)
+    def put(start: int, stop: int, values: int, index: int, length: int, out: int):
+        for i in range(start, stop):
+            place = read_i64(index, i) if wide else np.int64(read_i32(index, i))
+            if 0 <= place < length:
+                write(out, place, read(values, i))
+
+    return put

@@ -53,6 +53,10 @@ def _usual() -> Iterator[Callable[[], object]]:
     yield _table_kernels.total_by_expert_kernel
     yield _table_kernels.chunk_rows_kernel
     yield _table_kernels.pad_rows_kernel
+    yield _table_kernels.row_tables_kernel
+    for size, wide in itertools.product((2, 4), (False, True)):
+        yield lambda args=(size, wide): _table_kernels.take_kernel(*args)
+        yield lambda args=(size, wide): _table_kernels.put_kernel(*args)
     for by_map in (
         _table_kernels.count_map_kernel,
         _table_kernels.place_map_kernel,

@@ -13,10 +13,12 @@ from torch import Tensor, get_num_threads
 from moekit.kernels.numba import _table_kernels as kernels
 from moekit.kernels.numba._launch import address, dense
 from moekit.kernels.numba._threads import run
+from moekit.ops.tables import check_chunks
 
 # A piece below this many elements is not worth a table of its own.
 _PIECE = 1 << 12
 _ANY_BIT, _NOT_SIGN = -1, {1: 0x7F, 2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}
+_INDICES = (torch.int32, torch.int64)
 _ONE_BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -24,41 +26,45 @@ def _pieces(length: int) -> int:
     return max(1, min(get_num_threads(), length // _PIECE))
 
 
-def _sort(keys: Tensor, buckets: int, counts: Tensor | None, ends: Tensor, inverse: Tensor | None, first: int = 0) -> Tensor:
-    """Positions of the keys in sorted order, -1 after the last; fills ``counts``, ``ends[first:]`` and ``inverse``."""
+def _sort(
+    keys: Tensor, buckets: int, counts: Tensor | None, ends: Tensor, inverse: Tensor | None, first: int = 0
+) -> Tensor | None:
+    """Positions of the keys in sorted order, -1 after the last; fills ``counts``, ``ends[first:]`` and ``inverse``.
+
+    None if there are keys out of range.
+    """
     keys = dense(keys)
     length, wide = keys.numel(), keys.dtype is torch.int64
-    order = torch.empty(length, dtype=torch.int32)
-    if buckets == 0:
-        if inverse is not None:
-            inverse.fill_(-1)
-        return order.fill_(-1)
     pieces = _pieces(length)
-    starts = torch.empty((pieces, buckets), dtype=torch.int32)
+    starts, wrong = torch.empty((pieces, buckets), dtype=torch.int32), torch.empty(pieces, dtype=torch.int32)
     args = (keys.data_ptr(), length, pieces, buckets, starts.data_ptr())
-    run(kernels.count_keys_kernel(wide), pieces, keys.nbytes, *args)
+    run(kernels.count_keys_kernel(wide), pieces, keys.nbytes, *args, wrong.data_ptr())
+    if wrong.count_nonzero():
+        return None
+    order = torch.empty(length, dtype=torch.int32)
     kernels.total_kernel()(pieces, buckets, starts.data_ptr(), address(counts), ends.data_ptr() + 4 * first)
     run(kernels.place_keys_kernel(wide), pieces, keys.nbytes, *args, order.data_ptr(), address(inverse))
-    placed = int(ends[-1])
+    placed = int(ends[-1]) if buckets else 0
     if placed < length:
         order[placed:] = -1
     return order
 
 
-def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_indices(indices: Tensor, num_experts: int) -> Any:
     """``indices [T, K]`` to counts ``[E]``, offsets ``[E]``, order ``[T*K]``, inverse ``[T, K]``."""
     counts = torch.empty(num_experts, dtype=torch.int64)
     offsets = torch.empty(num_experts, dtype=torch.int32)
     inverse = torch.empty(indices.shape, dtype=torch.int32)
     order = _sort(indices, num_experts, counts, offsets, inverse)
-    return counts, offsets, order, inverse
+    return NotImplemented if order is None else (counts, offsets, order, inverse)
 
 
-def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def rows_of_tokens(row_token: Tensor, num_tokens: int) -> Any:
     """The rows of each token, ascending: offsets ``[T + 1]`` into rows ``[S]``."""
     offsets = torch.empty(num_tokens + 1, dtype=torch.int32)
     offsets[0] = 0
-    return offsets, _sort(row_token, num_tokens, None, offsets, None, first=1)
+    order = _sort(row_token, num_tokens, None, offsets, None, first=1)
+    return NotImplemented if order is None else (offsets, order)
 
 
 def _map_arguments(routing_map: Tensor) -> tuple[Tensor, int, int] | None:
@@ -72,7 +78,7 @@ def _map_arguments(routing_map: Tensor) -> tuple[Tensor, int, int] | None:
 
 
 def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
-    """``routing_map [T, E]`` to counts ``[E]``, and the token and the expert of each row."""
+    """``routing_map [T, E]`` to counts ``[E]``, the token and the slot of each row, and the rows of each token."""
     prepared = _map_arguments(routing_map)
     if prepared is None or routing_map.numel() == 0:
         return NotImplemented
@@ -88,12 +94,15 @@ def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
     num_rows = routed if num_rows is None else num_rows
     if routed > num_rows:
         return NotImplemented
-    row_token, row_expert = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.int32)
-    run(kernels.place_map_kernel(size), pieces, routing_map.nbytes, *args, row_token.data_ptr(), row_expert.data_ptr())
-    if routed < num_rows:
-        row_token[routed:] = -1
-        row_expert[routed:] = -1
-    return counts, row_token, row_expert
+    tables = [torch.empty(num_rows, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32)]
+    row_token, row_slot, token_rows = tables
+    token_offsets = torch.empty(tokens + 1, dtype=torch.int32)
+    outputs = (row_token, row_slot, token_offsets, token_rows)
+    addresses = (ends.data_ptr(), *(t.data_ptr() for t in outputs))
+    run(kernels.place_map_kernel(size), pieces, routing_map.nbytes, *args, *addresses)
+    for table in tables if routed < num_rows else ():
+        table[routed:] = -1
+    return counts, *outputs
 
 
 def map_to_indices(routing_map: Tensor, topk: int | None) -> Any:
@@ -135,6 +144,7 @@ def route_capacity(routing_map: Tensor, capacity: int) -> Any:
 
 def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``."""
+    check_chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, order = dense(split_sizes, torch.int64), dense(sorted_idxs, torch.int64)
     if num_out is None:
         num_out = int(sizes[order].sum())
@@ -154,3 +164,35 @@ def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> 
         new_offsets.data_ptr(), new_order.data_ptr(), new_inverse.data_ptr(),
     )  # fmt: skip
     return new_offsets, new_order, new_inverse
+
+
+def row_tables(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+    """The token of each row and where each token's slots begin."""
+    order = dense(order)
+    row_token = torch.empty_like(order)
+    run(kernels.row_tables_kernel(), len(order), 2 * order.nbytes, order.data_ptr(), max(topk, 1), row_token.data_ptr())
+    return row_token, torch.arange(num_tokens + 1, dtype=torch.int32) * topk
+
+
+def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
+    """``values.flatten()[index]``, zero where the index is out of range."""
+    if values.dtype.is_complex or index.dtype not in _INDICES:
+        return NotImplemented
+    values, index = dense(values), dense(index)
+    out = torch.empty(index.shape, dtype=values.dtype)
+    take_kernel = kernels.take_kernel(values.element_size(), index.dtype is torch.int64)
+    args = (values.data_ptr(), values.numel(), index.data_ptr(), out.data_ptr())
+    run(take_kernel, index.numel(), index.nbytes + 2 * out.nbytes, *args)
+    return out
+
+
+def put(values: Tensor, index: Tensor, size: int) -> Any:
+    """``out[index] = values`` in zeros ``[size]``."""
+    if values.dtype.is_complex or index.dtype not in _INDICES:
+        return NotImplemented
+    values, index = dense(values), dense(index)
+    out = torch.zeros(size, dtype=values.dtype)
+    put_kernel = kernels.put_kernel(values.element_size(), index.dtype is torch.int64)
+    args = (values.data_ptr(), index.data_ptr(), size, out.data_ptr())
+    run(put_kernel, index.numel(), index.nbytes + 2 * values.nbytes, *args)
+    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import glu, glu_backward, maps, rows, tables, topk
+from moekit.kernels.triton import entries, glu, glu_backward, maps, rows, tables, topk
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -20,6 +20,9 @@ KERNELS: dict[str, Callable] = {
     "rows_of_tokens": tables.rows_of_tokens,
     "sort_chunk_rows": tables.sort_chunk_rows,
     "pad_rows": tables.pad_rows,
+    "row_tables": entries.row_tables,
+    "take": entries.take,
+    "put": entries.put,
     "topk_router": topk.topk_router,
     "topk_router_backward": topk.topk_router_backward,
 }

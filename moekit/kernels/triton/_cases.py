@@ -109,6 +109,9 @@ def _all_tables() -> Iterator[Case]:
         yield case("route_indices", indices, experts)
         yield case("rows_of_tokens", row_token, tokens)
         yield case("pad_rows", _integers(experts), _integers(rows), _integers(tokens, topk), 16)
+        yield case("row_tables", _integers(rows), tokens, topk)
+        yield case("take", _meta(tokens, topk), _integers(rows), _integers(tokens, topk))
+        yield case("put", _meta(rows), _meta(rows, dtype=torch.int64), tokens * experts)
         yield case("sort_chunk_rows", _integers(experts), _integers(experts), rows, rows)
         for dtype in (torch.bool, torch.float32, torch.int64):
             routing_map, shown = _meta(tokens, experts, dtype=dtype), dtype is torch.bool and experts == _E

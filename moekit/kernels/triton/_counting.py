@@ -1,7 +1,7 @@
 """A stable counting sort in two launches: blocks count, then every block places its entries.
 
 The second launch needs no scan in between: each block reads the counts of all (a few KiB from the cache) and adds up those
-before it. Within a tile an entry's rank is the number of equal keys before it. No atomics, so no order is left to chance.
+before it. Within a tile entries are sorted by key and place. Atomics count at most, so no order is left to chance.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ _MAX_BLOCKS = 128  # about one for each multiprocessor: then a block's own work 
 WIDE = _launch.Tile(0, 16)
 
 
-def tile_of(num_bins: int, entries: int = 8192) -> dict[str, int]:
-    """The shape of tiles that compare keys with bins: ``entries`` comparisons at a time, 16 a thread."""
+def tile_of(num_bins: int, entries: int) -> dict[str, int]:
+    """The shape of tiles of a map: at most 128 tokens, with all their bins about ``entries``."""
     block_e = _launch.power_of_two(num_bins)
     return {"TILE": min(max(entries // block_e, 1), 128), "BLOCK_E": block_e}
+
+
+def keys_tile(num_keys: int, num_bins: int) -> dict[str, int]:
+    """The shape of tiles of keys: as many as each of ``_MAX_BLOCKS`` blocks has to take on, from 128 to 1024."""
+    tile = min(max(_launch.power_of_two(_launch.blocks(num_keys, _MAX_BLOCKS)), 128), 1024)
+    return {"TILE": tile, "BLOCK_E": max(_launch.power_of_two(num_bins), 32)}
 
 
 def chunking(entries: int, tile: int) -> tuple[int, int]:
@@ -44,17 +50,17 @@ def counts_before(histogram, block, num_blocks, num_bins, BLOCK_E: tl.constexpr)
 
 
 @triton.jit
-def is_bin(key, BLOCK_E: tl.constexpr):
-    """``[entries, BLOCK_E]``: which bin each key names."""
-    return key[:, None] == tl.arange(0, BLOCK_E)[None, :]
+def count_bins(bin, BLOCK_E: tl.constexpr):
+    """How many of a tile's entries fall into each bin; -1 is none."""
+    return tl.histogram(tl.where(bin >= 0, bin, 0), BLOCK_E, mask=bin >= 0)
 
 
 @triton.jit
-def rank_in_tile(key):
-    """How many equal keys stand before each key of a tile."""
-    place = tl.arange(0, key.shape[0])
-    earlier = (key[:, None] == key[None, :]) & (place[None, :] < place[:, None])
-    return tl.sum(earlier.to(tl.int32), axis=1)
+def sort_tile(bin, BLOCK_E: tl.constexpr):
+    """A tile's entries in the order of their bins, -1 last: ``(entry, bin)``. Equal bins stay in their order."""
+    TILE: tl.constexpr = bin.shape[0]
+    packed = tl.sort(tl.where(bin >= 0, bin, BLOCK_E) * TILE + tl.arange(0, TILE))
+    return packed % TILE, packed // TILE
 
 
 @triton.jit

@@ -44,28 +44,41 @@ def _count_map_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "chunk", "num_blocks", "num_experts"])
 def _place_map_kernel(
-    routing_map, histogram, counts, row_token, row_expert, num_tokens, num_rows, chunk, num_blocks, num_experts, stride,
+    routing_map, histogram, counts, row_token, row_slot, token_offsets, token_rows,
+    num_tokens, num_rows, chunk, num_blocks, num_experts, stride,
     TILE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program gives the tokens of one chunk their rows."""
+    """One program gives the tokens of one chunk their rows; those behind ``num_rows`` are left out of every table."""
     block = tl.program_id(0)
     total, before = counts_before(histogram, block, num_blocks, num_experts, BLOCK_E)
     if block == 0:
         store_ends(total, counts, None, num_experts, BLOCK_E)
-    base = tl.cumsum(total, axis=0) - total + before
-    expert = tl.zeros([TILE, BLOCK_E], tl.int32) + tl.arange(0, BLOCK_E)[None, :]
+    base = tl.cumsum(total, axis=0) - total
+    behind = tl.sum(tl.minimum(tl.maximum(num_rows - base, 0), before), axis=0)  # rows of the tokens before
+    base += before
+    expert = tl.arange(0, BLOCK_E)[None, :]
     end = tl.minimum(block * chunk + chunk, num_tokens)
     for start in range(block * chunk, end, TILE):
         token = start + tl.arange(0, TILE)
         routed = _load_routed(routing_map, token, end, num_experts, stride, BLOCK_E)
         row = base[None, :] + tl.cumsum(routed, axis=0) - 1
         mask = (routed > 0) & (row < num_rows)
-        tl.store(row_token + row, tl.zeros([TILE, BLOCK_E], tl.int64) + token[:, None], mask=mask)
-        tl.store(row_expert + row, expert, mask=mask)
+        wide = tl.zeros([TILE, BLOCK_E], tl.int64) + token[:, None]
+        tl.store(row_token + row, wide, mask=mask)
+        tl.store(row_slot + row, wide * num_experts + expert, mask=mask)
+        kept = mask.to(tl.int32)
+        of_token = tl.sum(kept, axis=1)
+        first = behind + tl.cumsum(of_token, axis=0) - of_token
+        tl.store(token_offsets + token, first, mask=token < end)
+        tl.store(token_rows + first[:, None] + tl.cumsum(kept, axis=1) - 1, row, mask=mask)
         base += tl.sum(routed, axis=0)
-    behind = tl.sum(total, axis=0)
-    fill(row_token, behind, num_rows, -1, block, num_blocks)
-    fill(row_expert, behind, num_rows, -1, block, num_blocks)
+        behind += tl.sum(of_token, axis=0)
+    placed = tl.minimum(tl.sum(total, axis=0), num_rows)
+    if block == 0:
+        tl.store(token_offsets + num_tokens, placed)
+    fill(row_token, placed, num_rows, -1, block, num_blocks)
+    fill(row_slot, placed, num_rows, -1, block, num_blocks)
+    fill(token_rows, placed, num_rows, -1, block, num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "capacity", "chunk", "num_blocks", "num_experts"])
@@ -127,7 +140,7 @@ def _count(routing_map: Tensor, tiles: dict[str, Any]) -> tuple[Tensor, int, int
 
 
 def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
-    """``moekit::route_map``: counts, token and expert of each row; ``num_rows=None`` takes one device-to-host sync."""
+    """``moekit::route_map``: counts, token and slot of each row, rows of each token; ``num_rows=None`` takes one sync."""
     looks = num_rows is None or _backend.checks_values(routing_map)
     routing_map, tiles = _tidy(routing_map)
     num_tokens, num_experts = routing_map.shape
@@ -138,13 +151,14 @@ def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
             return NotImplemented  # the reference says what is wrong
         num_rows = routed if num_rows is None else num_rows
     counts = torch.empty(num_experts, dtype=torch.int64, device=routing_map.device)
-    row_token = torch.empty(num_rows, dtype=torch.int64, device=routing_map.device)
-    row_expert = torch.empty(num_rows, dtype=torch.int32, device=routing_map.device)
+    row_token, row_slot = (torch.empty(num_rows, dtype=torch.int64, device=routing_map.device) for _ in range(2))
+    token_offsets = torch.empty(num_tokens + 1, dtype=torch.int32, device=routing_map.device)
+    token_rows = torch.empty(num_rows, dtype=torch.int32, device=routing_map.device)
     _launch.launch(
-        _place_map_kernel, (num_blocks,), routing_map, histogram, counts, row_token, row_expert,
+        _place_map_kernel, (num_blocks,), routing_map, histogram, counts, row_token, row_slot, token_offsets, token_rows,
         num_tokens, num_rows, chunk, num_blocks, num_experts, routing_map.stride(0), **tiles,
     )  # fmt: skip
-    return counts, row_token, row_expert
+    return counts, row_token, row_slot, token_offsets, token_rows
 
 
 def route_capacity(routing_map: Tensor, capacity: int) -> Tensor:

@@ -13,13 +13,14 @@ from moekit.kernels.triton import _launch
 from moekit.kernels.triton._counting import (
     WIDE,
     chunking,
+    count_bins,
     counts_before,
     fill,
-    is_bin,
-    rank_in_tile,
+    keys_tile,
+    sort_tile,
     store_ends,
-    tile_of,
 )
+from moekit.ops import tables as table_ops
 
 _DIGIT_BITS = 8
 
@@ -51,9 +52,19 @@ def _count_kernel(
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_keys), TILE):
         _, bin = _load_bins(keys, start + tl.arange(0, TILE), num_keys, limit, shift, num_bins, DIGITS)
-        counts += tl.sum(is_bin(bin, BLOCK_E).to(tl.int32), axis=0)
+        counts += count_bins(bin, BLOCK_E)
     place = tl.arange(0, BLOCK_E)
     tl.store(histogram + block * num_bins + place, counts, mask=place < num_bins)
+
+
+@triton.jit
+def _rows_of_tile(bin, base, BLOCK_E: tl.constexpr):
+    """A tile's entries by bin: the row of each, if a bin's next row is in ``base``; the entry, its bin, the bins' counts."""
+    counts = count_bins(bin, BLOCK_E)
+    first = base - tl.cumsum(counts, axis=0) + counts
+    entry, sorted_bin = sort_tile(bin, BLOCK_E)
+    row = tl.gather(first, tl.minimum(sorted_bin, BLOCK_E - 1), 0) + tl.arange(0, bin.shape[0])
+    return row, entry, sorted_bin, counts
 
 
 @triton.jit(do_not_specialize=["num_slots", "chunk", "num_blocks", "num_experts"])
@@ -68,24 +79,25 @@ def _place_slots_kernel(
         store_ends(total, counts, offsets, num_experts, BLOCK_E)
     base = tl.cumsum(total, axis=0) - total + before
     for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_slots), TILE):
-        slot = start + tl.arange(0, TILE)
-        expert, _ = _load_bins(indices, slot, num_slots, num_experts, 0, num_experts, False)
-        mine = is_bin(expert, BLOCK_E)
-        row = tl.sum(tl.where(mine, base[None, :], 0), axis=1) + rank_in_tile(expert)
-        tl.store(inverse + slot, tl.where(expert >= 0, row, -1), mask=slot < num_slots)
-        tl.store(order + row, slot, mask=expert >= 0)
-        base += tl.sum(mine.to(tl.int32), axis=0)
+        place = start + tl.arange(0, TILE)
+        expert, _ = _load_bins(indices, place, num_slots, num_experts, 0, num_experts, False)
+        row, entry, expert, found = _rows_of_tile(expert, base, BLOCK_E)
+        slot = start + entry
+        tl.store(inverse + slot, tl.where(expert < num_experts, row, -1), mask=slot < num_slots)
+        tl.store(order + row, slot, mask=expert < num_experts)
+        base += found
     fill(order, tl.sum(total, axis=0), num_slots, -1, block, num_blocks)
 
 
 def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``moekit::route_indices``: counts, offsets, order, inverse."""
+    table_ops.check_indices(indices, num_experts)
     flat, device, slots = indices.contiguous(), indices.device, indices.numel()
     counts = torch.empty(num_experts, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
     order = torch.empty(slots, dtype=torch.int32, device=device)
     inverse = torch.empty(indices.shape, dtype=torch.int32, device=device)
-    tiles = tile_of(num_experts)
+    tiles = keys_tile(slots, num_experts)
     chunk, num_blocks = chunking(slots, tiles["TILE"])
     histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
     _launch.launch(
@@ -112,10 +124,10 @@ def _place_digits_kernel(
     total, before = counts_before(histogram, block, num_blocks, num_bins, BLOCK_E)
     base = tl.cumsum(total, axis=0) - total + before
     for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_keys), TILE):
-        place = start + tl.arange(0, TILE)
-        key, bin = _load_bins(keys, place, num_keys, limit, shift, num_bins, True)
-        mine = is_bin(bin, BLOCK_E)
-        target = tl.sum(tl.where(mine, base[None, :], 0), axis=1) + rank_in_tile(bin)
+        _, bin = _load_bins(keys, start + tl.arange(0, TILE), num_keys, limit, shift, num_bins, True)
+        target, entry, _, found = _rows_of_tile(bin, base, BLOCK_E)
+        place = start + entry
+        key, _ = _load_bins(keys, place, num_keys, limit, shift, num_bins, True)
         row = place  # the first digit finds the rows in their order
         if rows is not None:
             row = tl.load(rows + place, mask=place < num_keys, other=0)
@@ -123,7 +135,7 @@ def _place_digits_kernel(
             row = tl.where(key < limit, row, -1)
         tl.store(sorted_keys + target, key, mask=place < num_keys)
         tl.store(sorted_rows + target, row, mask=place < num_keys)
-        base += tl.sum(mine.to(tl.int32), axis=0)
+        base += found
 
 
 @triton.jit(do_not_specialize=["num_keys", "num_tokens"])
@@ -142,11 +154,12 @@ def _first_of_token_kernel(sorted_keys, offsets, num_keys, num_tokens, steps, BL
 
 def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``moekit::rows_of_tokens``: token offsets ``[T + 1]`` and the rows of each token, ascending."""
+    table_ops.check_row_token(row_token, num_tokens)
     keys, rows, num_keys, device = row_token.contiguous(), None, row_token.shape[0], row_token.device
     bits = num_tokens.bit_length()  # the largest key is T itself, for rows of no token
     passes = max(_launch.blocks(bits, _DIGIT_BITS), 1)
     digit = max(_launch.blocks(bits, passes), 1)
-    tiles = tile_of(1 << digit)
+    tiles = keys_tile(num_keys, 1 << digit)
     chunk, num_blocks = chunking(num_keys, tiles["TILE"])
     histogram = torch.empty(num_blocks, 1 << digit, dtype=torch.int32, device=device)
     for i in range(passes):
@@ -192,6 +205,7 @@ def _sort_chunks_kernel(
 
 def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """``moekit::sort_chunk_rows``; ``num_out=None`` takes one device-to-host sync."""
+    table_ops.check_chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, chosen = split_sizes.contiguous(), sorted_idxs.contiguous()
     if num_out is None:
         num_out = int(sizes[chosen.long()].sum())

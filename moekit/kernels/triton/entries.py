@@ -1,0 +1,74 @@
+"""Entries of a table: the tables that row movers work from, and reading and writing single entries by index."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.kernels.triton import _launch
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_starts", "topk"])
+def _row_tables_kernel(order, row_token, starts, num_rows, num_starts, topk, BLOCK: tl.constexpr):
+    """One program writes a block of both tables."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(order + place, mask=place < num_rows, other=-1)
+    tl.store(row_token + place, tl.where(slot >= 0, slot // tl.maximum(topk, 1), -1), mask=place < num_rows)
+    tl.store(starts + place, place * topk, mask=place < num_starts)
+
+
+def row_tables(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+    """``moekit::row_tables``: the token of each row and where each token's slots begin."""
+    order = order.contiguous()
+    num_rows, row_token = order.shape[0], torch.empty_like(order)
+    starts = torch.empty(num_tokens + 1, dtype=torch.int32, device=order.device)
+    _launch.launch(
+        _row_tables_kernel, (_launch.blocks(max(num_rows, num_tokens + 1), _BLOCK),),
+        order, row_token, starts, num_rows, num_tokens + 1, topk, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return row_token, starts
+
+
+@triton.jit(do_not_specialize=["length", "size"])
+def _take_kernel(values, index, out, length, size, BLOCK: tl.constexpr):
+    """One program reads a block of entries."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(index + i, mask=i < size, other=-1)
+    tl.store(out + i, tl.load(values + place, mask=(place >= 0) & (place < length), other=0), mask=i < size)
+
+
+def take(values: Tensor, index: Tensor, back: Tensor | None) -> Tensor:
+    """``moekit::take``: ``values.flatten()[index]``, zero where the index is out of range."""
+    values, index = values.contiguous(), index.contiguous()
+    out = torch.empty(index.shape, dtype=values.dtype, device=values.device)
+    size = index.numel()
+    grid = (_launch.blocks(size, _BLOCK),)
+    _launch.launch(_take_kernel, grid, _bits(values), index, _bits(out), values.numel(), size, BLOCK=_BLOCK)
+    return out
+
+
+@triton.jit(do_not_specialize=["length", "size"])
+def _put_kernel(values, index, out, length, size, BLOCK: tl.constexpr):
+    """One program writes a block of entries."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(index + i, mask=i < size, other=-1)
+    inside = (place >= 0) & (place < length)
+    tl.store(out + place, tl.load(values + i, mask=inside, other=0), mask=inside)
+
+
+def put(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """``moekit::put``: ``out[index] = values`` in zeros ``[size]``."""
+    values, index = values.contiguous(), index.contiguous()
+    out = torch.zeros(size, dtype=values.dtype, device=values.device)
+    grid = (_launch.blocks(index.numel(), _BLOCK),)
+    _launch.launch(_put_kernel, grid, _bits(values), index, _bits(out), size, index.numel(), BLOCK=_BLOCK)
+    return out
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same elements as integers: entries of any dtype are copied, never computed with."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
