@@ -392,7 +392,7 @@ def test_wrong_shapes_say_so():
         moekit.permute(torch.zeros(2), routing)
     with pytest.raises(ValueError, match=r"unpermute: rows must be the routing's 2 rows, got shape \[3, 4\]"):
         moekit.unpermute(torch.zeros(3, 4), routing)
-    with pytest.raises(ValueError, match=r"row_weights: weights must be given"):
+    with pytest.raises(ValueError, match=r"unpermute: routing must be built with weights"):
         moekit.unpermute(torch.zeros(2, 4), routing, weighted=True)
 
 

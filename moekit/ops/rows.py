@@ -3,7 +3,8 @@
 The two are each other's gradient. Both work from three tables (:mod:`moekit.ops.tables`): ``row_token [S]``, the token
 of each row (-1 for none), and its inverse ``token_offsets [T + 1]``, ``token_rows [S]``, the rows of each token. With
 the inverse at hand a sum is a gather: each token adds its rows in ascending order, in float32 (float64 for float64),
-and rounds once, so the bits are the same every run and no promoted copy of the rows is made.
+and rounds once, so the bits are the same every run and no promoted copy of the rows is made. Weights are given by row,
+``[S]``, or by slot, ``[T, K]``: then ``token_rows`` has the row of each slot, as a :class:`~moekit.Routing` does.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def unpermute(rows: Tensor, routing: Routing, *, weighted: bool = False) -> Tens
     if rows.shape[0] != routing.num_rows:
         raise _check.fail("unpermute", "rows", f"the routing's {routing.num_rows} rows", f"shape {list(rows.shape)}")
     _check.same_device("unpermute", rows=rows, routing=routing.order)
-    return sum_rows(rows, routing.row_weights() if weighted else None, *routing.row_tables())
+    if weighted and routing.weights is None:
+        raise _check.fail("unpermute", "routing", "built with weights, if weighted", "none")
+    return sum_rows(rows, routing.weights if weighted else None, *routing.row_tables())
 
 
 def sort_chunks(
@@ -127,6 +130,11 @@ def _gather(tokens: Tensor, row_token: Tensor) -> Tensor:
     return torch.where((row_token >= 0).unsqueeze(1), tokens.index_select(0, row_token.clamp(min=0)), zero)
 
 
+def _weights_of_rows(weights: Tensor, token_rows: Tensor, num_rows: int) -> Tensor:
+    """Weights ``[S]`` by row as they are, and ``[T, K]`` by slot in row order: ``token_rows`` has the row of each slot."""
+    return weights if weights.dim() == 1 else tables.put(weights, token_rows.view_as(weights), num_rows)
+
+
 def _permute_reference(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
     return _gather(tokens, row_token)
 
@@ -149,7 +157,7 @@ def _unpermute_reference(
     dtype = _dtype(rows, weights)
     values = rows.to(dtype)
     if weights is not None:
-        values = values * weights.to(dtype).unsqueeze(1)
+        values = values * _weights_of_rows(weights, token_rows, rows.shape[0]).to(dtype).unsqueeze(1)
     return sum_by_index(values, row_token, token_offsets.shape[0] - 1).to(rows.dtype)
 
 
@@ -182,13 +190,17 @@ def _weighted_backward_reference(
     token_rows: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """``(drows [S, H], dweights [S])``; those that ``wanted`` leaves out are empty."""
+    """``(drows [S, H], dweights)``, the latter as the weights are; those that ``wanted`` leaves out are empty."""
     dtype = _dtype(rows, weights, grad)
     g = _gather(grad, row_token).to(dtype)
-    return (
-        (g * weights.to(dtype).unsqueeze(1)).to(rows.dtype) if wanted[0] else grad.new_empty(0),
-        torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype) if wanted[1] else grad.new_empty(0),
-    )
+    drows, dweights = grad.new_empty(0), grad.new_empty(0)
+    if wanted[0]:
+        drows = (g * _weights_of_rows(weights, token_rows, rows.shape[0]).to(dtype).unsqueeze(1)).to(rows.dtype)
+    if wanted[1]:
+        dweights = torch.where(row_token >= 0, (g * rows.to(dtype)).sum(1), 0).to(weights.dtype)
+        if weights.dim() == 2:
+            dweights = tables.take(dweights, token_rows.view_as(weights))
+    return drows, dweights
 
 
 def _weighted_backward_fake(

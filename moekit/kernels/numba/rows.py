@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from moekit.kernels.numba import _row_kernels
 from moekit.kernels.numba._elements import E4M3, KINDS, SIZES
 from moekit.kernels.numba._launch import address, dense, streams
 from moekit.kernels.numba._threads import run
+from moekit.kernels.numba.tables import put, take
 
 
 def _tables(row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -21,6 +22,17 @@ def _tables(row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> tup
         dense(token_rows, torch.int32),
         row_token.dtype is torch.int64,
     )
+
+
+@overload
+def _by_row(weights: Tensor, token_rows: Tensor, num_rows: int) -> Tensor: ...
+@overload
+def _by_row(weights: None, token_rows: Tensor, num_rows: int) -> None: ...
+def _by_row(weights: Tensor | None, token_rows: Tensor, num_rows: int) -> Tensor | None:
+    """Weights in float32 and in row order, which those by slot ``[T, K]`` are not."""
+    if weights is not None and weights.dim() == 2:
+        weights = put(weights, token_rows, num_rows)
+    return dense(weights, torch.float32)
 
 
 def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
@@ -52,7 +64,7 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     out = torch.empty((num_tokens, width), dtype=rows.dtype)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    weights = dense(weights, torch.float32)
+    weights = _by_row(weights, token_rows, num_rows)
     _, token_offsets, token_rows, _ = _tables(row_token, token_offsets, token_rows)
     size = SIZES[element]
     run(
@@ -72,7 +84,7 @@ def unpermute_backward(
     token_rows: Tensor,
     wanted: list[bool],
 ) -> Any:
-    """``(drows [S, H], dweights [S])`` of the weighted unpermute; those that ``wanted`` leaves out are empty."""
+    """``(drows [S, H], dweights)`` of the weighted unpermute; those that ``wanted`` leaves out are empty."""
     element, grad_element = KINDS.get(rows.dtype, E4M3), KINDS.get(grad.dtype, E4M3)
     if E4M3 in (element, grad_element) or weights.dtype is torch.float64:
         return NotImplemented
@@ -81,8 +93,8 @@ def unpermute_backward(
     drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else torch.empty(0, dtype=grad.dtype)
     dweights = torch.empty(num_rows) if want_weights else torch.empty(0, dtype=grad.dtype)
     if num_tokens == 0:
-        return drows.zero_(), dweights.to(weights.dtype).zero_() if want_weights else dweights
-    grad, rows, scaled = dense(grad), dense(rows), dense(weights, torch.float32)
+        return drows.zero_(), torch.zeros_like(weights) if want_weights else dweights
+    grad, rows, scaled = dense(grad), dense(rows), _by_row(weights, token_rows, num_rows)
     row_token, token_offsets, token_rows, wide = _tables(row_token, token_offsets, token_rows)
     kernel = _row_kernels.unpermute_backward_kernel(element, grad_element, wide, bool(want_rows), bool(want_weights))
     run(
@@ -91,4 +103,6 @@ def unpermute_backward(
         row_token.data_ptr(), token_offsets.data_ptr(), token_rows.data_ptr(),
         drows.data_ptr(), dweights.data_ptr(), num_tokens, num_rows, width, streams(drows, width * SIZES[element]),
     )  # fmt: skip
+    if want_weights and weights.dim() == 2:
+        dweights = take(dweights, token_rows.view_as(weights), None)
     return drows, dweights.to(weights.dtype) if want_weights else dweights

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from moekit.kernels.triton import _launch
 
-_MAX_BLOCKS = 128  # about one for each multiprocessor: then a block's own work is done by many warps
-WIDE = _launch.Tile(0, 16)
+_MAX_BLOCKS = 128  # about one for each multiprocessor
+OF_KEYS, OF_MAPS = _launch.Tile(0, 8), _launch.Tile(0, 4)
 
 
 def tile_of(num_bins: int, entries: int) -> dict[str, int]:
@@ -22,8 +22,8 @@ def tile_of(num_bins: int, entries: int) -> dict[str, int]:
 
 
 def keys_tile(num_keys: int, num_bins: int) -> dict[str, int]:
-    """The shape of tiles of keys: as many as each of ``_MAX_BLOCKS`` blocks has to take on, from 128 to 1024."""
-    tile = min(max(_launch.power_of_two(_launch.blocks(num_keys, _MAX_BLOCKS)), 128), 1024)
+    """The shape of tiles of keys: as many as each of ``_MAX_BLOCKS`` blocks has to take on, from 128 to 512."""
+    tile = min(max(_launch.power_of_two(_launch.blocks(num_keys, _MAX_BLOCKS)), 128), 512)
     return {"TILE": tile, "BLOCK_E": max(_launch.power_of_two(num_bins), 32)}
 
 

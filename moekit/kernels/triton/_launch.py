@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ _TILES = {
     "glu_backward": Tile(8, 4, 128),
     "glu_bias": Tile(8, 4),
     "permute": Tile(8, 4),
-    "unpermute": Tile(8, 4),
-    "unpermute_backward": Tile(16, 4),
+    "unpermute": Tile(8, 4, 128),
+    "unpermute_backward": Tile(8, 4),
 }
 # Where an architecture (major compute capability, or the name of an AMD one) wants another.
 _TILES_OF_ARCH: dict[str, dict[str, Tile]] = {}
@@ -44,6 +45,7 @@ class Arch(NamedTuple):
     warp_size: int
 
 
+@functools.cache  # asking for the properties takes longer than a launch
 def arch(device: torch.device) -> Arch:
     """The architecture of ``device``; the interpreter, on a CPU, passes for a GPU of no name."""
     if device.type != "cuda":

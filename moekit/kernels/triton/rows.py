@@ -93,7 +93,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _unpermute_kernel(
     rows, weights, token_offsets, token_rows, out, num_tokens, num_rows, width, stride,
-    MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    BY_SLOT: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program sums the rows of BLOCK_T tokens in BLOCK_C columns, in the order of the table."""
     if MULTIPLE > 1:
@@ -111,7 +111,8 @@ def _unpermute_kernel(
             address = rows + row.to(tl.int64)[:, None] * stride + column[None, :]
             x = tl.load(address, mask=found[:, None] & (column < width)[None, :], other=0).to(tl.float32)
             if weights is not None:
-                x *= tl.load(weights + row, mask=found, other=0).to(tl.float32)[:, None]
+                place = first + k + j if BY_SLOT else row
+                x *= tl.load(weights + place, mask=found, other=0).to(tl.float32)[:, None]
             total += x
     address = out + token.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(address, total, mask=exists[:, None] & (column < width)[None, :])
@@ -131,6 +132,7 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
         (_launch.blocks(num_tokens, block_t), _launch.blocks(width, block_c)),
         rows, _launch.dense(weights), token_offsets.contiguous(), token_rows.contiguous(), out,
         num_tokens, num_rows, width, rows.stride(0),
+        BY_SLOT=weights is not None and weights.dim() == 2,
         MULTIPLE=_launch.multiple(width, rows.stride(0)), BLOCK_T=block_t, BLOCK_C=block_c,
         UNROLL=_rows_at_once(num_tokens, token_rows.shape[0]), config=config,
     )  # fmt: skip
@@ -146,7 +148,7 @@ def _rows_at_once(num_tokens: int, entries: int) -> int:
 def _unpermute_backward_kernel(
     grad, rows, weights, row_token, token_offsets, token_rows, drows, dweights,
     num_tokens, num_rows, width, grad_stride, stride,
-    MULTIPLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
+    BY_SLOT: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program takes one token: its gradient row against BLOCK_K of its rows at a time."""
     if MULTIPLE > 1:
@@ -159,7 +161,8 @@ def _unpermute_backward_kernel(
             slot = k + tl.arange(0, BLOCK_K)
             row = tl.load(token_rows + slot, mask=slot < last, other=-1)
             found = (row >= 0) & (row < num_rows)
-            weight = tl.load(weights + row, mask=found, other=0).to(tl.float32)
+            place = slot if BY_SLOT else row
+            weight = tl.load(weights + place, mask=found, other=0).to(tl.float32)
             terms = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for start in range(0, width, BLOCK_C):
                 column = (start + tl.arange(0, BLOCK_C))[None, :]
@@ -173,13 +176,14 @@ def _unpermute_backward_kernel(
                 if drows is not None:
                     tl.store(drows + row.to(tl.int64)[:, None] * width + column, g * weight[:, None], mask=mask)
             if dweights is not None:
-                tl.store(dweights + row, tl.sum(terms, axis=1), mask=found)
+                # A slot of no row has no gradient, but an entry.
+                tl.store(dweights + place, tl.sum(terms, axis=1), mask=(slot < last) if BY_SLOT else found)
     else:
         if drows is not None:
             for start in range(0, width, BLOCK_C):
                 column = start + tl.arange(0, BLOCK_C)
                 _zero_rows(drows, row_token, token - num_tokens, column, num_tokens, num_rows, width, ZERO_ROWS)
-        if dweights is not None:
+        if dweights is not None and not BY_SLOT:
             row, none = _rows_without_token(row_token, token - num_tokens, num_tokens, num_rows, ZERO_ROWS)
             tl.store(dweights + row, tl.zeros([ZERO_ROWS], tl.float32), mask=none)
 
@@ -209,7 +213,7 @@ def unpermute_backward(
         grad, rows, weights.contiguous(), row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(),
         drows, dweights,
         num_tokens, num_rows, width, grad.stride(0), rows.stride(0),
-        MULTIPLE=_launch.multiple(width, grad.stride(0), rows.stride(0)),
+        BY_SLOT=weights.dim() == 2, MULTIPLE=_launch.multiple(width, grad.stride(0), rows.stride(0)),
         BLOCK_K=min(block_k, most), BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip
     return tuple(grad.new_empty(0) if t is None else t for t in (drows, dweights))

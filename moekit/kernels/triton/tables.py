@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._counting import (
-    WIDE,
+    OF_KEYS,
     chunking,
     count_bins,
     counts_before,
@@ -102,11 +102,11 @@ def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
     _launch.launch(
         _count_kernel, (num_blocks,), flat, histogram, slots, chunk, num_experts, num_experts, 0,
-        DIGITS=False, config=WIDE, **tiles,
+        DIGITS=False, config=OF_KEYS, **tiles,
     )  # fmt: skip
     _launch.launch(
         _place_slots_kernel, (num_blocks,), flat, histogram, counts, offsets, order, inverse,
-        slots, chunk, num_blocks, num_experts, config=WIDE, **tiles,
+        slots, chunk, num_blocks, num_experts, config=OF_KEYS, **tiles,
     )  # fmt: skip
     return counts, offsets, order, inverse
 
@@ -166,11 +166,11 @@ def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         found = [torch.empty(num_keys, dtype=torch.int32, device=device) for _ in range(2)]
         radix = (num_tokens, 1 << digit, i * digit)
         _launch.launch(
-            _count_kernel, (num_blocks,), keys, histogram, num_keys, chunk, *radix, DIGITS=True, config=WIDE, **tiles
+            _count_kernel, (num_blocks,), keys, histogram, num_keys, chunk, *radix, DIGITS=True, config=OF_KEYS, **tiles
         )
         _launch.launch(
             _place_digits_kernel, (num_blocks,), keys, rows, histogram, *found, num_keys, chunk, num_blocks, *radix,
-            LAST=i == passes - 1, config=WIDE, **tiles,
+            LAST=i == passes - 1, config=OF_KEYS, **tiles,
         )  # fmt: skip
         keys, rows = found
     offsets = torch.empty(num_tokens + 1, dtype=torch.int32, device=device)

@@ -147,8 +147,7 @@ def _topk_backward_kernel(
     index = tl.load(indices + place, mask=mask_k, other=0).to(tl.int32)
     g = tl.load(grad + place, mask=mask_k, other=0).to(tl.float32) * scaling
     chosen = tl.load(rows + index, mask=mask_k, other=0).to(tl.float32)
-    x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
-    top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
+    dense = tl.zeros([TILE, BLOCK_E], tl.float32)
     if SCORE == "sigmoid":
         opening, closing = sigmoids(chosen)
         opening = tl.where(mask_k, opening, 0.0)
@@ -157,17 +156,17 @@ def _topk_backward_kernel(
             g = (g - tl.sum(g * opening, axis=1)[:, None] / whole) / whole
         g = g * opening * closing
     else:
+        x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
+        top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
         probs = _weigh(chosen, mask_k, top, total, SCORE, False)
         mean = tl.sum(tl.where(mask_k, g * probs, 0.0), axis=1)[:, None]
-        if SCORE == "softmax":
-            g = probs * (g - mean)
-    dense = tl.zeros([TILE, BLOCK_E], tl.float32)
-    for j in range(K):
-        mine = expert == tl.sum(tl.where(slot == j, index, 0), axis=1)[:, None]
-        dense = tl.where(mine, tl.sum(tl.where(slot == j, g, 0.0), axis=1)[:, None], dense)
-    if SCORE == "pre_softmax":
-        dense = tl.exp(x - top[:, None]) / total[:, None] * (dense - mean)
-    tl.store(dlogits + token.to(tl.int64)[:, None] * num_experts + expert, dense, mask=mask_e)
+        g = probs * (g - mean)
+        if SCORE == "pre_softmax":
+            dense = tl.exp(x - top[:, None]) / total[:, None] * -mean
+    target = dlogits + token.to(tl.int64)[:, None] * num_experts
+    tl.store(target + expert, dense, mask=mask_e)
+    tl.debug_barrier()  # the chosen ones come on top
+    tl.store(target + index, g, mask=mask_k)
 
 
 def _score(score_function: str, pre_softmax: bool) -> str:
