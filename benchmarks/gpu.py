@@ -254,8 +254,25 @@ def expert_mlps(s: Shape) -> Iterator[Result]:
             before = torch.cuda.memory_allocated()
         ms = median_ms(step, 2 if INTERPRET else 10)
         peak = "" if INTERPRET else f"peak {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
+        if who.startswith("moekit") and not INTERPRET:
+            peak += f", {100 * outside_products(step):.1f}% outside matrix products"
         note = peak if error <= (0.1 if "fp8" in who else 0.02) else f"{peak} error {error:.2g}"
         yield Result(f"{s.name}: expert MLP, forward and backward", who, ms, flops=flops, note=note)
+
+
+def outside_products(step: Callable[[int], Any]) -> float:
+    """The share of a step's time on the GPU that is not in matrix products."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for i in range(3):
+            step(i)
+        synchronize()
+    times = {event.key: event.self_device_time_total for event in found.key_averages()}
+    products = sum(ms for name, ms in times.items() if any(part in name.lower() for part in ("gemm", "cutlass", "nvjet")))
+    for name, us in sorted(times.items(), key=lambda item: -item[1])[:14]:
+        print(f"    {us / 3e3:8.3f} ms  {name[:100]}")
+    return 1 - products / sum(times.values())
 
 
 def transformers_mlp(s: Shape, indices: Tensor, p: Tensor, gate_up: Tensor, down: Tensor) -> dict[str, Callable]:

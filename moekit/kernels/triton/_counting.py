@@ -6,19 +6,22 @@ before it. Within a tile entries are sorted by key and place. Atomics count at m
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from moekit.kernels.triton import _launch
 
 _MAX_BLOCKS = 128  # about one for each multiprocessor
-OF_KEYS, OF_MAPS = _launch.Tile(0, 8), _launch.Tile(0, 4)
+OF_KEYS = _launch.Tile(0, 8)
 
 
-def tile_of(num_bins: int, entries: int) -> dict[str, int]:
-    """The shape of tiles of a map: at most 128 tokens, with all their bins about ``entries``."""
+def map_tile(num_bins: int) -> dict[str, Any]:
+    """The shape of tiles of a map: at most 128 tokens, with all their bins about 2048 entries; and the warps for it."""
     block_e = _launch.power_of_two(num_bins)
-    return {"TILE": min(max(entries // block_e, 1), 128), "BLOCK_E": block_e}
+    config = _launch.Tile(0, 4 if block_e <= 256 else 8)
+    return {"TILE": min(max(2048 // block_e, 1), 128), "BLOCK_E": block_e, "config": config}
 
 
 def keys_tile(num_keys: int, num_bins: int) -> dict[str, int]:

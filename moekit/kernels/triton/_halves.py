@@ -9,6 +9,13 @@ from moekit.kernels.triton._activation import decode_e4m3
 
 
 @triton.jit
+def block_and_part(parts):
+    """The block of rows of a program and which part of their columns: parts of the same rows are neighbours in time."""
+    program = tl.program_id(0)
+    return program // parts, program % parts
+
+
+@triton.jit
 def rows_end(offsets, num_experts, num_rows):
     """The row at which the experts' rows end; what lies behind belongs to none and is never read."""
     end = num_rows

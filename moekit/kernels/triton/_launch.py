@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 # 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads, of float32 two.
 _TILES = {
     "glu": Tile(8, 4),
-    "glu_backward": Tile(8, 4, 128),
+    "glu_backward": Tile(8, 4, 80),
     "glu_bias": Tile(8, 4),
     "permute": Tile(8, 4),
     "unpermute": Tile(8, 4, 128),

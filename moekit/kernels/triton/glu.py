@@ -13,6 +13,7 @@ from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import activate, e4m3_scale, encode_e4m3
 from moekit.kernels.triton._halves import (
     bias_rows,
+    block_and_part,
     finish_pair,
     load_pair,
     per_row,
@@ -25,16 +26,17 @@ from moekit.kernels.triton._halves import (
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _glu_kernel(
     y, weights, bias, offsets, out, stored, scales,
-    num_rows, width, num_experts, y_stride, bias_stride, c1, c3, linear_offset, clamp,
+    num_rows, width, num_experts, parts, y_stride, bias_stride, c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr, MULTIPLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program takes BLOCK_R rows, and of their columns every ``num_programs(1)``-th block."""
+    """One program takes BLOCK_R rows, and of their columns every ``parts``-th block."""
     if MULTIPLE > 1:
         width = tl.multiple_of(width, MULTIPLE)
         y_stride = tl.multiple_of(y_stride, MULTIPLE)
         bias_stride = tl.multiple_of(bias_stride, MULTIPLE)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block, part = block_and_part(parts)
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     exists = row < num_rows
     inside = row < rows_end(offsets, num_experts, num_rows)
     bias_row = bias_rows(row, offsets, num_experts, BIAS, BLOCK_E)
@@ -42,7 +44,7 @@ def _glu_kernel(
     if weights is not None:
         weight = per_row(weights, row, inside)
     largest = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(tl.program_id(1) * BLOCK_C, width, tl.num_programs(1) * BLOCK_C):
+    for start in range(part * BLOCK_C, width, parts * BLOCK_C):
         gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
         if stored is not None:
             largest = tl.maximum(largest, tl.maximum(_largest_bits(gate), _largest_bits(up)))
@@ -160,10 +162,10 @@ def _run(
     parts = 1 if stored is not None else _launch.blocks(width, block_c)
     _launch.launch(
         _glu_kernel,
-        (_launch.blocks(num_rows, block_r), parts),
+        (_launch.blocks(num_rows, block_r) * parts,),
         y, _launch.dense(weights), bias, _launch.dense(offsets),
         out, stored if stored is None else stored.view(torch.uint8), scales,
-        num_rows, width, 0 if offsets is None else offsets.shape[0], y.stride(0), row_stride(bias),
+        num_rows, width, 0 if offsets is None else offsets.shape[0], parts, y.stride(0), row_stride(bias),
         c1, c3, linear_offset, 0.0 if clamp is None else clamp,
         ACT=act, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
         **describe(y, bias, offsets, clamp, clamp_after_bias, layout),

@@ -18,6 +18,7 @@ from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import activate_with_slope
 from moekit.kernels.triton._halves import (
     bias_rows,
+    block_and_part,
     finish_pair,
     load_pair,
     per_row,
@@ -70,17 +71,18 @@ def _gradients(
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _glu_backward_kernel(
     grad, y, scales, weights, bias, offsets, dy, dweights, dbias, activation,
-    num_rows, width, num_experts, grad_stride, y_stride, bias_stride, c1, c3, linear_offset, clamp,
+    num_rows, width, num_experts, parts, grad_stride, y_stride, bias_stride, c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr, MULTIPLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program takes BLOCK_R rows, and of their columns every ``num_programs(1)``-th block."""
+    """One program takes BLOCK_R rows, and of their columns every ``parts``-th block."""
     if MULTIPLE > 1:
         width = tl.multiple_of(width, MULTIPLE)
         grad_stride = tl.multiple_of(grad_stride, MULTIPLE)
         y_stride = tl.multiple_of(y_stride, MULTIPLE)
         bias_stride = tl.multiple_of(bias_stride, MULTIPLE)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block, part = block_and_part(parts)
+    row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     exists = row < num_rows
     inside = row < rows_end(offsets, num_experts, num_rows)
     bias_row = bias_rows(row, offsets, num_experts, BIAS, BLOCK_E)
@@ -90,7 +92,7 @@ def _glu_backward_kernel(
     if scales is not None:
         scale = per_row(scales, row, inside)
     terms = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(tl.program_id(1) * BLOCK_C, width, tl.num_programs(1) * BLOCK_C):
+    for start in range(part * BLOCK_C, width, parts * BLOCK_C):
         dgate, dup, term = _gradients(
             grad, y, scale, weight, bias, activation, dy, row, bias_row, start, inside, exists,
             width, grad_stride, y_stride, bias_stride, c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, BLOCK_C,
@@ -238,13 +240,15 @@ def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: t
     grad = tensors[0]
     num_rows, width = grad.shape
     config = _launch.tile("glu_backward", grad.device)
+    if tensors[1].dtype is torch.float32 or tensors[4] is not None:  # the limit is for 16-bit rows without a bias
+        config = config._replace(registers=None)
     block_r, block_c = _launch.shape_tile(grad.device, width, config)
     # A row's weight gradient is summed where all of the row is seen.
     parts = _launch.blocks(width, block_c) if need["dweights"] is None else 1
-    grid = (_launch.blocks(num_rows, block_r), parts)
+    grid = (_launch.blocks(num_rows, block_r) * parts,)
     outputs = (need["dy"], need["dweights"], need["dbias"], need["activation"])
     _launch.launch(
-        _glu_backward_kernel, grid, *tensors, *outputs, *scalars,
+        _glu_backward_kernel, grid, *tensors, *outputs, *scalars[:3], parts, *scalars[3:],
         BLOCK_R=block_r, BLOCK_C=block_c, config=config, **constants,
     )  # fmt: skip
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moekit import _backend
 from moekit.kernels.triton import _launch
-from moekit.kernels.triton._counting import OF_MAPS, chunking, counts_before, fill, store_ends, tile_of
+from moekit.kernels.triton._counting import chunking, counts_before, fill, map_tile, store_ends
 
-_ENTRIES = 8192  # of the map that a tile holds
 _LOADED = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float64)
 
 
@@ -127,7 +126,7 @@ def _tidy(routing_map: Tensor) -> tuple[Tensor, dict[str, Any]]:
         routing_map = routing_map != 0
     if routing_map.dtype is torch.bool:
         routing_map = routing_map.view(torch.uint8)
-    return _launch.rows_of(routing_map), {"config": OF_MAPS, **tile_of(routing_map.shape[1], _ENTRIES)}
+    return _launch.rows_of(routing_map), map_tile(routing_map.shape[1])
 
 
 def _count(routing_map: Tensor, tiles: dict[str, Any]) -> tuple[Tensor, int, int]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.kernels.triton import _launch
+from moekit.kernels.triton._halves import block_and_part
 
 _ZERO_ROWS = 128
 
@@ -44,14 +45,14 @@ def _zero_rows(out, row_token, block, column, num_tokens, num_rows, width, ZERO_
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "token_blocks"])
 def _permute_kernel(
-    tokens, row_token, token_offsets, token_rows, out, num_tokens, num_rows, token_blocks, width, stride,
+    tokens, row_token, token_offsets, token_rows, out, num_tokens, num_rows, token_blocks, parts, width, stride,
     MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_T tokens' columns once and writes them to each of the tokens' rows."""
     if MULTIPLE > 1:
         width, stride = tl.multiple_of(width, MULTIPLE), tl.multiple_of(stride, MULTIPLE)
-    block = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block, part = block_and_part(parts)
+    column = part * BLOCK_C + tl.arange(0, BLOCK_C)
     if block < token_blocks:
         token = block * BLOCK_T + tl.arange(0, BLOCK_T)
         exists = token < num_tokens
@@ -63,7 +64,8 @@ def _permute_kernel(
             row = tl.load(token_rows + first + k, mask=first + k < last, other=-1)
             found = (row >= 0) & (row < num_rows)
             address = out + row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(address, x, mask=found[:, None] & (column < width)[None, :])
+            # Past the cache: what is written is K times what is read, and a write's rate is what bounds this kernel.
+            tl.store(address, x, mask=found[:, None] & (column < width)[None, :], cache_modifier=".cs")
     else:
         _zero_rows(out, row_token, block - token_blocks, column, num_tokens, num_rows, width, ZERO_ROWS)
 
@@ -78,12 +80,12 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     width = target.shape[1]
     config = _launch.tile("permute", tokens.device)
     block_t, block_c = _launch.shape_tile(target.device, width, config)
-    token_blocks = _launch.blocks(num_tokens, block_t)
+    token_blocks, parts = _launch.blocks(num_tokens, block_t), _launch.blocks(width, block_c)
     _launch.launch(
         _permute_kernel,
-        (token_blocks + _launch.blocks(num_rows, _ZERO_ROWS), _launch.blocks(width, block_c)),
+        ((token_blocks + _launch.blocks(num_rows, _ZERO_ROWS)) * parts,),
         source, row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(), target,
-        num_tokens, num_rows, token_blocks, width, source.stride(0),
+        num_tokens, num_rows, token_blocks, parts, width, source.stride(0),
         MULTIPLE=_launch.multiple(width, source.stride(0)),
         BLOCK_T=block_t, BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip
@@ -92,14 +94,15 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _unpermute_kernel(
-    rows, weights, token_offsets, token_rows, out, num_tokens, num_rows, width, stride,
+    rows, weights, token_offsets, token_rows, out, num_tokens, num_rows, parts, width, stride,
     BY_SLOT: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program sums the rows of BLOCK_T tokens in BLOCK_C columns, in the order of the table."""
     if MULTIPLE > 1:
         width, stride = tl.multiple_of(width, MULTIPLE), tl.multiple_of(stride, MULTIPLE)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block, part = block_and_part(parts)
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = part * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = token < num_tokens
     first = tl.load(token_offsets + token, mask=exists, other=0)
     last = tl.load(token_offsets + token + 1, mask=exists, other=0)
@@ -127,11 +130,11 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     config = _launch.tile("unpermute", rows.device)
     block_t, block_c = _launch.shape_tile(rows.device, width, config)
+    parts = _launch.blocks(width, block_c)
     _launch.launch(
-        _unpermute_kernel,
-        (_launch.blocks(num_tokens, block_t), _launch.blocks(width, block_c)),
+        _unpermute_kernel, (_launch.blocks(num_tokens, block_t) * parts,),
         rows, _launch.dense(weights), token_offsets.contiguous(), token_rows.contiguous(), out,
-        num_tokens, num_rows, width, rows.stride(0),
+        num_tokens, num_rows, parts, width, rows.stride(0),
         BY_SLOT=weights is not None and weights.dim() == 2,
         MULTIPLE=_launch.multiple(width, rows.stride(0)), BLOCK_T=block_t, BLOCK_C=block_c,
         UNROLL=_rows_at_once(num_tokens, token_rows.shape[0]), config=config,
