@@ -240,8 +240,9 @@ def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: t
     grad = tensors[0]
     num_rows, width = grad.shape
     config = _launch.tile("glu_backward", grad.device)
-    if tensors[1].dtype is torch.float32 or tensors[4] is not None:  # the limit is for 16-bit rows without a bias
-        config = config._replace(registers=None)
+    plain = constants["BIAS"] == "none" and constants["LAYOUT"] != "interleaved" and constants["MULTIPLE"] > 1
+    if not plain or tensors[1].dtype is torch.float32:
+        config = config._replace(registers=144)  # they need more
     block_r, block_c = _launch.shape_tile(grad.device, width, config)
     # A row's weight gradient is summed where all of the row is seen.
     parts = _launch.blocks(width, block_c) if need["dweights"] is None else 1

@@ -165,6 +165,7 @@ def route_capacity(routing_map: Tensor, capacity: int) -> Tensor:
     routing_map, tiles = _tidy(routing_map)
     num_tokens, num_experts = routing_map.shape
     histogram, chunk, num_blocks = _count(routing_map, tiles)
+    tiles["config"] = _launch.Tile(0, 16)  # with fewer warps its threads run out of registers
     row_token = torch.empty(num_experts * capacity, dtype=torch.int64, device=routing_map.device)
     _launch.launch(
         _place_capacity_kernel, (num_blocks,), routing_map, histogram, row_token,
