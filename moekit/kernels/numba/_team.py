@@ -94,7 +94,8 @@ def _work(parameters: tuple) -> int:
         loads.append(f"  %at{number} = getelementptr i64, ptr %job, i64 {5 + number}")
         loads.append(f"  %arg{number} = load {_NAMES[kind]}, ptr %at{number}")
         arguments.append(f", {_NAMES[kind]} %arg{number}")
-    library = cpu_target.target_context.codegen().create_library(name)
+    context: Any = cpu_target.target_context
+    library = context.codegen().create_library(name)
     text = _WORK.format(name=name, loads="\n".join(loads), arguments="".join(arguments))
     library.add_llvm_module(llvm.parse_assembly(text))
     library.finalize()
