@@ -1,6 +1,7 @@
-"""The thread pool of the CPU kernels: shares work, never waits for a busy thread, survives a fork."""
+"""The threads of the CPU kernels, torch's or a pool: they share all of the work, hand on errors, survive a fork."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from moekit.kernels.numba import _threads
+from moekit.kernels.numba import _bits, _jit, _team, _threads
 from moekit.ops import glu
 
 LARGE = _threads._WORTH_SHARING
@@ -84,7 +85,47 @@ def test_an_error_in_a_helper_reaches_the_caller(threads):
     assert sum(stop - start for start, stop in after.ranges) == 1000
 
 
-def test_eight_python_threads_at_once(threads):
+@pytest.fixture
+def team():
+    if _team._parallel is None:
+        pytest.skip("torch has no GNU OpenMP here")
+
+
+@pytest.mark.parametrize("count", [2, 7, 1000])
+@pytest.mark.parametrize("block", [1, 256])
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_torchs_threads_take_each_range_once_with_all_arguments(team, threads, count, block, num_threads):
+    @_jit.kernel("test")
+    def note(start: "int", stop: "int", target: "int", scale: "float", base: "int", shift: "float"):
+        _bits.add_f32(target, start, scale * (stop - start) + base + shift)
+
+    threads(num_threads)
+    notes = torch.zeros(count)
+    step = math.ceil(math.ceil(count / (num_threads * _threads._PIECES_A_THREAD)) / block) * block
+    assert _team.share(note, count, step, num_threads, (notes.data_ptr(), 0.5, 3, 0.25))
+    starts = torch.arange(0, count, step)
+    wanted = torch.zeros(count).index_put((starts,), 0.5 * (starts + step).clamp(max=count).sub(starts) + 3.25)
+    assert torch.equal(notes, wanted)
+    notes.zero_()
+    _threads.run(note, count, LARGE, notes.data_ptr(), 0.5, 3, 0.25, block=block)
+    assert torch.equal(notes, wanted if count > block else torch.zeros(count).index_fill(0, starts[:1], count / 2 + 3.25))
+
+
+def test_an_error_on_torchs_threads_reaches_the_caller(team, threads):
+    @_jit.kernel("test")
+    def fail(start: "int", stop: "int"):
+        if stop > 500:
+            raise ArithmeticError("from a kernel")
+
+    threads(2)
+    with pytest.raises(ArithmeticError, match="from a kernel"):
+        _threads.run(fail, 1000, LARGE)
+
+
+@pytest.mark.parametrize("way", ["torch's threads", "pool"])
+def test_eight_python_threads_at_once(threads, monkeypatch, way):
+    if way == "pool":
+        monkeypatch.setattr(_team, "_parallel", None)
     threads(2)
     x = torch.randn(2048, 256)
     expected, failures = x * torch.sigmoid(x), []
@@ -113,7 +154,7 @@ FORK = """
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # torch's own OpenMP does not survive a fork
-        from moekit.kernels.numba import _threads
+        from moekit.kernels.numba import _bits, _jit, _team, _threads
         _threads.get_num_threads = lambda: 2  # the pool does
         os._exit(0 if torch.equal(moekit.glu(x), before) and _threads._pool._threads == 1 else 1)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -1,10 +1,9 @@
 """CPU kernels: Numba loops that LLVM turns into vector code for the chip at hand. No compiler, no OpenMP is needed.
 
-**Threads.** Kernels release the GIL and work on a range of rows; a pool of our own spreads the ranges, the calling
-thread taking part (:mod:`moekit.kernels.numba._threads`). Numba's own layers were measured beside it, on two cores.
-Handing a job over costs 6 us here, 2 us with Numba's ``omp`` layer, 22 us with ``workqueue``; ``tbb`` needs another
-package. But ``workqueue`` aborts the process when two Python threads use it at once, ``omp`` kills a forked child, and
-its waiting threads spin: beside other busy processes a job of 0.45 ms took 7.9 ms with it, 0.46 ms with the pool.
+**Threads.** Kernels release the GIL and work on a range of rows; torch's own OpenMP threads share the ranges
+(:mod:`moekit.kernels.numba._team`), or where these cannot be reached a pool of our own (``_threads``), the calling
+thread taking part. ``docs/cpu.md`` has the measurements. Of Numba's own layers ``workqueue`` aborts the process when two
+Python threads use it at once, ``omp`` kills a forked child and ``tbb`` needs another package.
 Results do not depend on the number of threads: every sum is within a row, within a token, or over blocks of fixed size.
 
 **Memory.** Large outputs are written past the cache (``stream``) and inputs are prefetched ahead. Results are

@@ -1,7 +1,7 @@
 """The gated activations, forward and backward: one kernel each, specialised by constants.
 
 Rows are worked through in strips. A strip's results go to memory directly, or (``streaming``) to a tile in the
-first-level cache and from there past the caches to memory. What comes two pages later is prefetched.
+first-level cache and from there past the caches to memory. What comes a page later is prefetched.
 """
 
 from __future__ import annotations
@@ -47,9 +47,24 @@ _F8_LIMIT = _F(1.875 * 2.0**127)  # what is larger would come back from float8 a
 
 @inline
 def fetch(address, size):
-    """Prefetch as many bytes as a strip has, two pages ahead of it."""
+    """Prefetch as many bytes as a strip has, a page ahead of it."""
     for line in range(0, size, _LINE):
         prefetch(address + _AHEAD, line)
+
+
+@inline
+def fetch_halves(gate, to_up, step, size):
+    """:func:`fetch` a strip of the gate, and of the up half where it lies elsewhere; ``to_up`` of 0: there is none."""
+    fetch(gate, _STRIP * step * size)
+    if to_up > 0 and step == 1:
+        fetch(gate + to_up * size, _STRIP * size)
+
+
+@inline
+def clear(address, first, stop, size):
+    """Zero the rows ``[first, stop)`` of ``size`` bytes each, of what is not wanted (address 0) none."""
+    if address and first < stop:
+        zero(address + first * size, (stop - first) * size)
 
 
 @inline
@@ -116,9 +131,7 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
             bias_row = bias + (expert if offsets else row) * bias_step
             for first in range(0, width, _STRIP):
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
-                fetch(gate, _STRIP * step * size)
-                if gated and step == 1:
-                    fetch(gate + to_up * size, _STRIP * size)
+                fetch_halves(gate, to_up if gated else 0, step, size)
                 direct = out_row + first * size
                 target = tile if streaming else direct
                 count = min(_STRIP, width - first)
@@ -128,8 +141,7 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
                     work(gate, gate_bias, target, weight, count)
                 if streaming:
                     stream(tile, direct, count * size)
-        first = max(start, end)
-        zero(out + first * width * size, max(stop - first, 0) * width * size)
+        clear(out, max(start, end), stop, width * size)
         fence()
 
     return forward
@@ -216,9 +228,7 @@ def backward_kernel(
                 grads = grad_row + first * grad_size
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
                 fetch(grads, _STRIP * grad_size)
-                fetch(gate, _STRIP * step * size)
-                if gated and step == 1:
-                    fetch(gate + to_up * size, _STRIP * size)
+                fetch_halves(gate, to_up if gated else 0, step, size)
                 dgate = tile if buffered else dy_row + first * step * out_size
                 dup = dgate + (in_tile if buffered else to_up) * out_size
                 repeated = tile + 2 * _STRIP * out_size if streaming else again_row + first * out_size
@@ -237,15 +247,12 @@ def backward_kernel(
             if dweights:
                 write_f32(dweights, row, dweight)
         first = max(start, end)
-        beyond = max(stop - first, 0)
-        if dy:
-            zero(dy + first * features * out_size, beyond * features * out_size)
-        if dweights:
-            zero(dweights + first * 4, beyond * 4)
+        clear(dy, first, stop, features * out_size)
+        clear(dweights, first, stop, 4)
         if bias_sum == KEEP_ROWS:
-            zero(dbias + first * features * sum_size, beyond * features * sum_size)
+            clear(dbias, first, stop, features * sum_size)
         if emit:
-            zero(again + first * width * out_size, beyond * width * out_size)
+            clear(again, first, stop, width * out_size)
         fence()
 
     return backward

@@ -23,6 +23,7 @@ from moekit.kernels.numba._bits import (
     read_i64,
     scratch,
     stream,
+    wide_vectors,
     write_f32,
     zero,
 )
@@ -31,9 +32,7 @@ from moekit.kernels.numba._jit import inline, kernel
 
 _STRIP = 128  # elements
 _TILE = 4 * _STRIP  # bytes
-# Columns that are summed at a time: their float32 sums stay in the first-level cache.
-_PANEL = 2048
-_PANEL_BYTES = 4 * _PANEL
+_AHEAD = 2048  # bytes from what a sum reads to what it prefetches; 512 to 4096 are about as fast
 _LINE = 64
 _F = np.float32
 _ONE, _ZERO = _F(1.0), _F(0.0)
@@ -113,57 +112,51 @@ def unpermute_kernel(element: int) -> Callable:
         start: int, stop: int, rows: int, rows_step: int, weights: int, token_offsets: int, token_rows: int,
         out: int, num_rows: int, width: int, streaming: int,
     ):  # fmt: skip
+        wide_vectors()
         most = most_rows(token_offsets, start, stop)
-        found, weight_of = np.empty(most, np.int64), np.empty(most, np.float32)
-        sums, tile = scratch(_PANEL_BYTES), scratch(_TILE)
+        found, coming, weight_of = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.float32)
+        sums, tile = scratch(_TILE), scratch(_TILE)
+        ahead = min(_AHEAD // size, width)
 
-        def add(source, target, weight, count):
+        def add(source, weight, count):
             for j in range(count):
-                add_f32(target, j, weight * load(element, source, j))
+                add_f32(sums, j, weight * load(element, source, j))
 
-        def add_four(a, b, c, d, target, weight_a, weight_b, weight_c, weight_d, count):
+        def finish(target, count):
             for j in range(count):
-                total = read_back_f32(target, j) + weight_a * load(element, a, j)
-                total += weight_b * load(element, b, j)
-                total += weight_c * load(element, c, j)
-                write_f32(target, j, total + weight_d * load(element, d, j))
+                store(element, target, j, read_back_f32(sums, j))
 
-        def finish(source, target, count):
-            for j in range(count):
-                store(element, target, j, read_back_f32(source, j))
-
+        num_coming = rows_of(start, token_offsets, token_rows, num_rows, coming) if start < stop else 0
         for token in range(start, stop):
-            num_found = rows_of(token, token_offsets, token_rows, num_rows, found)
+            found, coming, num_found, num_coming = coming, found, num_coming, 0
+            if token + 1 < stop:
+                num_coming = rows_of(token + 1, token_offsets, token_rows, num_rows, coming)
             for k in range(num_found):
                 weight_of[k] = read_f32(weights, found[k]) if weights else _ONE
-            for panel in range(0, width, _PANEL):
-                columns = min(_PANEL, width - panel)
-                zero(sums, columns * 4)
-                from_panel = rows + panel * size
-                # Four rows at a time, so that the sums are not read and written for each.
-                for k in range(0, num_found - 3, 4):
-                    a, b = from_panel + found[k] * rows_step, from_panel + found[k + 1] * rows_step
-                    c, d = from_panel + found[k + 2] * rows_step, from_panel + found[k + 3] * rows_step
-                    for first in range(0, columns, _STRIP):
-                        at, to = first * size, sums + first * 4
-                        w_a, w_b, w_c, w_d = weight_of[k], weight_of[k + 1], weight_of[k + 2], weight_of[k + 3]
-                        if columns - first >= _STRIP:
-                            add_four(a + at, b + at, c + at, d + at, to, w_a, w_b, w_c, w_d, _STRIP)
-                        else:
-                            add_four(a + at, b + at, c + at, d + at, to, w_a, w_b, w_c, w_d, columns - first)
-                for k in range(num_found // 4 * 4, num_found):
-                    a = from_panel + found[k] * rows_step
-                    for first in range(0, columns, _STRIP):
-                        if columns - first >= _STRIP:
-                            add(a + first * size, sums + first * 4, weight_of[k], _STRIP)
-                        else:
-                            add(a + first * size, sums + first * 4, weight_of[k], columns - first)
-                out_panel = out + (token * width + panel) * size
-                for first in range(0, columns, _STRIP):
-                    count = min(_STRIP, columns - first)
-                    finish(sums + first * 4, tile if streaming else out_panel + first * size, count)
-                    if streaming:
-                        stream(tile, out_panel + first * size, count * size)
+            for first in range(0, width, _STRIP):
+                # The processor itself does not look past a row's end: its rows lie anywhere.
+                if first + ahead < width:
+                    for k in range(num_found):
+                        fetch(rows + found[k] * rows_step + (first + ahead) * size, _STRIP * size)
+                else:
+                    for k in range(num_coming):
+                        fetch(rows + coming[k] * rows_step + (first + ahead - width) * size, _STRIP * size)
+                count = min(_STRIP, width - first)
+                zero(sums, _TILE)
+                for k in range(num_found):
+                    source = rows + found[k] * rows_step + first * size
+                    if count == _STRIP:  # a constant count makes better code
+                        add(source, weight_of[k], _STRIP)
+                    else:
+                        add(source, weight_of[k], count)
+                direct = out + (token * width + first) * size
+                target = tile if streaming else direct
+                if count == _STRIP:
+                    finish(target, _STRIP)
+                else:
+                    finish(target, count)
+                if streaming:
+                    stream(tile, direct, count * size)
         fence()
 
     return unpermute

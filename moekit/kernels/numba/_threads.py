@@ -1,4 +1,7 @@
-"""Spreading a kernel over threads: a pool of our own, in which the calling thread works too."""
+"""Spreading a kernel over threads: torch's own (:mod:`moekit.kernels.numba._team`), or a pool of ours.
+
+The calling thread works too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from torch import get_num_threads
+
+from moekit.kernels.numba._team import share
 
 # Waking a thread costs 5 to 10 us: moving this many bytes takes longer than that.
 _WORTH_SHARING = 1 << 18
@@ -39,6 +44,8 @@ def run(kernel: Callable, count: int, cost: int, *args: Any, block: int = 1) -> 
 def _share(kernel: Callable, count: int, args: tuple, block: int, threads: int) -> None:
     step = -(-count // (threads * _PIECES_A_THREAD))
     step = -(-step // block) * block
+    if share(kernel, count, step, threads, args):
+        return
     job = _Job(kernel, count, step, args)
     _pool.invite(job, threads - 1)
     job.work()
