@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from _reference import draw
@@ -9,7 +15,9 @@ from _reference import draw
 pytest.importorskip("numba")
 
 import moekit
+from moekit.kernels.numba import _jit, _team
 from moekit.kernels.numba import gemm as kernels
+from moekit.kernels.numba._bits import read_i64, write_f32
 from moekit.ops.gemm import grouped_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,3 +167,63 @@ def test_decoding_equals_the_products_of_pytorch(dtype, transposed, tokens):
     run("torch", *wide).sum().backward()
     for leaf, other in zip(leaves, wide, strict=True):
         assert (leaf.grad.double() - other.grad).abs().max() <= 8 * torch.finfo(dtype).eps * other.grad.abs().max()
+
+
+# --- PyTorch's threads ------------------------------------------------------------------------------------------------
+
+
+@_jit.kernel("test", "team")
+def fill(start: int, stop: int, target: int, value: float, other: int, half: float):
+    for i in range(start, stop):
+        write_f32(target, i, value + read_i64(other, 0) + half)
+
+
+@pytest.mark.skipif(_team._entry_point() is None, reason="this PyTorch has no such threads")
+def test_a_team_covers_every_range_with_all_kinds_of_arguments():
+    out, other = torch.zeros(1001), torch.tensor([3])
+    assert _team.share(fill, 1001, 8, (out.data_ptr(), 2.25, other.data_ptr(), 0.5), 3)
+    assert (out == 5.75).all()
+
+
+def test_without_a_team_the_pool_works(monkeypatch, threads):
+    threads(2)
+    rows, matrices, offsets = case(torch.bfloat16, "out, in", 515, 1030)
+    expected = kernels.grouped_rows(rows, matrices, offsets)[: ENDS[-1]]
+    monkeypatch.setattr(_team, "_entry_point", lambda: None)
+    assert torch.equal(kernels.grouped_rows(rows, matrices, offsets)[: ENDS[-1]], expected)
+    assert not _team.share(fill, 1, 1, (), 2)
+    monkeypatch.undo()
+    assert not _team.share(lambda start, stop: None, 1, 1, (), 2), "a Python function needs a Python thread"
+
+
+def test_a_failure_in_a_team_reaches_the_caller(monkeypatch):
+    if _team._entry_point() is None:
+        pytest.skip("this PyTorch has no such threads")
+
+    def fail(work, block, threads, flags):
+        ctypes.c_int64.from_address(block + 8 * _team._FAILED).value = 1
+
+    monkeypatch.setattr(_team, "_entry_point", lambda: fail)
+    with pytest.raises(MemoryError, match="moekit"):
+        _team.share(fill, 1, 1, (0, 0.0, 0, 0.0), 2)
+
+
+FORK = """
+    import os, sys, torch
+    from moekit.kernels.numba import _threads, gemm
+    torch.set_num_threads(2)
+    rows, matrices, offsets = torch.randn(2, 700), torch.randn(2, 700, 700).mT, torch.tensor([1, 2]).int()
+    before = gemm.grouped_rows(rows, matrices, offsets)  # OpenMP has threads now
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        _threads.get_num_threads = lambda: 2
+        os._exit(0 if torch.equal(gemm.grouped_rows(rows, matrices, offsets), before) else 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork():
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK)]
+    assert subprocess.run(command, timeout=120).returncode == 0

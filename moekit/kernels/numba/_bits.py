@@ -354,3 +354,35 @@ def _axpys(builder: Any, kind: int, rows: int, steps: int, x: Any, x_step: Any, 
 
 
 dots, axpys = _tile(_dots), _tile(_axpys)
+
+# --- calls by address -------------------------------------------------------------------------------------------------
+
+fetch_add = _define(
+    types.int64(types.int64, types.int64),
+    lambda b, base, value: b.atomic_rmw("add", b.inttoptr(base, _I64.as_pointer()), value, "monotonic"),
+)
+
+
+def _call_kernel(typing: Any, kinds: Any, function: Any, start: Any, stop: Any, arguments: Any) -> Any:
+    """Call a compiled kernel: ``start``, ``stop`` and words at ``arguments``, each an integer ("q") or a float ("f").
+
+    Returns a status, 0 unless it failed. Numba's functions take two addresses first, for the result (a kernel has none)
+    and for what went wrong.
+    """
+
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, function, start, stop, arguments = args
+        found = [start, stop]
+        for number, kind in enumerate(kinds.literal_value):
+            address = builder.add(arguments, _I64(8 * number))
+            found.append(builder.load(builder.inttoptr(address, (_FLOAT if kind == "f" else _I64).as_pointer())))
+        pointer = _I8.as_pointer()
+        parameters = [pointer, pointer, *(value.type for value in found)]
+        places = [builder.bitcast(cgutils.alloca_once(builder, pointer), pointer) for _ in range(2)]
+        target = builder.inttoptr(function, ir.FunctionType(_I32, parameters).as_pointer())
+        return builder.zext(builder.call(target, [*places, *found]), _I64)
+
+    return types.int64(kinds, *[types.int64] * 4), lower
+
+
+call_kernel: Any = intrinsic(prefer_literal=True)(_call_kernel)

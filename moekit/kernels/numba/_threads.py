@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import get_num_threads
 
+from moekit.kernels.numba import _team
+
 # Waking a thread costs 5 to 10 us: moving this many bytes takes longer than that.
 _WORTH_SHARING = 1 << 18
 # More pieces than threads, so that a thread that was held up does not hold up the rest.
 _PIECES_A_THREAD = 4
 
 
-def run(kernel: Callable, count: int, cost: int, *args: Any, block: int = 1) -> None:
+def run(kernel: Callable, count: int, cost: int, *args: Any, block: int = 1, team: bool = False) -> None:
     """Call ``kernel(start, stop, *args)`` on ranges that cover ``[0, count)``.
 
     As many threads take part as ``torch.get_num_threads()`` says now; small jobs stay on the calling one.
@@ -27,18 +29,21 @@ def run(kernel: Callable, count: int, cost: int, *args: Any, block: int = 1) -> 
         cost: bytes that are moved in all.
         args: further arguments.
         block: ranges start at multiples of this.
+        team: let PyTorch's own threads do it, where it has some (:mod:`moekit.kernels.numba._team` says when and why).
     """
     if cost >= _WORTH_SHARING and count > block:
         threads = get_num_threads()
         if threads > 1:
-            _share(kernel, count, args, block, threads)
+            _share(kernel, count, args, block, threads, team)
             return
     kernel(0, count, *args)
 
 
-def _share(kernel: Callable, count: int, args: tuple, block: int, threads: int) -> None:
+def _share(kernel: Callable, count: int, args: tuple, block: int, threads: int, team: bool) -> None:
     step = -(-count // (threads * _PIECES_A_THREAD))
     step = -(-step // block) * block
+    if team and _team.share(kernel, count, step, args, threads):
+        return
     job = _Job(kernel, count, step, args)
     _pool.invite(job, threads - 1)
     job.work()

@@ -12,6 +12,7 @@ from moekit.kernels.numba import (
     _router_kernels,
     _row_kernels,
     _table_kernels,
+    _team,
 )
 from moekit.kernels.numba._elements import BF16, E4M3, F16, F32, NONE
 
@@ -43,8 +44,8 @@ def warmup(progress: Callable[[int, int], None] | None = None) -> int:
 def _usual() -> Iterator[Callable[[], object]]:
     for element in _ELEMENTS:
         yield from _usual_glu(element)
-        yield lambda element=element: _gemm_kernels.by_feature_kernel(element)
-        yield lambda element=element: _gemm_kernels.by_input_kernel(element)
+        yield lambda element=element: _team.native(_gemm_kernels.by_feature_kernel(element))
+        yield lambda element=element: _team.native(_gemm_kernels.by_input_kernel(element))
         yield lambda element=element: _row_kernels.unpermute_kernel(element)
         for wide in (False, True):
             yield lambda element=element, wide=wide: _row_kernels.unpermute_backward_kernel(

@@ -39,7 +39,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
         kernel, features, min(rows.shape[0], num_experts) * width * features * size,
         rows.data_ptr(), rows.stride(0) * size,
         matrices.data_ptr(), matrices.stride(0) * size, step * size, offsets.data_ptr(), num_experts,
-        out.data_ptr(), out.stride(0) * size, width, block=block,
+        out.data_ptr(), out.stride(0) * size, width, block=block, team=True,
     )  # fmt: skip
     return out
 
