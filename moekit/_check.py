@@ -1,8 +1,7 @@
 """Every validation and error text of moekit.
 
 Each message names the operation, the argument, what was wanted and what came. Checks look at shapes, dtypes and
-devices only, so they never wait for a GPU; checks of values live inside the operators, which run them on a CPU (where
-they are free) or under ``moekit.debug()``.
+devices only, so they never wait for a GPU; the checks of values at the end do nothing on one, but under ``moekit.debug()``.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from moekit import _backend
 
 
 def fail(op: str, argument: str, wanted: str, got: object) -> ValueError:
@@ -95,3 +96,38 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             first = (name, value.device)
         elif value.device != first[1]:
             raise fail(op, name, f"on the device of {first[0]} ({first[1]})", value.device)
+
+
+# --- values: looked at on a CPU, where that is free, or under ``moekit.debug()`` ------------------------------------
+
+
+def in_range(op: str, name: str, index: Tensor, end: int, what: str) -> None:
+    """Refuse an index below -1 or past ``end``, where looking at values is free or asked for."""
+    if not _backend.checks_values(index) or index.numel() == 0:
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if low < -1 or high >= end:
+        raise fail(op, name, f"-1 (none) or below {end} ({what})", f"index {low if low < -1 else high}")
+
+
+def route_indices(indices: Tensor, num_experts: int) -> None:
+    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
+    in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
+
+
+def row_tokens(row_token: Tensor, num_tokens: int) -> None:
+    """Refuse tokens out of range."""
+    in_range("unpermute", "sorted_indices", row_token, num_tokens, "the number of tokens")
+
+
+def chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
+    """Refuse sizes that do not add up and chunks that do not exist."""
+    if not _backend.checks_values(split_sizes):
+        return
+    chunks = split_sizes.shape[0]
+    if sorted_idxs.numel() and not 0 <= int(sorted_idxs.min()) <= int(sorted_idxs.max()) < chunks:
+        raise fail("sort_chunks", "sorted_idxs", f"chunk numbers in [0, {chunks})", sorted_idxs.tolist())
+    if int(split_sizes.sum()) != num_in or (chunks and int(split_sizes.min()) < 0):
+        raise fail("sort_chunks", "split_sizes", f"sizes that sum to the {num_in} rows", split_sizes.tolist())
+    if num_out is not None and int(split_sizes[sorted_idxs.long()].sum()) != num_out:
+        raise fail("sort_chunks", "sorted_idxs", "a permutation of the chunks", sorted_idxs.tolist())

@@ -87,7 +87,7 @@ def test_an_error_in_a_helper_reaches_the_caller(threads):
 
 @pytest.fixture
 def team():
-    if _team._parallel is None:
+    if _team._entry_point() is None:
         pytest.skip("torch has no GNU OpenMP here")
 
 
@@ -102,7 +102,7 @@ def test_torchs_threads_take_each_range_once_with_all_arguments(team, threads, c
     threads(num_threads)
     notes = torch.zeros(count)
     step = math.ceil(math.ceil(count / (num_threads * _threads._PIECES_A_THREAD)) / block) * block
-    assert _team.share(note, count, step, num_threads, (notes.data_ptr(), 0.5, 3, 0.25))
+    assert _team.share(note, count, step, (notes.data_ptr(), 0.5, 3, 0.25), num_threads)
     starts = torch.arange(0, count, step)
     wanted = torch.zeros(count).index_put((starts,), 0.5 * (starts + step).clamp(max=count).sub(starts) + 3.25)
     assert torch.equal(notes, wanted)
@@ -125,7 +125,7 @@ def test_an_error_on_torchs_threads_reaches_the_caller(team, threads):
 @pytest.mark.parametrize("way", ["torch's threads", "pool"])
 def test_eight_python_threads_at_once(threads, monkeypatch, way):
     if way == "pool":
-        monkeypatch.setattr(_team, "_parallel", None)
+        monkeypatch.setattr(_team, "_entry_point", lambda: None)
     threads(2)
     x = torch.randn(2048, 256)
     expected, failures = x * torch.sigmoid(x), []

@@ -28,15 +28,6 @@ def require_capacity(op: str, routed: int, num_rows: int) -> None:
         raise _check.fail(op, argument, f"at least the {routed} routed pairs of routing_map", num_rows)
 
 
-def require_in_range(op: str, name: str, index: Tensor, end: int, what: str) -> None:
-    """Refuse an index below -1 or past ``end``, where looking at values is free or asked for."""
-    if not _backend.checks_values(index) or index.numel() == 0:
-        return
-    low, high = (int(v) for v in index.aminmax())
-    if low < -1 or high >= end:
-        raise _check.fail(op, name, f"-1 (none) or below {end} ({what})", f"index {low if low < -1 else high}")
-
-
 def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
@@ -44,14 +35,9 @@ def _ends(counts: Tensor) -> Tensor:
 # --- from top-k indices ---------------------------------------------------------------------------------------------
 
 
-def check_indices(indices: Tensor, num_experts: int) -> None:
-    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
-    require_in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
-
-
 def _route_indices_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``indices [T, K]`` to counts ``[E]``, offsets ``[E]``, order ``[T*K]``, inverse ``[T, K]``."""
-    check_indices(indices, num_experts)
+    _check.route_indices(indices, num_experts)
     flat = indices.reshape(-1).long()
     expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     counts = sum_by_index(torch.ones_like(expert), expert, num_experts)
@@ -176,14 +162,9 @@ route_capacity = _library.define(
 # --- the inverse of a table -----------------------------------------------------------------------------------------
 
 
-def check_row_token(row_token: Tensor, num_tokens: int) -> None:
-    """Refuse tokens out of range."""
-    require_in_range("unpermute", "sorted_indices", row_token, num_tokens, "the number of tokens")
-
-
 def _rows_of_tokens_reference(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """The rows of each token, ascending: offsets ``[T + 1] int32`` into rows ``[S] int32`` (-1 past the end)."""
-    check_row_token(row_token, num_tokens)
+    _check.row_tokens(row_token, num_tokens)
     token = torch.where((row_token >= 0) & (row_token < num_tokens), row_token, num_tokens).long()
     counts = sum_by_index(torch.ones_like(token), token, num_tokens)
     sorted_token, rows = token.sort(stable=True)
@@ -208,22 +189,9 @@ rows_of_tokens = _library.define(
 # --- chunks and padding ---------------------------------------------------------------------------------------------
 
 
-def check_chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
-    """Refuse sizes that do not add up and chunks that do not exist."""
-    if not _backend.checks_values(split_sizes):
-        return
-    chunks = split_sizes.shape[0]
-    if sorted_idxs.numel() and not 0 <= int(sorted_idxs.min()) <= int(sorted_idxs.max()) < chunks:
-        raise _check.fail("sort_chunks", "sorted_idxs", f"chunk numbers in [0, {chunks})", sorted_idxs.tolist())
-    if int(split_sizes.sum()) != num_in or (chunks and int(split_sizes.min()) < 0):
-        raise _check.fail("sort_chunks", "split_sizes", f"sizes that sum to the {num_in} rows", split_sizes.tolist())
-    if num_out is not None and int(split_sizes[sorted_idxs.long()].sum()) != num_out:
-        raise _check.fail("sort_chunks", "sorted_idxs", "a permutation of the chunks", sorted_idxs.tolist())
-
-
 def _sort_chunks_reference(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``, int64."""
-    check_chunks(split_sizes, sorted_idxs, num_in, num_out)
+    _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
     chosen = sorted_idxs.long()
     sizes = split_sizes.long()
     starts = (sizes.cumsum(0) - sizes)[chosen]

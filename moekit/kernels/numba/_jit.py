@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit, types
+from numba import cfunc, njit, types
 
 # No flag lets NaN or infinity be assumed away, and only the additions made with _bits.plus may change their order:
 # elsewhere "reassoc" would cancel the terms that make exp accurate, and let a product overflow on the way.
@@ -32,8 +32,7 @@ def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
     """
 
     def compile_(function: Callable) -> Callable:
-        parts = [function.__qualname__.replace(".<locals>", ""), *map(str, specialisation), _fingerprint()]
-        function.__qualname__ = "_".join(parts).replace("-", "m")
+        _name(function, specialisation)
         parameters = inspect.signature(function).parameters.values()
         signature = types.void(*(_NUMBA_TYPES[parameter.annotation] for parameter in parameters))
         try:
@@ -42,6 +41,24 @@ def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
             return njit(signature, nogil=True, **_OPTIONS)(function)
 
     return compile_
+
+
+def worker(*specialisation: Any) -> Callable[[Callable], Any]:
+    """Compile a function of one address to a C function, for threads that are not Python's."""
+
+    def compile_(function: Callable) -> Any:
+        _name(function, specialisation)
+        try:
+            return cfunc(types.void(types.int64), cache=True, **_OPTIONS)(function)
+        except (OSError, RuntimeError):  # as above
+            return cfunc(types.void(types.int64), **_OPTIONS)(function)
+
+    return compile_
+
+
+def _name(function: Callable, specialisation: tuple) -> None:
+    parts = [function.__qualname__.replace(".<locals>", ""), *map(str, specialisation), _fingerprint()]
+    function.__qualname__ = "_".join(parts).replace("-", "m")
 
 
 @functools.cache

@@ -44,7 +44,7 @@ def run(kernel: Callable, count: int, cost: int, *args: Any, block: int = 1) -> 
 def _share(kernel: Callable, count: int, args: tuple, block: int, threads: int) -> None:
     step = -(-count // (threads * _PIECES_A_THREAD))
     step = -(-step // block) * block
-    if share(kernel, count, step, threads, args):
+    if share(kernel, count, step, args, threads):
         return
     job = _Job(kernel, count, step, args)
     _pool.invite(job, threads - 1)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from moekit.kernels.numba import _activations, _glu_kernels, _router_kernels, _row_kernels, _table_kernels
+from moekit.kernels.numba import (
+    _activations,
+    _gemm_kernels,
+    _glu_kernels,
+    _router_kernels,
+    _row_kernels,
+    _table_kernels,
+    _team,
+)
 from moekit.kernels.numba._elements import BF16, E4M3, F16, F32, NONE
 
 _ELEMENTS = (F32, BF16, F16)
@@ -27,15 +36,17 @@ def warmup(progress: Callable[[int, int], None] | None = None) -> int:
     if progress is not None:
         progress(0, len(jobs))
     for done, compile_one in enumerate(jobs, start=1):
-        compile_one()
+        _team.native(compile_one())
         if progress is not None:
             progress(done, len(jobs))
     return len(jobs)
 
 
-def _usual() -> Iterator[Callable[[], object]]:
+def _usual() -> Iterator[Callable[[], Any]]:
     for element in _ELEMENTS:
         yield from _usual_glu(element)
+        yield lambda element=element: _gemm_kernels.by_feature_kernel(element)
+        yield lambda element=element: _gemm_kernels.by_input_kernel(element)
         yield lambda element=element: _row_kernels.unpermute_kernel(element)
         for wide in (False, True):
             yield lambda element=element, wide=wide: _row_kernels.unpermute_backward_kernel(
@@ -67,7 +78,7 @@ def _usual() -> Iterator[Callable[[], object]]:
         yield lambda by_map=by_map: by_map(1)  # bool
 
 
-def _usual_glu(element: int) -> Iterator[Callable[[], object]]:
+def _usual_glu(element: int) -> Iterator[Callable[[], Any]]:
     no_clamp, whole = _glu_kernels.NO_CLAMP, _glu_kernels.CONCATENATED
     for kind in (_activations.SIGMOID, _activations.CUBIC, _activations.GELU, _activations.RELU, _activations.RELU2):
         yield lambda kind=kind: _glu_kernels.forward_kernel(element, NONE, kind, no_clamp, whole)

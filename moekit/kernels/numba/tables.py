@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
+from moekit import _check
 from moekit.kernels.numba import _table_kernels as kernels
 from moekit.kernels.numba._launch import address, dense
 from moekit.kernels.numba._threads import run
-from moekit.ops.tables import check_chunks
 
 # A piece below this many elements is not worth a table of its own.
 _PIECE = 1 << 12
@@ -144,7 +144,7 @@ def route_capacity(routing_map: Tensor, capacity: int) -> Any:
 
 def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``."""
-    check_chunks(split_sizes, sorted_idxs, num_in, num_out)
+    _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, order = dense(split_sizes, torch.int64), dense(sorted_idxs, torch.int64)
     if num_out is None:
         num_out = int(sizes[order].sum())

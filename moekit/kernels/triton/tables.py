@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._counting import (
     OF_KEYS,
@@ -20,7 +21,6 @@ from moekit.kernels.triton._counting import (
     sort_tile,
     store_ends,
 )
-from moekit.ops import tables as table_ops
 
 _DIGIT_BITS = 8
 
@@ -91,7 +91,7 @@ def _place_slots_kernel(
 
 def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``moekit::route_indices``: counts, offsets, order, inverse."""
-    table_ops.check_indices(indices, num_experts)
+    _check.route_indices(indices, num_experts)
     flat, device, slots = indices.contiguous(), indices.device, indices.numel()
     counts = torch.empty(num_experts, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
@@ -154,7 +154,7 @@ def _first_of_token_kernel(sorted_keys, offsets, num_keys, num_tokens, steps, BL
 
 def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``moekit::rows_of_tokens``: token offsets ``[T + 1]`` and the rows of each token, ascending."""
-    table_ops.check_row_token(row_token, num_tokens)
+    _check.row_tokens(row_token, num_tokens)
     keys, rows, num_keys, device = row_token.contiguous(), None, row_token.shape[0], row_token.device
     bits = num_tokens.bit_length()  # the largest key is T itself, for rows of no token
     passes = max(_launch.blocks(bits, _DIGIT_BITS), 1)
@@ -205,7 +205,7 @@ def _sort_chunks_kernel(
 
 def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """``moekit::sort_chunk_rows``; ``num_out=None`` takes one device-to-host sync."""
-    table_ops.check_chunks(split_sizes, sorted_idxs, num_in, num_out)
+    _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, chosen = split_sizes.contiguous(), sorted_idxs.contiguous()
     if num_out is None:
         num_out = int(sizes[chosen.long()].sum())
