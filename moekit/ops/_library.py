@@ -71,7 +71,9 @@ def _with_autograd(name: str, op: Any, save: Callable, backward: Callable) -> Ca
         save(ctx, args, outputs)
         return outputs
 
-    def backward_node(ctx: Any, *grads: Tensor) -> tuple:
+    def backward_node(ctx: Any, *grads: Tensor | None) -> tuple:
+        if all(grad is None for grad in grads):  # where ``save`` turned materialised gradients off
+            return (None,) * len(ctx.needs_input_grad)
         with _backend.backend(ctx.backend):
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 

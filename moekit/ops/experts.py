@@ -367,6 +367,7 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
     gathered = outputs[3].numel() > 0
     kept = outputs[1:] if inner else [t.new_empty(0) for t in outputs[1:]]
     ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills zeros of the size of what is kept, for gradients that nobody reads
     ctx.constants = args[9:]
     ctx.save_for_backward(
         x if need_gate_up and not gathered else None, weights, gate_up, down, gate_up_bias, down_bias, *found, *kept

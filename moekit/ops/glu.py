@@ -448,6 +448,7 @@ def _save(ctx: Any, args: tuple, outputs: Any) -> None:
 def _save_fp8(ctx: Any, args: tuple, outputs: tuple) -> None:
     _, weights, bias, offsets, *ctx.constants = args
     ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)  # no zeros for gradients that nobody reads
     ctx.save_for_backward(*outputs[1:], weights, bias, offsets)
 
 

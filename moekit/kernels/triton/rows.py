@@ -128,7 +128,13 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     rows = _launch.rows_of(rows)
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
+    at_once = _rows_at_once(num_tokens, token_rows.shape[0])
     config = _launch.tile("unpermute", rows.device)
+    multiple = _launch.multiple(width, rows.stride(0))
+    if multiple < 16:
+        config = config._replace(registers=None)
+    else:  # where a token has few rows, more tokens at a time keep as many loads in flight
+        config = config._replace(elements=min(config.elements * 8 // at_once, 32))
     block_t, block_c = _launch.shape_tile(rows.device, width, config)
     parts = _launch.blocks(width, block_c)
     _launch.launch(
@@ -136,8 +142,8 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
         rows, _launch.dense(weights), token_offsets.contiguous(), token_rows.contiguous(), out,
         num_tokens, num_rows, parts, width, rows.stride(0),
         BY_SLOT=weights is not None and weights.dim() == 2,
-        MULTIPLE=_launch.multiple(width, rows.stride(0)), BLOCK_T=block_t, BLOCK_C=block_c,
-        UNROLL=_rows_at_once(num_tokens, token_rows.shape[0]), config=config,
+        MULTIPLE=multiple, BLOCK_T=block_t, BLOCK_C=block_c,
+        UNROLL=at_once, config=config,
     )  # fmt: skip
     return out
 
