@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -183,12 +184,12 @@ def _warm_up(contender: Contender) -> tuple[float, Tensor | None]:
 
 def _take_turns(ready: Sequence[tuple[Contender, int, int]]) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {contender.name: [] for contender, _, _ in ready}
-    rounds = max((wanted for _, _, wanted in ready), default=0)
+    rounds, shuffle = max((wanted for _, _, wanted in ready), default=0), random.Random(0)
     gc.disable()
     try:
         for turn in range(rounds):
-            start = turn % len(ready)
-            for contender, calls, wanted in (*ready[start:], *ready[:start]):
+            # Whoever comes next pays for what the one before left behind, so neighbours change.
+            for contender, calls, wanted in shuffle.sample(ready, len(ready)):
                 if (turn + 1) * wanted // rounds > turn * wanted // rounds:
                     samples[contender.name].append(_sample(contender, calls))
     finally:

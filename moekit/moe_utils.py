@@ -130,7 +130,7 @@ def permute(
         capacity = num_out_tokens // max(num_experts, 1)
         sorted_indices = tables.route_capacity(routing_map, capacity)
         found = tables.rows_of_tokens(sorted_indices, num_tokens)
-        slots = None if probs is None else _capacity_slots(sorted_indices, capacity, num_experts)
+        slots = _capacity_slots(sorted_indices, capacity, num_experts)
     else:
         _, sorted_indices, slots, *found = tables.route_map(routing_map, num_out_tokens)
     permuted_probs = None if probs is None else tables.take(probs, slots)
