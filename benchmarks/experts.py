@@ -246,7 +246,8 @@ def _figures(problem: Problem, job: dict) -> dict[str, Any]:
         progress("forward", found["forward"])
     if "step" in wanted:
         names = every if problem.shape.experts <= _FEW_EXPERTS else every[:-1]
-        found["step"] = measure(problem.contenders(names, problem.step), budget, least=3)
+        # Gigabytes of fresh gradients: the slowest to settle.
+        found["step"] = measure(problem.contenders(names, problem.step), 3 * budget, least=7)
         progress("step", found["step"])
     if "outside" in wanted:
         found["outside"] = {name: outside_gemm(problem, name) for name in ("moekit", "grouped_mm")}

@@ -124,7 +124,8 @@ def test_what_is_left_to_pytorch():
     assert kernels.grouped_rows(rows.double(), matrices.double(), offsets) is NotImplemented
     assert kernels.grouped_rows(rows, matrices.bfloat16(), offsets) is NotImplemented
     assert kernels.grouped_rows(rows, torch.randn(6, 16, 12)[:, ::2, ::2], offsets) is NotImplemented
-    assert kernels.grouped_rows(rows, matrices, torch.tensor([0, 0, 0, 0, 0, 14]).int()) is NotImplemented
+    many = torch.randn(20, rows.shape[1])
+    assert kernels.grouped_rows(many, matrices, torch.tensor([0, 0, 0, 0, 0, 20]).int()) is NotImplemented
     assert kernels.grouped_rows(rows, matrices, offsets, torch.empty(6, ROWS).T) is NotImplemented
 
 

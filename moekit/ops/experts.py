@@ -115,7 +115,7 @@ def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> R
     if not isinstance(routing, Routing):
         indices, weights = routing
         _check.integer("experts", "indices", indices)
-        routing = Routing.from_topk(torch.where(indices < num_experts, indices, -1), weights, num_experts=num_experts)
+        routing = Routing.from_topk(indices.masked_fill(indices >= num_experts, -1), weights, num_experts=num_experts)
     if routing.weights is None:
         raise _check.fail("experts", "routing", "built with weights", "none")
     if routing.num_experts != num_experts:

@@ -25,7 +25,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     if element == E4M3 or (element == F16 and not HARDWARE_F16) or matrices.dtype is not rows.dtype:
         return NotImplemented
     by_feature = matrices.stride(1) == 1
-    if not (by_feature or matrices.stride(2) == 1) or (out is not None and out.stride(1) != 1) or not _few(offsets):
+    if not (by_feature or matrices.stride(2) == 1) or (out is not None and out.stride(1) != 1) or not _few(rows, offsets):
         return NotImplemented
     out = torch.empty((rows.shape[0], features), dtype=rows.dtype) if out is None else out
     rows, offsets, size = rows if rows.stride(1) == 1 else rows.contiguous(), dense(offsets, torch.int32), SIZES[element]
@@ -44,8 +44,10 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     return out
 
 
-def _few(offsets: Tensor) -> bool:
-    """Whether the experts that have rows have few of them, on average."""
+def _few(rows: Tensor, offsets: Tensor) -> bool:
+    """Whether the experts that have rows have few of them, on average; so few in all need no look at the offsets."""
+    if rows.shape[0] <= 4 * _FEW:
+        return True
     ends = [0, *offsets.tolist()]
     active = len(set(ends)) - 1  # an expert without rows ends where the one before it does
     return ends[-1] <= _FEW * active
