@@ -161,6 +161,28 @@ def test_glu_float8(layout, dtype):
     assert_accurate(found[0], true[0].double(), what="dy")
 
 
+@pytest.mark.parametrize("ends", [[9], [3, 12], [0, 7, 8], [20, 20]])
+def test_offsets_past_the_last_row_write_nothing_there(ends, monkeypatch):
+    """Seven rows: what lies behind the outputs keeps its bytes."""
+    made, empty = [], torch.empty
+
+    def guarded(*shape, dtype=None, device=None):
+        shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+        made.append(empty(shape.numel() + 64, dtype=dtype, device=device).fill_(7))
+        return made[-1][: shape.numel()].view(shape)
+
+    y, grad, bias = draw(1, 7, 12, dtype=torch.float32), draw(2, 7, 6, dtype=torch.float32), draw(3, len(ends), 12)
+    offsets, weights = torch.tensor(ends, dtype=torch.int32), torch.rand(7)
+    constants = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
+    args = place((y, None, weights, bias.float(), offsets))
+    monkeypatch.setattr(torch, "empty", guarded)
+    from moekit.kernels.triton import KERNELS
+
+    KERNELS["glu_backward"](place(grad), *args, *constants, [True, True, True, True])
+    monkeypatch.undo()
+    assert made and all(bool((memory[-64:] == 7).all()) for memory in made)
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 

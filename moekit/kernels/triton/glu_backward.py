@@ -119,6 +119,7 @@ def _chunks_of_experts(offsets, num_experts, num_rows, CHUNK: tl.constexpr, BLOC
         begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0).to(tl.int32)
         begin = tl.where(expert <= num_experts, begin, num_rows)
         end = tl.load(offsets + expert, mask=expert < num_experts, other=num_rows).to(tl.int32)
+        begin, end = tl.minimum(begin, num_rows), tl.minimum(end, num_rows)
     chunks = (end - begin + CHUNK - 1) // CHUNK
     return expert, begin, end, chunks, tl.cumsum(chunks, axis=0)
 
