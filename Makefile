@@ -29,7 +29,7 @@ demo: .venv/ready-demo
 
 # By file, because a file's tests share the kernels that they compile.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

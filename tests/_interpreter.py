@@ -7,10 +7,27 @@ both directions. Importing this module puts that right for the process, if it in
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# How often what has to come out the same every time is computed: the interpreter takes milliseconds a kernel.
+RUNS = 4 if INTERPRETED else 20
+
+
+def run_interpreted(*files: Path) -> None:
+    """Run test files in another process, with every operator on the Triton kernels, interpreted; they must pass."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "MOEKIT_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "_interpreter", "-m", "not slow"]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *map(str, files)],
+        env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, f"in the interpreter:\n{child.stdout[-6000:]}\n{child.stderr[-2000:]}"
 
 
 def _widen(values: np.ndarray) -> np.ndarray:

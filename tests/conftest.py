@@ -13,6 +13,9 @@ import moekit
 torch.set_num_threads(1)
 
 
+LONGEST = "test_triton_suites.py"
+
+
 def _backends() -> list[str]:
     """What this process can run on CPU tensors: MOEKIT_BACKEND narrows it to one."""
     asked = os.environ.get("MOEKIT_BACKEND", "auto")
@@ -24,8 +27,8 @@ def _backends() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what would repeat another test: it is not skipped, it runs elsewhere.
 
-    ``reference_only`` tests look at what only the reference computes. The Triton kernels' tests run in an interpreter
-    that one of them starts, where there is no GPU.
+    ``reference_only`` tests look at what only the reference computes, ``not_interpreted`` ones take Triton's
+    interpreter minutes. The Triton kernels' tests run in an interpreter that one of them starts, where there is no GPU.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     kernels_run_here = interpreted or torch.cuda.is_available()
@@ -33,13 +36,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def repeats(item: pytest.Item) -> bool:
         if item.path.name == "test_triton_kernels.py" and not kernels_run_here:
             return item.name != "test_the_operators_pass_in_the_interpreter"
+        if interpreted and item.get_closest_marker("not_interpreted") is not None:
+            return True
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        other = parameters.get("backend", "torch") != "torch" and os.environ.get("MOEKIT_BACKEND", "auto") == "auto"
-        return other and item.get_closest_marker("reference_only") is not None
+        return parameters.get("backend", "torch") != "torch" and item.get_closest_marker("reference_only") is not None
 
+    positions = {item: position for position, item in enumerate(items)}
     left_out = [item for item in items if repeats(item)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    # The longest file first: the other process does the rest meanwhile.
+    items[:] = sorted(set(items) - set(left_out), key=lambda item: (item.path.name != LONGEST, positions[item]))
 
 
 @pytest.fixture(params=_backends())

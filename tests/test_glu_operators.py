@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from _interpreter import RUNS
 from _reference import (
     BIASES,
     EVERY_DTYPE,
@@ -289,7 +290,7 @@ def test_item42_twenty_runs_are_bit_equal(bias):
     inputs, parameters, grad = glu_inputs("clamp-after-bias", bias, torch.bfloat16, num_rows=700, width=32)
     if bias == "experts":
         parameters["offsets"] = torch.tensor([0, 300, 301, 690])
-    runs = [value_and_grads(functools.partial(moekit.glu, **parameters), inputs, grad) for _ in range(20)]
+    runs = [value_and_grads(functools.partial(moekit.glu, **parameters), inputs, grad) for _ in range(RUNS)]
     for out, grads in runs[1:]:
         assert_same(out, runs[0][0], "value")
         for name, gradient in grads.items():

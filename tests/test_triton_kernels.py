@@ -1,23 +1,18 @@
 """The Triton kernels against the references: on a GPU if there is one, else in Triton's interpreter on the CPU.
 
 The interpreter is chosen when triton is imported, so without a GPU one test here starts another pytest on this file,
-which interprets. The suites of the operators run on these kernels likewise:
-
-    TRITON_INTERPRET=1 MOEKIT_BACKEND=triton PYTHONPATH=tests python -m pytest -p _interpreter tests/test_rows.py ...
+which interprets. The suites of the operators run on these kernels likewise (``test_triton_suites.py``).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _interpreter import INTERPRETED
+from _interpreter import INTERPRETED, run_interpreted
 from _reference import (
     BIASES,
     LAYOUTS,
@@ -47,14 +42,7 @@ DEVICE = "cuda" if GPU else "cpu"
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
 def test_the_operators_pass_in_the_interpreter():
-    here = Path(__file__).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "MOEKIT_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "_interpreter", "-m", "not slow"]
-    child = subprocess.run(
-        [*command, __file__], env=environment, cwd=here.parent, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, f"in the interpreter:\n{child.stdout[-6000:]}\n{child.stderr[-2000:]}"
+    run_interpreted(Path(__file__))
 
 
 def combinations(*axes):

@@ -20,7 +20,7 @@ OF_KEYS = _launch.Tile(0, 8)
 def map_tile(num_bins: int) -> dict[str, Any]:
     """The shape of tiles of a map: at most 128 tokens, with all their bins about 2048 entries; and the warps for it."""
     block_e = _launch.power_of_two(num_bins)
-    config = _launch.Tile(0, 4 if block_e <= 256 else 8)
+    config = _launch.Tile(0, 4 if block_e <= 256 else 16)
     return {"TILE": min(max(2048 // block_e, 1), 128), "BLOCK_E": block_e, "config": config}
 
 

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-# 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads, of float32 two.
+# 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads.
 _TILES = {
     "glu": Tile(8, 4),
     "glu_backward": Tile(8, 4, 80),
@@ -55,9 +55,10 @@ def arch(device: torch.device) -> Arch:
     return Arch(name, properties.warp_size)
 
 
-def tile(kernel: str, device: torch.device) -> Tile:
-    """The configuration of ``kernel`` on the GPU that ``device`` names."""
-    return _TILES_OF_ARCH.get(arch(device).name, {}).get(kernel, _TILES[kernel])
+def tile(kernel: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    """The configuration of ``kernel`` on the GPU that ``device`` names: as many bytes a thread in every ``dtype``."""
+    found = _TILES_OF_ARCH.get(arch(device).name, {}).get(kernel, _TILES[kernel])
+    return found._replace(elements=found.elements * 2 // dtype.itemsize)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None = None, **constants: Any) -> None:

@@ -156,7 +156,7 @@ def _run(
     y, bias = _launch.rows_of(y), tidy_bias(bias)
     num_rows, width = y.shape[0], y.shape[1] if layout == "ungated" else y.shape[1] // 2
     out = torch.empty(num_rows, width, dtype=y.dtype, device=y.device)
-    config = _launch.tile("glu", y.device)
+    config = _launch.tile("glu", y.device, y.dtype)
     block_r, block_c = _launch.shape_tile(y.device, width, config)
     # A float8 row needs its maximum first, so one program must see all of it.
     parts = 1 if stored is not None else _launch.blocks(width, block_c)

@@ -240,9 +240,9 @@ def glu_backward(
 def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: tuple, constants: dict) -> None:
     grad = tensors[0]
     num_rows, width = grad.shape
-    config = _launch.tile("glu_backward", grad.device)
+    config = _launch.tile("glu_backward", grad.device, tensors[0].dtype)
     plain = constants["BIAS"] == "none" and constants["LAYOUT"] != "interleaved" and constants["MULTIPLE"] > 1
-    if not plain or tensors[1].dtype is torch.float32:
+    if not plain or tensors[0].dtype is torch.float32 or tensors[2] is not None:
         config = config._replace(registers=144)  # they need more
     block_r, block_c = _launch.shape_tile(grad.device, width, config)
     # A row's weight gradient is summed where all of the row is seen.

@@ -216,6 +216,9 @@ def unpermute_backward(
     config = _launch.tile("unpermute_backward", rows.device)
     most = _rows_at_once(num_tokens, token_rows.shape[0])
     block_k, block_c = _launch.shape_tile(rows.device, width, config, min_rows=most)
+    # A row that fills fewer threads takes fewer, so that each still reads 16 bytes at a time.
+    full = min(block_k, most) * block_c // (config.elements * _launch.arch(rows.device).warp_size)
+    config = config._replace(warps=max(min(config.warps, full), 1))
     _launch.launch(
         _unpermute_backward_kernel,
         (num_tokens + _launch.blocks(num_rows, _ZERO_ROWS),),

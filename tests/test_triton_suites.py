@@ -1,0 +1,26 @@
+"""The operators' own suites on the Triton kernels, in Triton's interpreter: the same tests that the other backends pass.
+
+One by hand: TRITON_INTERPRET=1 MOEKIT_BACKEND=triton PYTHONPATH=tests python -m pytest -p _interpreter tests/test_rows.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _interpreter import INTERPRETED, run_interpreted
+
+pytest.importorskip("triton")
+
+# Those of the operators that have kernels.
+SUITES = (
+    "glu", "glu_operators", "rows", "rows_autograd", "tables", "routing", "topk", "sort_chunks",
+    "moe_utils_activations", "moe_utils_permute", "moe_utils_permute_autograd", "experts", "opcheck",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels run in this process")
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suite_passes_in_the_interpreter(suite):
+    run_interpreted(Path(__file__).with_name(f"test_{suite}.py"))
