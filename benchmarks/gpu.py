@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                    # everything, about 10 minutes; JSON and PNG into benchmarks/out
     python benchmarks/gpu.py --quick            # one layer shape, nothing compiled
-    python benchmarks/gpu.py --shape DeepSeek-V3   # another one, with everything
+    python benchmarks/gpu.py --shape DeepSeek-V3  # another one, with everything
     python benchmarks/gpu.py --tune             # time the launch configurations too
     python benchmarks/gpu.py --peers DIR        # also against the packages in DIR (NeMo Automodel, Megatron-core, ...)
     python benchmarks/gpu.py --interpret        # no GPU: tiny shapes in Triton's interpreter, to try the script itself
@@ -47,6 +47,7 @@ from _gpu_cases import (
     small_cases,
 )
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 REPEATS = 2 if INTERPRET else 30
 SLEEP_HZ = 2e9  # cycles a second of torch.cuda._sleep, about
@@ -389,7 +390,7 @@ def main() -> None:
     shapes = TINY if INTERPRET else SHAPES[:1] if options.quick else SHAPES
     if options.shape:
         shapes = [shape for shape in shapes if shape.name == options.shape]
-    torch._functorch.config.donated_buffer = False  # backward is timed on a graph that is kept
+    functorch_config.donated_buffer = False  # backward is timed on a graph that is kept
     limits, results = ceilings(), []
     print(environment(), {name: round(value) for name, value in limits.items()}, flush=True)
 
