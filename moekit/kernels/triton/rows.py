@@ -213,7 +213,7 @@ def unpermute_backward(
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device) if wanted[1] else None
     grad, rows = _launch.rows_of(grad), _launch.rows_of(rows)
     num_tokens, (num_rows, width) = grad.shape[0], rows.shape
-    config = _launch.tile("unpermute_backward", rows.device)
+    config = _launch.tile("unpermute_backward", rows.device, rows.dtype)
     most = _rows_at_once(num_tokens, token_rows.shape[0])
     block_k, block_c = _launch.shape_tile(rows.device, width, config, min_rows=most)
     # A row that fills fewer threads takes fewer, so that each still reads 16 bytes at a time.
