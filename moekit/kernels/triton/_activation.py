@@ -37,11 +37,14 @@ def _normal_cdf(x):
 
 @triton.jit
 def activate(x, c1, c3, ACT: tl.constexpr):
-    """``act(x)``; "sigmoid" is ``x * sigmoid(c1*x + c3*x**3)``."""
+    """``act(x)``; "sigmoid" is ``x * sigmoid(c1*x + c3*x**3)``, where None for ``c3`` is 0."""
     if ACT == "sigmoid":
-        # Past 1e4 a gate is fully open or shut; its square must not overflow.
-        bounded = tl.minimum(tl.abs(x), 1e4)
-        value = x / (1.0 + tl.exp(-x * (c1 + c3 * bounded * bounded)))
+        steepness = c1
+        if c3 is not None:
+            # Past 1e4 a gate is fully open or shut; its square must not overflow.
+            bounded = tl.minimum(tl.abs(x), 1e4)
+            steepness = c1 + c3 * bounded * bounded
+        value = x / (1.0 + tl.exp(-x * steepness))
     elif ACT == "gelu":
         value = x * _normal_cdf(x)
     else:
@@ -55,11 +58,14 @@ def activate(x, c1, c3, ACT: tl.constexpr):
 def activate_with_slope(x, c1, c3, ACT: tl.constexpr):
     """``act(x)`` and ``act'(x)``."""
     if ACT == "sigmoid":
-        bounded = tl.minimum(tl.abs(x), 1e4)
-        square = bounded * bounded
-        opening, closing = sigmoids(x * (c1 + c3 * square))
+        steepness, slope = c1, c1
+        if c3 is not None:
+            bounded = tl.minimum(tl.abs(x), 1e4)
+            square = bounded * bounded
+            steepness, slope = c1 + c3 * square, c1 + 3.0 * c3 * square
+        opening, closing = sigmoids(x * steepness)
         value = x * opening
-        slope = opening + value * closing * (c1 + 3.0 * c3 * square)
+        slope = opening + value * closing * slope
     elif ACT == "gelu":
         cdf = _normal_cdf(x)
         value = x * cdf
@@ -74,21 +80,28 @@ def activate_with_slope(x, c1, c3, ACT: tl.constexpr):
 
 
 @triton.jit
-def encode_e4m3(x):
-    """float32 to the bits of float8 e4m3, rounded to nearest even, past the largest to NaN; on any architecture."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Below 2**-6 the step is 2**-9: adding 2**14 leaves the multiple of it in the lowest bits, rounded by the adder.
-    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7F))
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+def encode_e4m3(x, target):
+    """float32 to float8 e4m3, or its bits in uint8, as ``target`` points to; to nearest even.
+
+    The largest is 448. What is past 464 has to be NaN already: the instruction would make 448 of it.
+    """
+    if target.dtype.element_ty == tl.uint8:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+        # Below 2**-6 the step is 2**-9: adding 2**14 leaves the multiple of it in the lowest bits, rounded by the adder.
+        subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        rounded = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7F))
+        code = (rounded | ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        code = x.to(target.dtype.element_ty)
+    return code
 
 
 @triton.jit
-def decode_e4m3(code):
-    """The bits of float8 e4m3 to float32, exactly."""
-    bits = code.to(tl.int32)
+def decode_e4m3(bits):
+    """The bits of float8 e4m3 to float32, exactly, in integer arithmetic."""
+    bits = bits.to(tl.int32)
     magnitude = bits & 0x7F
     value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120: the difference of biases
     value = tl.where(magnitude == 0x7F, float("nan"), value)

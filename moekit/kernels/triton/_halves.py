@@ -48,22 +48,22 @@ def bias_rows(rows, offsets, num_experts, BIAS: tl.constexpr, BLOCK_E: tl.conste
 def load_pair(source, row, stride, start, width, inside, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr):
     """Gate and up of columns ``start`` onwards, in float32, zero outside; an ungated row is all gate.
 
-    ``source`` may hold bits of float8 e4m3.
+    ``source`` may hold float8 e4m3, or its bits in uint8.
     """
     BLOCK_R: tl.constexpr = row.shape[0]
     address = source + row.to(tl.int64)[:, None] * stride
     if LAYOUT == "interleaved":
         column = 2 * start + tl.arange(0, 2 * BLOCK_C)
         mask = inside[:, None] & (column < 2 * width)[None, :]
-        both = _as_float32(tl.load(address + column[None, :], mask=mask, other=0))
+        both = _as_float32(tl.load(address + column[None, :], mask=mask, other=0.0))
         gate, up = tl.split(tl.reshape(both, (BLOCK_R, BLOCK_C, 2)))
     else:
         column = start + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (column < width)[None, :]
-        gate = _as_float32(tl.load(address + column[None, :], mask=mask, other=0))
+        gate = _as_float32(tl.load(address + column[None, :], mask=mask, other=0.0))
         up = gate
         if LAYOUT == "concatenated":
-            up = _as_float32(tl.load(address + width + column[None, :], mask=mask, other=0))
+            up = _as_float32(tl.load(address + width + column[None, :], mask=mask, other=0.0))
     return gate, up
 
 

@@ -28,10 +28,12 @@ class Tile(NamedTuple):
 # 8 elements of bfloat16 are one 16-byte load from each tensor that the kernel reads.
 _TILES = {
     "glu": Tile(8, 4),
-    "glu_backward": Tile(8, 4, 80),
-    "glu_bias": Tile(8, 4),
+    "glu_fp8": Tile(16, 16),
+    "glu_backward": Tile(8, 4, 88),
+    "glu_fp8_backward": Tile(8, 4, 72),
+    "glu_bias": Tile(8, 4, 128),
     "permute": Tile(8, 4),
-    "unpermute": Tile(8, 4, 128),
+    "unpermute": Tile(16, 1),
     "unpermute_backward": Tile(8, 4),
 }
 # Where an architecture (major compute capability, or the name of an AMD one) wants another.
@@ -91,6 +93,12 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
+def float8(x: Tensor) -> Tensor:
+    """``x`` in float8 e4m3, as its bits in uint8 where the architecture has no instructions for the type."""
+    name = arch(x.device).name
+    return x if name.isdecimal() and int(name) >= 9 else x.view(torch.uint8)
+
+
 def words(*tensors: Tensor) -> list[Tensor]:
     """The same rows as integers, of the widest type up to 4 bytes that every row can be cut into: to copy any dtype."""
     tensors = tuple(t if t.stride(1) == 1 else t.contiguous() for t in tensors)
@@ -128,3 +136,11 @@ def shape_tile(
     while columns > 64 and blocks(width, columns) * columns * 8 > width * 9:
         columns //= 2
     return max(elements // columns, 1), columns
+
+
+def whole_rows(device: torch.device, width: int, config: Tile) -> tuple[int, int, Tile]:
+    """Rows and columns of a tile that spans a row of ``width`` elements if ``config.warps`` can, and the warps it takes."""
+    threads = config.elements * arch(device).warp_size
+    columns = min(power_of_two(width), threads * config.warps)
+    warps = min(max(columns // threads, 4), config.warps)
+    return max(threads * warps // columns, 1), columns, config._replace(warps=warps)

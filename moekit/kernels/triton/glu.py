@@ -28,9 +28,12 @@ def _glu_kernel(
     y, weights, bias, offsets, out, stored, scales,
     num_rows, width, num_experts, parts, y_stride, bias_stride, c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr, MULTIPLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program takes BLOCK_R rows, and of their columns every ``parts``-th block."""
+    """One program takes STEPS blocks of columns of BLOCK_R rows.
+
+    The steps are unrolled: in a loop ptxas lets the load of up wait for the gate to arrive.
+    """
     if MULTIPLE > 1:
         width = tl.multiple_of(width, MULTIPLE)
         y_stride = tl.multiple_of(y_stride, MULTIPLE)
@@ -44,23 +47,31 @@ def _glu_kernel(
     if weights is not None:
         weight = per_row(weights, row, inside)
     largest = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(part * BLOCK_C, width, parts * BLOCK_C):
+    for step in tl.static_range(STEPS):
+        start = (part + step) * BLOCK_C
         gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
         if stored is not None:
             largest = tl.maximum(largest, tl.maximum(_largest_bits(gate), _largest_bits(up)))
-        gate, up, _, _ = finish_pair(
+        opened, other, _, _ = finish_pair(
             gate, up, bias, bias_row, bias_stride, start, width, inside, clamp, LAYOUT, CLAMP, BLOCK_C
         )
-        value = times(activate(gate, c1, c3, ACT), up + linear_offset, weight, LAYOUT)
+        value = times(activate(opened, c1, c3, ACT), other + linear_offset, weight, LAYOUT)
         store_pair(out, value, value, row, width, start, width, exists, "ungated", BLOCK_C)
     if stored is not None:
         scale, inverse = e4m3_scale(largest)
         tl.store(scales + row, scale, mask=exists)
+        rare = tl.max(largest, axis=0) > 0x7F700000  # 1.875 * 2**127, Inf and NaN included
         stride = width if LAYOUT == "ungated" else 2 * width
-        for start in range(0, width, BLOCK_C):  # the rows again, from the cache
-            gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
-            gate, up = _storable(gate) * inverse[:, None], _storable(up) * inverse[:, None]
-            store_pair(stored, encode_e4m3(gate), encode_e4m3(up), row, stride, start, width, exists, LAYOUT, BLOCK_C)
+        for step in tl.static_range(STEPS):
+            start = step * BLOCK_C
+            if STEPS > 1:  # the row again, from the cache
+                gate, up = load_pair(y, row, y_stride, start, width, inside, LAYOUT, BLOCK_C)
+            gate *= inverse[:, None]
+            up *= inverse[:, None]
+            if rare:
+                gate, up = _storable(gate, inverse), _storable(up, inverse)
+            gate, up = encode_e4m3(gate, stored), encode_e4m3(up, stored)
+            store_pair(stored, gate, up, row, stride, start, width, exists, LAYOUT, BLOCK_C)
 
 
 @triton.jit
@@ -70,10 +81,16 @@ def _largest_bits(x):
 
 
 @triton.jit
-def _storable(x):
-    """``x``, kept below what would come back from float8 as 2**128: Inf."""
+def _storable(x, inverse):
+    """``x``, a scaled number of a row that holds very large ones.
+
+    Kept below what would come back from float8 as 2**128, that is Inf; or, of a row that is not finite and not scaled, NaN
+    where float8 ends.
+    """
     LIMIT: tl.constexpr = 3.1901471898837980e38  # 1.875 * 2**127
-    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+    limit = (LIMIT * inverse)[:, None]
+    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+    return tl.where(tl.abs(x) > 464.0, float("nan"), x)
 
 
 def describe(
@@ -156,18 +173,22 @@ def _run(
     y, bias = _launch.rows_of(y), tidy_bias(bias)
     num_rows, width = y.shape[0], y.shape[1] if layout == "ungated" else y.shape[1] // 2
     out = torch.empty(num_rows, width, dtype=y.dtype, device=y.device)
-    config = _launch.tile("glu", y.device, y.dtype)
-    block_r, block_c = _launch.shape_tile(y.device, width, config)
-    # A float8 row needs its maximum first, so one program must see all of it.
-    parts = 1 if stored is not None else _launch.blocks(width, block_c)
+    if stored is None:
+        config = _launch.tile("glu", y.device, y.dtype)
+        block_r, block_c = _launch.shape_tile(y.device, width, config)
+        parts, steps = _launch.blocks(width, block_c), 1
+    else:  # a float8 row needs its maximum first, so one program must see all of it
+        config = _launch.tile("glu_fp8", y.device, y.dtype)
+        block_r, block_c, config = _launch.whole_rows(y.device, width, config)
+        parts, steps = 1, _launch.blocks(width, block_c)
     _launch.launch(
         _glu_kernel,
         (_launch.blocks(num_rows, block_r) * parts,),
         y, _launch.dense(weights), bias, _launch.dense(offsets),
-        out, stored if stored is None else stored.view(torch.uint8), scales,
+        out, stored if stored is None else _launch.float8(stored), scales,
         num_rows, width, 0 if offsets is None else offsets.shape[0], parts, y.stride(0), row_stride(bias),
-        c1, c3, linear_offset, 0.0 if clamp is None else clamp,
-        ACT=act, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
+        c1, c3 or None, linear_offset, 0.0 if clamp is None else clamp,
+        ACT=act, STEPS=steps, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
         **describe(y, bias, offsets, clamp, clamp_after_bias, layout),
     )  # fmt: skip
     return out

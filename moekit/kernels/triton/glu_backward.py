@@ -223,14 +223,14 @@ def glu_backward(
     constants |= {"ACT": act, "MULTIPLE": _launch.multiple(constants["MULTIPLE"], grad.stride(0))}
     tensors = (
         grad,
-        y if scale is None else y.view(torch.uint8),
+        y if scale is None else _launch.float8(y),
         scale,
         _launch.dense(weights),
         bias,
         _launch.dense(offsets),
     )
     sizes = (grad.shape[0], grad.shape[1], 0 if offsets is None else offsets.shape[0])
-    scalars = (*sizes, grad.stride(0), y.stride(0), row_stride(bias), c1, c3, linear_offset, clamp or 0.0)
+    scalars = (*sizes, grad.stride(0), y.stride(0), row_stride(bias), c1, c3 or None, linear_offset, clamp or 0.0)
     reduces = need["dbias"] is not None and constants["BIAS"] != "row"
     (_backward_by_chunks if reduces else _backward_by_rows)(tensors, need, scalars, constants)
     empty = grad.new_empty(0)
@@ -240,10 +240,11 @@ def glu_backward(
 def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: tuple, constants: dict) -> None:
     grad = tensors[0]
     num_rows, width = grad.shape
-    config = _launch.tile("glu_backward", grad.device, tensors[0].dtype)
+    kernel = "glu_backward" if tensors[2] is None else "glu_fp8_backward"
+    config = _launch.tile(kernel, grad.device, grad.dtype)
     plain = constants["BIAS"] == "none" and constants["LAYOUT"] != "interleaved" and constants["MULTIPLE"] > 1
-    if not plain or tensors[0].dtype is torch.float32 or tensors[2] is not None:
-        config = config._replace(registers=144)  # they need more
+    if not plain or grad.dtype is torch.float32 or tensors[1].dtype is torch.uint8:
+        config = config._replace(registers=168)  # they need more
     block_r, block_c = _launch.shape_tile(grad.device, width, config)
     # A row's weight gradient is summed where all of the row is seen.
     parts = _launch.blocks(width, block_c) if need["dweights"] is None else 1

@@ -47,6 +47,7 @@ _POINTERS = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.bool: "i1",
     torch.uint8: "u8",
     torch.int8: "i8",

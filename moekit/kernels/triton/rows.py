@@ -46,9 +46,9 @@ def _zero_rows(out, row_token, block, column, num_tokens, num_rows, width, ZERO_
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "token_blocks"])
 def _permute_kernel(
     tokens, row_token, token_offsets, token_rows, out, num_tokens, num_rows, token_blocks, parts, width, stride,
-    MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
+    MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program reads BLOCK_T tokens' columns once and writes them to each of the tokens' rows."""
+    """One program reads BLOCK_T tokens' columns once and writes them to the tokens' rows, BLOCK_K of each at a time."""
     if MULTIPLE > 1:
         width, stride = tl.multiple_of(width, MULTIPLE), tl.multiple_of(stride, MULTIPLE)
     block, part = block_and_part(parts)
@@ -60,12 +60,15 @@ def _permute_kernel(
         last = tl.load(token_offsets + token + 1, mask=exists, other=0)
         mask = exists[:, None] & (column < width)[None, :]
         x = tl.load(tokens + token.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
-        for k in range(0, tl.max(last - first, axis=0)):
-            row = tl.load(token_rows + first + k, mask=first + k < last, other=-1)
+        for k in range(0, tl.max(last - first, axis=0), BLOCK_K):
+            # All rows at once: a store may change what is loaded after it, so that nothing of a loop would overlap.
+            slot = first[:, None] + k + tl.arange(0, BLOCK_K)[None, :]
+            row = tl.load(token_rows + slot, mask=slot < last[:, None], other=-1)
             found = (row >= 0) & (row < num_rows)
-            address = out + row.to(tl.int64)[:, None] * width + column[None, :]
-            # Past the cache: what is written is K times what is read, and a write's rate is what bounds this kernel.
-            tl.store(address, x, mask=found[:, None] & (column < width)[None, :], cache_modifier=".cs")
+            address = out + row.to(tl.int64)[:, :, None] * width + column[None, None, :]
+            value = tl.broadcast_to(x[:, None, :], (BLOCK_T, BLOCK_K, BLOCK_C))
+            # Past the cache: what is written is K times what is read.
+            tl.store(address, value, mask=found[:, :, None] & (column < width)[None, None, :], cache_modifier=".cs")
     else:
         _zero_rows(out, row_token, block - token_blocks, column, num_tokens, num_rows, width, ZERO_ROWS)
 
@@ -87,7 +90,8 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
         source, row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(), target,
         num_tokens, num_rows, token_blocks, parts, width, source.stride(0),
         MULTIPLE=_launch.multiple(width, source.stride(0)),
-        BLOCK_T=block_t, BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
+        BLOCK_T=block_t, BLOCK_K=_rows_at_once(num_tokens, token_rows.shape[0]), BLOCK_C=block_c,
+        ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip
     return out
 
@@ -114,8 +118,10 @@ def _unpermute_kernel(
             address = rows + row.to(tl.int64)[:, None] * stride + column[None, :]
             x = tl.load(address, mask=found[:, None] & (column < width)[None, :], other=0).to(tl.float32)
             if weights is not None:
-                place = first + k + j if BY_SLOT else row
-                x *= tl.load(weights + place, mask=found, other=0).to(tl.float32)[:, None]
+                # By slot it need not wait for the row.
+                place, mask = (first + k + j, first + k + j < last) if BY_SLOT else (row, found)
+                weight = tl.load(weights + place, mask=mask, other=0).to(tl.float32)
+                x *= tl.where(found, weight, 0.0)[:, None]
             total += x
     address = out + token.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(address, total, mask=exists[:, None] & (column < width)[None, :])
@@ -129,12 +135,9 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     at_once = _rows_at_once(num_tokens, token_rows.shape[0])
-    config = _launch.tile("unpermute", rows.device)
-    multiple = _launch.multiple(width, rows.stride(0))
-    if multiple < 16:
-        config = config._replace(registers=None)
-    else:  # where a token has few rows, more tokens at a time keep as many loads in flight
-        config = config._replace(elements=min(config.elements * 8 // at_once, 32))
+    config, multiple = _launch.tile("unpermute", rows.device, rows.dtype), _launch.multiple(width, rows.stride(0))
+    if at_once < 8 and multiple == 16:  # as many loads in flight
+        config = config._replace(elements=2 * config.elements)
     block_t, block_c = _launch.shape_tile(rows.device, width, config)
     parts = _launch.blocks(width, block_c)
     _launch.launch(

@@ -1,7 +1,7 @@
 """Router scores and top-k selection in one launch, and its gradient in another.
 
-Experts are compared as integers: float32 bits put into the order of the numbers, NaN below all, with the expert's number
-under them so that a tie goes to the lowest. A maximum of such keys is unique, whatever the logits.
+Experts are compared as integers: float32 bits put into the order of the numbers, NaN below all. A tie goes to the lowest
+number. Of 32-bit integers a warp finds a maximum or a minimum in one instruction.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import sigmoids
 
-_ENTRIES = 1024  # scores that a program holds
+_ENTRIES = 512  # scores that a program holds
 _NAN = tl.constexpr(-(2**31) + 1)
-_OUT = tl.constexpr(-(2**63))  # what is out of the race: below NaN with any number
+_OUT = tl.constexpr(-(2**31))  # what is out of the race: below NaN
 _NORMALISER_EPS = tl.constexpr(1e-20)  # as the reference: keeps a token whose scores are all zero from dividing by zero
 
 
@@ -36,36 +36,32 @@ def _score_of(key):
 
 
 @triton.jit
-def _pack(key, number):
-    """Key and number in one integer: a maximum finds the highest key and, of equal ones, the lowest number."""
-    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
+def _take_best(keys, number):
+    """The highest of ``keys`` along the last axis, its number (of equal ones the lowest), and the keys without it."""
+    axis: tl.constexpr = len(keys.shape) - 1
+    best = tl.max(keys, axis=axis, keep_dims=True)
+    found = tl.min(tl.where(keys == best, number, 0x7FFFFFFF), axis=axis, keep_dims=True)
+    return best, found, tl.where(number == found, _OUT, keys)
 
 
 @triton.jit
-def _number(packed):
-    return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def _keep_groups(packed, num_groups, group_topk, group_best, BLOCK_G: tl.constexpr):
-    """``packed [T, G, S]`` with all but each token's ``group_topk`` best groups taken out.
+def _keep_groups(keys, expert, num_groups, group_topk, group_best, BLOCK_G: tl.constexpr):
+    """``keys [T, G, S]`` with all but each token's ``group_topk`` best groups taken out.
 
     A group's score is the sum of its ``group_best`` highest scores.
     """
-    rest = packed
-    total = tl.zeros([packed.shape[0], BLOCK_G], tl.float32)
+    rest = keys
+    total = tl.zeros([keys.shape[0], BLOCK_G, 1], tl.float32)
     for _ in range(group_best):
-        best = tl.max(rest, axis=2)
-        total += _score_of((best >> 32).to(tl.int32))
-        rest = tl.where(rest == best[:, :, None], _OUT, rest)
+        best, _, rest = _take_best(rest, expert)
+        total += _score_of(best)
     group = tl.arange(0, BLOCK_G)[None, :]
-    groups = tl.where(group < num_groups, _pack(_ordered(total), group), _OUT)
-    kept = tl.zeros([packed.shape[0], BLOCK_G], tl.int32)
+    groups = tl.where(group < num_groups, _ordered(tl.reshape(total, (keys.shape[0], BLOCK_G))), _OUT)
+    kept = tl.zeros([keys.shape[0], BLOCK_G], tl.int32)
     for _ in range(group_topk):
-        best = tl.max(groups, axis=1)[:, None]
-        kept = tl.where(groups == best, 1, kept)
-        groups = tl.where(groups == best, _OUT, groups)
-    return tl.where(kept[:, :, None] > 0, packed, _OUT)
+        _, best, groups = _take_best(groups, group)
+        kept = tl.where(group == best, 1, kept)
+    return tl.where(kept[:, :, None] > 0, keys, _OUT)
 
 
 @triton.jit
@@ -115,17 +111,20 @@ def _topk_kernel(
             score = tl.exp(x - top[:, None, None]) / total[:, None, None]
         if BIASED:
             score += tl.load(expert_bias + expert, mask=(member < size) & (expert < num_experts), other=0).to(tl.float32)
-    packed = tl.where(mask, _pack(_ordered(score), expert), _OUT)
+    keys = tl.where(mask, _ordered(score), _OUT)
     if GROUPED:
-        packed = _keep_groups(packed, num_groups, group_topk, group_best, BLOCK_G)
+        keys = _keep_groups(keys, expert, num_groups, group_topk, group_best, BLOCK_G)
+    keys, expert = tl.reshape(keys, (TILE, BLOCK_G * BLOCK_S)), tl.reshape(expert, (1, BLOCK_G * BLOCK_S))
     slot = tl.arange(0, BLOCK_K)[None, :]
     found = tl.zeros([TILE, BLOCK_K], tl.int32)
+    chosen = tl.zeros([TILE, BLOCK_K], tl.float32)
     for j in range(K):
-        best = tl.max(tl.max(packed, axis=2), axis=1)
-        found = tl.where(slot == j, _number(best)[:, None], found)
-        packed = tl.where(packed == best[:, None, None], _OUT, packed)
+        best, number, keys = _take_best(keys, expert)
+        found = tl.where(slot == j, number, found)
+        chosen = tl.where(slot == j, _score_of(best), chosen)
     mask_k = (token < num_tokens)[:, None] & (slot < K)
-    chosen = tl.load(rows[:, None] + found, mask=mask_k, other=0).to(tl.float32)
+    if BIASED or GROUPED:  # else the scores are the logits
+        chosen = tl.load(rows[:, None] + found, mask=mask_k, other=0).to(tl.float32)
     value = _weigh(chosen, mask_k, top, total, SCORE, K > 1) * scaling
     place = token.to(tl.int64)[:, None] * K + slot
     tl.store(weights + place, value, mask=mask_k)
