@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import os
@@ -131,7 +130,7 @@ def row_cases(s: Shape) -> Iterator[Case]:
     yield Case("unpermute weighted", draw, ours | both_ways(weighted), wide_weighted, moved + 4 * s.R, back, (0, 1))
 
     def ours_by_slot(rows: Tensor, w: Tensor) -> Tensor:
-        return moekit.unpermute(rows, dataclasses.replace(routing, weights=w), weighted=True)
+        return row_ops.sum_rows(rows, w, row_token, *tables)
 
     def eager_by_slot(rows: Tensor, w: Tensor) -> Tensor:
         return weighted(rows, w.flatten()[routing.order])

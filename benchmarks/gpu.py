@@ -123,15 +123,21 @@ def graph_ms(call: Callable[[int], Any], calls: int = 20) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Bandwidth in GB/s of a copy (bytes read and written) and of a fill, and of a large bf16 product in TFLOP/s."""
+    """Bandwidth in GB/s of a copy (bytes read and written) and of a fill, TFLOP/s of a bf16 product, a launch in us."""
     size, side = (1 << 12, 64) if INTERPRET else (1 << 31, 8192)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE)
+    source = torch.randint(0, 1 << 30, (size // 4,), dtype=torch.int32, device=DEVICE)
     target = torch.empty_like(source)
     copy = median_ms(lambda i: target.copy_(source))
-    fill = median_ms(lambda i: target.fill_(1))
+    fill = median_ms(lambda i: target.zero_())
+    launch = graph_ms(lambda i: target[:8].add_(1))
     a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
     product = median_ms(lambda i: a @ b)
-    return {"copy_GBps": 2 * size / copy / 1e6, "fill_GBps": size / fill / 1e6, "matmul_TFLOPs": 2 * side**3 / product / 1e9}
+    return {
+        "copy_GBps": 2 * size / copy / 1e6,
+        "fill_GBps": size / fill / 1e6,
+        "matmul_TFLOPs": 2 * side**3 / product / 1e9,
+        "launch_us": 1e3 * launch,
+    }
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -392,7 +398,7 @@ def main() -> None:
         shapes = [shape for shape in shapes if shape.name == options.shape]
     functorch_config.donated_buffer = False  # backward is timed on a graph that is kept
     limits, results = ceilings(), []
-    print(environment(), {name: round(value) for name, value in limits.items()}, flush=True)
+    print(environment(), {name: round(value, 1) for name, value in limits.items()}, flush=True)
 
     def note(found: Iterator[Result]) -> None:
         for result in found:
