@@ -27,7 +27,7 @@ from moekit.kernels.numba._bits import (
     write_f32,
     zero,
 )
-from moekit.kernels.numba._elements import E4M3, NONE, SIZES, load, store
+from moekit.kernels.numba._elements import E4M3, F32, NONE, SIZES, load, store
 from moekit.kernels.numba._jit import inline, kernel
 
 CONCATENATED, INTERLEAVED, UNGATED = range(3)
@@ -94,6 +94,23 @@ def admit(x, bias, low, high, order):
     return clamp(x, low, high) + bias, low <= x <= high
 
 
+@inline
+def sums_of_block(sums, row, expert, size, last):
+    """The sums of the block that a row is in, ``size`` bytes: zeroed if they are not those of the ``last`` row."""
+    found = sums + (row // BLOCK + expert) * size
+    if found != last:
+        zero(found, size)
+    return found
+
+
+@inline
+def stream_halves(gate, up, target, to_up, step, size):
+    """:func:`stream` the ``size`` bytes of a strip's gate, or with ``step`` 2 both halves in turns, and else the up half."""
+    stream(gate, target, size * step)
+    if to_up > 0 and step == 1:
+        stream(up, target + to_up, size)
+
+
 @functools.cache
 def forward_kernel(element: int, bias_element: int, kind: int, order: int, layout: int) -> Callable:
     """``out = weight * act(gate) * (up + shift)``."""
@@ -110,6 +127,8 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
         features, to_up = width * halves, 1 if step == 2 else width
         expert, end = 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
+        if element == F32:  # LLVM takes them by itself where elements are half as wide
+            wide_vectors()
 
         def work(gate, gate_bias, target, weight, count):
             up, up_bias = gate + to_up * size, gate_bias + to_up * bias_size
@@ -172,7 +191,7 @@ def backward_kernel(
         c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
         features, to_up = width * halves, 1 if step == 2 else width
-        expert, summed, end = 0, 0, expert_rows(offsets, experts, stop)
+        expert, sum_row, end = 0, 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
         wide_vectors()
         in_tile = 1 if step == 2 else _STRIP  # elements from the gate's gradient to the up half's
@@ -217,12 +236,10 @@ def backward_kernel(
             y_row, grad_row = y + row * features * size, grad + row * width * grad_size
             dy_row, again_row = dy + row * features * out_size, again + row * width * out_size
             bias_row = bias + (expert if offsets else row) * bias_step
-            sum_row = dbias + row * features * sum_size
             if bias_sum == SUM_ROWS:
-                sum_row = dbias + (row // BLOCK + expert) * features * sum_size
-                if summed != sum_row:
-                    zero(sum_row, features * sum_size)
-                    summed = sum_row
+                sum_row = sums_of_block(dbias, row, expert, features * sum_size, sum_row)
+            else:
+                sum_row = dbias + row * features * sum_size
             dweight = _ZERO
             for first in range(0, width, _STRIP):
                 grads = grad_row + first * grad_size
@@ -239,9 +256,8 @@ def backward_kernel(
                 else:
                     dweight += work(grads, gate, gate_bias, dgate, dup, repeated, gate_sum, weight, scale, count)
                 if streaming:
-                    stream(tile, dy_row + first * step * out_size, count * step * out_size)
-                    if gated and step == 1:
-                        stream(dup, dy_row + (width + first) * out_size, count * out_size)
+                    to_up_gradient = width * out_size if gated else 0
+                    stream_halves(dgate, dup, dy_row + first * step * out_size, to_up_gradient, step, count * out_size)
                     if emit:
                         stream(repeated, again_row + first * out_size, count * out_size)
             if dweights:
