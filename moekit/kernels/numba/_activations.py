@@ -41,9 +41,8 @@ def clamp(x, low, high):
 
 
 @inline
-def exp(x):
-    """``e**x`` for x in [-87, 88] (outside, the value at the end), within 2 ulp."""
-    x = clamp(x, _LOWEST, _LARGEST)
+def _power(x):
+    """``e**x`` within 2 ulp for x in [-87, 88], outside nothing of use."""
     shifted = x * _LOG2E + _ROUND
     whole = shifted - _ROUND
     rest = (x - whole * _LN2) - whole * _LN2_REST
@@ -52,8 +51,21 @@ def exp(x):
 
 
 @inline
+def exp(x):
+    """``e**x`` for x in [-87, 88], outside the value at the end; within 2 ulp."""
+    return _power(clamp(x, _LOWEST, _LARGEST))
+
+
+@inline
+def _opening(v):
+    """``sigmoid(-v)``; exactly 0 where the gate is shut, or a huge x would leak through."""
+    opening = _ONE / (_ONE + _power(_LOWEST if v < _LOWEST else v))
+    return _ZERO if v > _LARGEST else opening
+
+
+@inline
 def _gates(v):
-    """``(sigmoid(-v), sigmoid(v))``; the first is exactly 0 where the gate is shut, or a huge x would leak through."""
+    """``(sigmoid(-v), sigmoid(v))``, the first with the bits of :func:`_opening`."""
     closing = exp(v)
     opening = _ONE / (_ONE + closing)
     return (_ZERO if v > _LARGEST else opening), closing * opening
@@ -62,12 +74,12 @@ def _gates(v):
 @inline
 def sigmoid(u):
     """``sigmoid(u)``, exactly 0 below -88."""
-    return _gates(-u)[0]
+    return _opening(-u)
 
 
 @inline
 def _gate_act(x, c1, c3):
-    return x * _gates(x * -c1)[0]
+    return x * _opening(x * -c1)
 
 
 @inline
@@ -79,8 +91,7 @@ def _gate_slope(x, c1, c3):
 
 @inline
 def _cubic_act(x, c1, c3):
-    near = clamp(x, -_SATURATED, _SATURATED)
-    return x * _gates(x * (-c1 - c3 * near * near))[0]
+    return x * _opening(x * (-c1 - c3 * (x * x)))  # a square that overflows leaves the gate where it is
 
 
 @inline
