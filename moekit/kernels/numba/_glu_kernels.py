@@ -36,7 +36,8 @@ NO_SUM, SUM_ROWS, KEEP_ROWS = range(3)  # what becomes of the bias gradient
 # Bias gradients are summed within blocks of this many rows, then over blocks: the same bits for any number of threads.
 BLOCK = 256
 
-_STRIP = 128  # elements
+_STRIP = 128  # elements, at most
+_STRIP_BYTES = 256
 _TILE = 3 * 4 * _STRIP  # bytes: the results of a strip, both gradients and the output
 _AHEAD = 1024  # elements; 512 come too late, and 2048 bfloat16 fall on the same set of the first-level cache
 _LINE = 64
@@ -46,18 +47,18 @@ _F8_LIMIT = _F(1.875 * 2.0**127)  # what is larger would come back from float8 a
 
 
 @inline
-def fetch(address, step, size):
-    """Prefetch a strip of every ``step``-th element of ``size`` bytes, and what lies between, ahead of its turn."""
-    for line in range(0, _STRIP * step * size, _LINE):
+def fetch(address, count, size):
+    """Prefetch ``count`` elements of ``size`` bytes ahead of their turn."""
+    for line in range(0, count * size, _LINE):
         prefetch(address + _AHEAD * size, line)
 
 
 @inline
-def fetch_halves(gate, to_up, step, size):
+def fetch_halves(gate, to_up, strip, step, size):
     """:func:`fetch` a strip of the gate, and of the up half where it lies elsewhere; ``to_up`` of 0: there is none."""
-    fetch(gate, step, size)
+    fetch(gate, strip * step, size)
     if to_up > 0 and step == 1:
-        fetch(gate + to_up * size, step, size)
+        fetch(gate + to_up * size, strip, size)
 
 
 @inline
@@ -115,6 +116,7 @@ def stream_halves(gate, up, target, to_up, step, size):
 def forward_kernel(element: int, bias_element: int, kind: int, order: int, layout: int) -> Callable:
     """``out = weight * act(gate) * (up + shift)``."""
     size, bias_size = SIZES[element], SIZES[bias_element]
+    strip = min(_STRIP, _STRIP_BYTES // size)
     gated, step = layout != UNGATED, 2 if layout == INTERLEAVED else 1
     halves = 2 if gated else 1
     has_bias = bias_element != NONE
@@ -148,14 +150,14 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
                 expert = owner(offsets, row, expert)
             y_row, out_row = y + row * features * size, out + row * width * size
             bias_row = bias + (expert if offsets else row) * bias_step
-            for first in range(0, width, _STRIP):
+            for first in range(0, width, strip):
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
-                fetch_halves(gate, to_up if gated else 0, step, size)
+                fetch_halves(gate, to_up if gated else 0, strip, step, size)
                 direct = out_row + first * size
                 target = tile if streaming else direct
-                count = min(_STRIP, width - first)
-                if count == _STRIP:  # a constant count makes better code
-                    work(gate, gate_bias, target, weight, _STRIP)
+                count = min(strip, width - first)
+                if count == strip:  # a constant count makes better code
+                    work(gate, gate_bias, target, weight, strip)
                 else:
                     work(gate, gate_bias, target, weight, count)
                 if streaming:
@@ -177,6 +179,7 @@ def backward_kernel(
     size, bias_size, grad_size = SIZES[element], SIZES[bias_element], SIZES[grad_element]
     out_element = grad_element if element == E4M3 else element
     out_size = SIZES[out_element]
+    strip = min(_STRIP, _STRIP_BYTES // size)
     again_element = out_element if emit else NONE
     kept_element = bias_element if bias_sum == KEEP_ROWS else NONE
     sum_size = 4 if bias_sum == SUM_ROWS else SIZES[kept_element]
@@ -194,7 +197,7 @@ def backward_kernel(
         expert, sum_row, end = 0, 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
         wide_vectors()
-        in_tile = 1 if step == 2 else _STRIP  # elements from the gate's gradient to the up half's
+        in_tile = 1 if step == 2 else strip  # elements from the gate's gradient to the up half's
         buffered = streaming or dy == 0
 
         def work(grads, gate, gate_bias, dgate, dup, repeated, gate_sum, weight, scale, count):
@@ -241,18 +244,18 @@ def backward_kernel(
             else:
                 sum_row = dbias + row * features * sum_size
             dweight = _ZERO
-            for first in range(0, width, _STRIP):
+            for first in range(0, width, strip):
                 grads = grad_row + first * grad_size
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
-                fetch(grads, 1, grad_size)
-                fetch_halves(gate, to_up if gated else 0, step, size)
+                fetch(grads, strip, grad_size)
+                fetch_halves(gate, to_up if gated else 0, strip, step, size)
                 dgate = tile if buffered else dy_row + first * step * out_size
                 dup = dgate + (in_tile if buffered else to_up) * out_size
-                repeated = tile + 2 * _STRIP * out_size if streaming else again_row + first * out_size
+                repeated = tile + 2 * strip * out_size if streaming else again_row + first * out_size
                 gate_sum = sum_row + first * step * sum_size
-                count = min(_STRIP, width - first)
-                if count == _STRIP:
-                    dweight += work(grads, gate, gate_bias, dgate, dup, repeated, gate_sum, weight, scale, _STRIP)
+                count = min(strip, width - first)
+                if count == strip:
+                    dweight += work(grads, gate, gate_bias, dgate, dup, repeated, gate_sum, weight, scale, strip)
                 else:
                     dweight += work(grads, gate, gate_bias, dgate, dup, repeated, gate_sum, weight, scale, count)
                 if streaming:
