@@ -62,6 +62,16 @@ def fetch_halves(gate, to_up, strip, step, size):
 
 
 @inline
+def turn_of(width, halves, step):
+    """Where in a row what is ``_AHEAD`` elements on is no more of the same half, but of the other, whose turn is another.
+
+    Rows narrower than that are left as they are: there all of a row comes soon.
+    """
+    apart = halves == 2 and step == 1
+    return width - _AHEAD if apart and width > _AHEAD else width
+
+
+@inline
 def clear(address, first, stop, size):
     """Zero the rows ``[first, stop)`` of ``size`` bytes each, of what is not wanted (address 0) none."""
     if address and first < stop:
@@ -127,6 +137,7 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
         out: int, width: int, c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
         features, to_up = width * halves, 1 if step == 2 else width
+        turn = turn_of(width, halves, step)
         expert, end = 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
         if element == F32:  # LLVM takes them by itself where elements are half as wide
@@ -152,7 +163,7 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
             bias_row = bias + (expert if offsets else row) * bias_step
             for first in range(0, width, strip):
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
-                fetch_halves(gate, to_up if gated else 0, strip, step, size)
+                fetch_halves(gate + (width * size if first >= turn else 0), to_up if gated else 0, strip, step, size)
                 direct = out_row + first * size
                 target = tile if streaming else direct
                 count = min(strip, width - first)
@@ -194,6 +205,7 @@ def backward_kernel(
         c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
         features, to_up = width * halves, 1 if step == 2 else width
+        turn = turn_of(width, halves, step)
         expert, sum_row, end = 0, 0, expert_rows(offsets, experts, stop)
         tile = scratch(_TILE)
         wide_vectors()
@@ -248,7 +260,7 @@ def backward_kernel(
                 grads = grad_row + first * grad_size
                 gate, gate_bias = y_row + first * step * size, bias_row + first * step * bias_size
                 fetch(grads, strip, grad_size)
-                fetch_halves(gate, to_up if gated else 0, strip, step, size)
+                fetch_halves(gate + (width * size if first >= turn else 0), to_up if gated else 0, strip, step, size)
                 dgate = tile if buffered else dy_row + first * step * out_size
                 dup = dgate + (in_tile if buffered else to_up) * out_size
                 repeated = tile + 2 * strip * out_size if streaming else again_row + first * out_size
