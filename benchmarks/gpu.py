@@ -322,7 +322,8 @@ def tune(shapes: list[Shape]) -> Iterator[Result]:
     """moekit's kernels under every launch configuration; what wins belongs into the table of ``_launch.py``."""
     from moekit.kernels.triton import _launch
 
-    families = {"glu": (glu_cases, "glu", "glu_backward"), "rows": (row_cases, "permute", "unpermute", "unpermute_backward")}
+    glu = ("glu", "glu_fp8", "glu_backward", "glu_fp8_backward")
+    families = {"glu": (glu_cases, *glu), "rows": (row_cases, "permute", "unpermute", "unpermute_backward")}
     standard = dict(_launch._TILES)
     for shape, (make, *names) in ((s, f) for s in shapes for f in families.values()):
         for config in TUNED:

@@ -149,6 +149,19 @@ def test_glu_float8(layout, dtype):
     assert_accurate(found[0], true[0].double(), what="dy")
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 9000), (torch.float32, 4200), (torch.float16, 70)])
+def test_glu_float8_of_rows_wider_than_a_tile_and_not_finite(dtype, width):
+    spec, huge = glu_ops.make_glu(), torch.finfo(dtype).max
+    y = draw(5, 5, 2 * width).to(dtype)
+    y[0, [3, -1]] = torch.tensor([huge, -huge], dtype=dtype)  # the largest of a wide row lies in its last step
+    y[1, [0, 7, -2]] = torch.tensor([float("inf"), 500.0, float("-inf")], dtype=dtype)
+    y[2, [5, -1]] = torch.tensor([float("nan"), -470.0], dtype=dtype)
+    y[3, -1] = 1000.0
+    _, stored, scale = kernel("glu_fp8", y, None, None, None, *spec)
+    _, expected, expected_scale = reference(glu_ops._glu_fp8_reference, y, None, None, None, *spec)
+    assert_exact((stored.view(torch.uint8), scale), (expected.view(torch.uint8), expected_scale), "float8")
+
+
 @pytest.mark.parametrize("ends", [[9], [3, 12], [0, 7, 8], [20, 20]])
 def test_offsets_past_the_last_row_write_nothing_there(ends, monkeypatch):
     """Seven rows: what lies behind the outputs keeps its bytes."""

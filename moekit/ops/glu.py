@@ -384,7 +384,7 @@ def store_fp8(y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(q [N, F] float8_e4m3fn, scale [N] float32 (float64 for float64))`` with ``y ~ q * scale``. Finite for every
-        finite input; a row with an Inf or NaN keeps scale 1.
+        finite input; a row with an Inf or NaN keeps scale 1, and what is past 448 in it becomes 448.
     """
     x = y.to(_compute_dtype(y)).contiguous()
     largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
@@ -396,7 +396,9 @@ def store_fp8(y: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.where(usable, exponent, 0).clamp(min=1 - top)
     scale = torch.ldexp(torch.ones_like(largest), exponent.to(x.dtype))  # an integer one would be taken to float32
     limit = 1.875 * 2.0**top  # what is larger would come back as 2**(top + 1): Inf
-    return (x.clamp(-limit, limit) / scale.unsqueeze(1)).to(torch.float8_e4m3fn), scale
+    scaled = x.clamp(-limit, limit) / scale.unsqueeze(1)
+    # PyTorch's own cast saturates or gives NaN, depending on its version.
+    return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def load_fp8(q: Tensor, scale: Tensor) -> Tensor:

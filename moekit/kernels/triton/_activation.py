@@ -81,17 +81,15 @@ def activate_with_slope(x, c1, c3, ACT: tl.constexpr):
 
 @triton.jit
 def encode_e4m3(x, target):
-    """float32 to float8 e4m3, or its bits in uint8, as ``target`` points to; to nearest even.
-
-    The largest is 448. What is past 464 has to be NaN already: the instruction would make 448 of it.
-    """
+    """float32 to float8 e4m3, or its bits in uint8, as ``target`` points to; to nearest even, at most 448."""
     if target.dtype.element_ty == tl.uint8:
         bits = x.to(tl.int32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
         # Below 2**-6 the step is 2**-9: adding 2**14 leaves the multiple of it in the lowest bits, rounded by the adder.
         subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        rounded = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7F))
+        rounded = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
+        rounded = tl.where(magnitude > 0x7F800000, 0x7F, rounded)
         code = (rounded | ((bits >> 24) & 0x80)).to(tl.uint8)
     else:
         code = x.to(target.dtype.element_ty)
