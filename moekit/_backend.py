@@ -13,26 +13,74 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ContextDecorator
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-CHOICES = ("auto", "torch", "numba", "triton")
-_KERNEL_PACKAGES = {"numba": "moekit.kernels.numba", "triton": "moekit.kernels.triton"}
-_HOW_TO_GET = {
-    "numba": "pip install 'moekit[cpu]'",
-    "triton": "pip install triton (it comes with PyTorch's GPU builds for Linux)",
+
+class Backend(NamedTuple):
+    """One row of the table of backends: all that is known of one outside its package."""
+
+    package: str  # a module with KERNELS: operator name to a function of the operator's own arguments
+    devices: tuple[str, ...]  # the types of device it runs on, and the one that ``auto`` takes it for
+    runs_on: str  # the same in words
+    how_to_get: str
+    everywhere_with: str | None = None  # an environment variable; where it is 1, the kernels run on any device
+
+
+# The reference is no row: it is what remains. ``auto`` takes the first row that is installed for a device.
+BACKENDS = {
+    "numba": Backend("moekit.kernels.numba", ("cpu",), "CPU tensors", "pip install 'moekit[cpu]'"),
+    "triton": Backend(
+        "moekit.kernels.triton",
+        ("cuda",),
+        "GPU tensors",
+        "pip install triton (it comes with PyTorch's GPU builds for Linux)",
+        everywhere_with="TRITON_INTERPRET",
+    ),
 }
-_DEFAULT = os.environ.get("MOEKIT_BACKEND", "auto")
+_VARIABLE = "MOEKIT_BACKEND"
+_DEFAULT = os.environ.get(_VARIABLE) or "auto"
 _DEFAULT_DEBUG = os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0")
 _requested: ContextVar[str] = ContextVar("moekit_backend", default=_DEFAULT)
 _debug: ContextVar[bool] = ContextVar("moekit_debug", default=_DEFAULT_DEBUG)
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+class _Within(ContextDecorator):
+    """Gives a context variable a value inside a ``with`` block. Thrown away without one, it says so."""
+
+    def __init__(self, variable: ContextVar, value: Any, call: str) -> None:
+        self._variable, self._value, self._call = variable, value, call
+        self._tokens: list[Token] = []
+        self._entered = False
+
+    def __repr__(self) -> str:
+        return f"<{self._call}: acts inside a `with` block>"
+
+    def __enter__(self) -> None:
+        self._entered = True
+        self._tokens.append(self._variable.set(self._value))
+
+    def __exit__(self, *exception: object) -> None:
+        self._variable.reset(self._tokens.pop())
+
+    def _recreate_cm(self) -> _Within:
+        self._entered = True  # as a decorator: each call of the function enters one of its own
+        return type(self)(self._variable, self._value, self._call)
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn(f"{self._call} has no effect without `with`: write `with {self._call}:`", stacklevel=2)
+
+
+def backend(name: str) -> _Within:
     """Run the operators called inside the ``with`` block on one backend.
 
     Args:
@@ -42,34 +90,27 @@ def backend(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
         RuntimeError: the backend is not installed; the message says how to get it.
 
-    The choice holds for the current thread (or task) and for the backward of what was computed inside.
+    The choice holds for the current thread (or task) and for the backward of what was computed inside. Without a
+    ``with`` nothing is chosen, and a warning says so; ``MOEKIT_BACKEND`` chooses for a whole process.
     """
     _require(name)
-    token = _requested.set(name)
-    try:
-        yield
-    finally:
-        _requested.reset(token)
+    return _Within(_requested, name, f"moekit.backend({name!r})")
 
 
-@contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
+def debug(enabled: bool = True) -> _Within:
     """Check values on GPUs as on CPUs inside the ``with`` block: each check costs a device-to-host sync."""
-    token = _debug.set(bool(enabled))
-    try:
-        yield
-    finally:
-        _debug.reset(token)
-
-
-def debug_enabled() -> bool:
-    """Whether checks that cost a device-to-host sync are on."""
-    return _debug.get()
+    return _Within(_debug, bool(enabled), f"moekit.debug({'' if enabled else enabled})")
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether an operator may look at the values of ``tensor`` to validate them."""
-    return tensor.device.type == "cpu" or (_debug.get() and tensor.device.type != "meta")
+    """Whether values of ``tensor`` may be looked at to validate them.
+
+    On a CPU, or in debug mode; never while a graph is traced or a transform of ``torch.func`` runs: there are none then.
+    """
+    if not tensor.is_cpu and (tensor.is_meta or not _debug.get()):
+        return False
+    traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return not traced and not is_functorch_wrapped_tensor(tensor)
 
 
 def current() -> str:
@@ -79,7 +120,16 @@ def current() -> str:
 
 def available() -> dict[str, bool]:
     """Which backends can be used in this process."""
-    return {name: name == "torch" or _kernels(name) is not None for name in CHOICES[1:]}
+    return {"torch": True, **{name: _kernels(name) is not None for name in BACKENDS}}
+
+
+def default() -> tuple[str, str | None]:
+    """What the process starts with (``MOEKIT_BACKEND``), and why it cannot be had, if so."""
+    try:
+        _require(_DEFAULT, _VARIABLE)
+    except (ValueError, RuntimeError) as error:
+        return _DEFAULT, str(error)
+    return _DEFAULT, None
 
 
 def kernel(op: str, tensor: Tensor) -> Callable | None:
@@ -89,19 +139,24 @@ def kernel(op: str, tensor: Tensor) -> Callable | None:
     if name == "torch" or device == "meta":
         return None
     if name == "auto":
-        name = {"cpu": "numba", "cuda": "triton"}.get(device, "torch")
-        table = None if name == "torch" else _kernels(name)
-        return None if table is None else table.get(op)
-    table = _require(name)
+        return _automatic(device).get(op)
+    table = _require(name, _VARIABLE)  # what moekit.backend() was given has been looked at there
     _require_device(name, device)
     return table.get(op)
+
+
+@functools.cache
+def _automatic(device: str) -> Mapping[str, Callable]:
+    """The kernels of the first backend that is installed for a type of device; none: the reference."""
+    found = (_kernels(name) for name, row in BACKENDS.items() if device in row.devices)
+    return next((table for table in found if table is not None), {})
 
 
 @functools.cache
 def _load(name: str) -> Mapping[str, Callable] | ImportError:
     """The kernels of a backend by operator name, or why they cannot be had."""
     try:
-        return importlib.import_module(_KERNEL_PACKAGES[name]).KERNELS
+        return importlib.import_module(BACKENDS[name].package).KERNELS
     except ImportError as error:
         return error
 
@@ -111,21 +166,21 @@ def _kernels(name: str) -> Mapping[str, Callable] | None:
     return None if isinstance(found, ImportError) else found
 
 
-def _require(name: str) -> Mapping[str, Callable]:
-    if name not in CHOICES:
-        raise ValueError(f"moekit.backend: name must be one of {', '.join(CHOICES)}, got {name!r}")
+def _require(name: str, asked_by: str = "moekit.backend") -> Mapping[str, Callable]:
     if name in ("auto", "torch"):
         return {}
+    if not isinstance(name, str) or name not in BACKENDS:
+        choices = ", ".join(("auto", "torch", *BACKENDS))
+        raise ValueError(f"{asked_by}: name must be one of {choices}, got {name!r}")
     found = _load(name)
     if isinstance(found, ImportError):
-        raise RuntimeError(f"moekit.backend: {name!r} is not installed; get it with: {_HOW_TO_GET[name]}") from found
+        raise RuntimeError(f"{asked_by}: {name!r} is not installed; get it with: {BACKENDS[name].how_to_get}") from found
     return found
 
 
 def _require_device(name: str, device: str) -> None:
-    if name == "numba" and device != "cpu":
-        raise RuntimeError(f"moekit.backend: 'numba' runs on CPU tensors, got a tensor on {device}")
-    if name == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"moekit.backend: 'triton' runs on GPU tensors (or on any with TRITON_INTERPRET=1), got one on {device}"
-        )
+    row = BACKENDS[name]
+    if device in row.devices or (row.everywhere_with and os.environ.get(row.everywhere_with) == "1"):
+        return
+    anywhere = f" (or on any with {row.everywhere_with}=1)" if row.everywhere_with else ""
+    raise RuntimeError(f"moekit.backend: {name!r} runs on {row.runs_on}{anywhere}, got a tensor on {device}")

@@ -99,6 +99,7 @@ def doctor() -> None:
     import torch
 
     import moekit
+    from moekit import _backend
 
     table = Table(show_header=False, box=None)
     table.add_row("moekit", moekit.__version__)
@@ -108,6 +109,8 @@ def doctor() -> None:
     table.add_row("threads", str(torch.get_num_threads()))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(devices) or "none")
+    asked_for, problem = _backend.default()
+    table.add_row("MOEKIT_BACKEND", f"{asked_for} (the default)" if problem is None else f"invalid: {problem}")
     for name, present in moekit.available().items():
         table.add_row(f"backend {name}", "available" if present else "not installed")
     Console().print(table)

@@ -6,9 +6,11 @@ Kernels here are made up for the test, so that it says the same whatever is inst
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
+import warnings
 from types import ModuleType
 
 import pytest
@@ -48,12 +50,19 @@ def install(monkeypatch: pytest.MonkeyPatch):
             module = ModuleType(package)
             module.KERNELS = kernels
         monkeypatch.setitem(sys.modules, package, module)  # None makes the import fail
-        monkeypatch.setitem(_backend._KERNEL_PACKAGES, name, package)
-        _backend._load.cache_clear()
+        row = _backend.BACKENDS.get(name, _backend.Backend("", ("cpu",), "CPU tensors", f"pip install {name}"))
+        monkeypatch.setitem(_backend.BACKENDS, name, row._replace(package=package))
+        forget()
 
     yield install
     monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
+    """What has been found out about the backends."""
     _backend._load.cache_clear()
+    _backend._automatic.cache_clear()
 
 
 @pytest.fixture
@@ -80,7 +89,7 @@ def permute(tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["cuda", "Torch", "", "numpy"])
 def test_item48_unknown_name(name):
-    message = f"name must be one of auto, torch, numba, triton, got '{name}'"
+    message = rf"moekit\.backend: name must be one of auto, torch, numba, triton, got '{name}'"
     with pytest.raises(ValueError, match=message), moekit.backend(name):
         pytest.fail("entered")
 
@@ -121,18 +130,106 @@ def test_item48_the_context_is_restored(install):
             pass
         assert _backend.current() == "torch"
     with moekit.backend("auto"), pytest.raises(KeyError), moekit.debug():
-        assert _backend.debug_enabled()
+        assert _backend._debug.get()
         with moekit.debug(False):
-            assert not _backend.debug_enabled()
-        assert _backend.debug_enabled()
+            assert not _backend._debug.get()
+        assert _backend._debug.get()
         raise KeyError
-    assert not _backend.debug_enabled()
+    assert not _backend._debug.get()
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        (lambda: moekit.backend("torch"), "moekit.backend('torch')"),
+        (lambda: moekit.debug(), "moekit.debug()"),
+        (lambda: moekit.debug(False), "moekit.debug(False)"),
+    ],
+)
+def test_a_choice_without_a_with_block_says_that_it_does_nothing(call, written):
+    before = _backend.current()
+    with pytest.warns(UserWarning, match=re.escape(f"{written} has no effect without `with`")) as caught:
+        call()
+    assert caught[0].filename == __file__ and _backend.current() == before
+
+
+def test_a_choice_can_be_kept_and_decorate(kernels):
+    """No warning: what is raised in the suite is a failure."""
+    chosen = moekit.backend("numba")
+    assert "with" in repr(chosen)
+    for _ in range(2):
+        with chosen, chosen:
+            assert _backend.current() == "numba"
+        assert _backend.current() == _backend._DEFAULT
+
+    @moekit.backend("torch")
+    def name(again):
+        return [_backend.current(), *(name(False) if again else [])]
+
+    with warnings.catch_warnings(record=True) as caught:
+        assert name(True) == ["torch", "torch"]
+        del chosen
+    assert not caught and _backend.current() == _backend._DEFAULT
 
 
 def test_available_lists_every_backend(install):
     install("numba", {})
     install("triton", None)
     assert moekit.available() == {"torch": True, "numba": True, "triton": False}
+
+
+def test_a_row_of_the_table_is_all_that_a_backend_needs(install, monkeypatch):
+    recorder = Recorder("permute")
+    install("made_up", recorder)
+    assert moekit.available()["made_up"] is True
+    tokens = draw(0, 3, 2)
+    with moekit.backend("made_up"):
+        assert permute(tokens).shape == (6, 2) and recorder.calls == ["permute"]
+    with pytest.raises(ValueError, match="one of auto, torch, numba, triton, made_up, got 'other'"):
+        moekit.backend("other")
+    monkeypatch.setitem(_backend.BACKENDS, "made_up", _backend.BACKENDS["made_up"]._replace(devices=("cuda",)))
+    message = r"moekit\.backend: 'made_up' runs on CPU tensors, got a tensor on cpu"
+    with pytest.raises(RuntimeError, match=message), moekit.backend("made_up"):
+        permute(tokens)
+    install("made_up", None)
+    with pytest.raises(RuntimeError, match="'made_up' is not installed; get it with: pip install made_up"):
+        moekit.backend("made_up")
+
+
+def test_auto_takes_the_first_row_that_is_there(install):
+    first, second = Recorder("permute"), Recorder("permute")
+    install("numba", first)
+    install("made_up", second)
+    with moekit.backend("auto"):
+        permute(draw(0, 3, 2))
+        assert (first.calls, second.calls) == (["permute"], [])
+        install("numba", None)
+        permute(draw(0, 3, 2))
+        assert (first.calls, second.calls) == (["permute"], ["permute"])
+
+
+# --- where values are looked at --------------------------------------------------------------------------------------
+
+
+def test_values_are_looked_at_where_there_are_some():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, seen = torch.rand(3), []
+
+    def look(t):
+        seen.append(_backend.checks_values(t))
+        return t.sum()
+
+    assert _backend.checks_values(x) and not _backend.checks_values(x.to("meta"))
+    with moekit.debug():
+        assert not _backend.checks_values(x.to("meta"))
+    with FakeTensorMode():
+        assert not _backend.checks_values(torch.rand(3))
+    torch.func.grad(look)(x)
+    torch.func.vmap(look)(x.view(1, 3))
+    torch.func.vmap(torch.func.grad(look))(x.view(1, 3))
+    torch.compile(look, fullgraph=True, backend="eager")(x)
+    assert not any(seen) and len(seen) == 4
 
 
 # --- what runs ------------------------------------------------------------------------------------------------------
@@ -180,7 +277,7 @@ def test_what_a_kernel_leaves_is_checked_by_the_reference(install):
 def test_item48_a_backend_of_another_device_raises(install, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     install("triton", Recorder("permute"))
-    message = r"'triton' runs on GPU tensors .*TRITON_INTERPRET=1.*, got one on cpu"
+    message = r"'triton' runs on GPU tensors .*TRITON_INTERPRET=1.*, got a tensor on cpu"
     with pytest.raises(RuntimeError, match=message), moekit.backend("triton"):
         permute(draw(0, 3, 2))
 
@@ -285,14 +382,14 @@ CODE = """if True:
     from moekit import _backend
     indices = torch.tensor([[1], [0]])
     rows = moekit.permute(torch.tensor([[1.0], [2.0]]), moekit.Routing.from_topk(indices, num_experts=2))
-    print(_backend.current(), _backend.debug_enabled(), rows.flatten().tolist())
+    print(_backend.current(), _backend._debug.get(), rows.flatten().tolist())
 """
 
 
 @pytest.mark.parametrize(
     ("environment", "printed"),
     [
-        ({}, "auto False [2.0, 1.0]"),
+        ({"MOEKIT_BACKEND": ""}, "auto False [2.0, 1.0]"),
         ({"MOEKIT_BACKEND": "torch", "MOEKIT_DEBUG": "1"}, "torch True [2.0, 1.0]"),
     ],
     ids=["default", "torch"],
@@ -305,8 +402,8 @@ def test_item48_environment(environment, printed):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fast", "ValueError: moekit.backend: name must be one of auto, torch, numba, triton, got 'fast'"),
-        ("numba", "RuntimeError: moekit.backend: 'numba' is not installed; get it with: pip install"),
+        ("fast", "ValueError: MOEKIT_BACKEND: name must be one of auto, torch, numba, triton, got 'fast'"),
+        ("numba", "RuntimeError: MOEKIT_BACKEND: 'numba' is not installed; get it with: pip install"),
     ],
     ids=["unknown", "missing"],
 )
