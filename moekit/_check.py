@@ -6,12 +6,19 @@ devices only, so they never wait for a GPU; the checks of values at the end do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moekit import _backend
+
+T = TypeVar("T")
+_ROWS_LOOKED_AT = 64  # of a map
+_ROUNDING = -1e-3  # a probability that came out below 0 is not far below it
 
 
 def fail(op: str, argument: str, wanted: str, got: object) -> ValueError:
@@ -51,26 +58,43 @@ def floating(op: str, name: str, value: Tensor) -> None:
         raise wrong_type(op, name, "a floating-point tensor", value.dtype)
 
 
-def integer(op: str, name: str, value: Tensor) -> None:
-    """``value`` is an int32 or int64 tensor."""
+def integer(op: str, name: str, value: Tensor, mistaken_for: Callable[[Tensor], str] | None = None) -> None:
+    """``value`` is an int32 or int64 tensor; ``mistaken_for(value)`` is a hint for the error."""
     tensor(op, name, value)
     if value.dtype not in (torch.int32, torch.int64):
-        raise wrong_type(op, name, "an int32 or int64 tensor", value.dtype)
+        hint = "" if mistaken_for is None else mistaken_for(value)
+        raise wrong_type(op, name, "an int32 or int64 tensor", f"{value.dtype}{hint}")
 
 
 def real(op: str, name: str, value: object) -> float:
-    """``value`` is a Python number; returned as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value`` is a number, Python's or numpy's; returned as a float."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong_type(op, name, "a number", type(value).__name__)
     return float(value)
 
 
-def positive(op: str, name: str, value: object, *, at_least: int = 1) -> None:
-    """``value`` is a Python integer (or a symbolic one) not below ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise wrong_type(op, name, "an integer", type(value).__name__)
-    if value < at_least:
-        raise fail(op, name, f"at least {at_least}", value)
+def positive(op: str, name: str, value: Any, *, at_least: int = 1) -> int:
+    """``value`` is an integer not below ``at_least``: Python's, numpy's, a tensor of one or a symbolic one.
+
+    Returned as Python's, as the operators want them; a symbolic one as it is.
+    """
+    known_integer = type(value) is int or isinstance(value, torch.SymInt)
+    number: Any = value if known_integer else _as_int(op, name, value)
+    if number < at_least:
+        raise fail(op, name, f"at least {at_least}", number)
+    return number
+
+
+def _as_int(op: str, name: str, value: Any) -> int:
+    """What ``operator.index`` makes of ``value``, bools left out."""
+    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
+        try:
+            return operator.index(value)
+        except (TypeError, RuntimeError):  # not an integer; or more of them than one
+            pass
+    raise wrong_type(op, name, "an integer", type(value).__name__)
 
 
 def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:
@@ -79,11 +103,24 @@ def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:
         raise fail(op, name, "one of " + ", ".join(repr(choice) for choice in choices), repr(value))
 
 
-def topk(op: str, k: int, num_experts: int) -> None:
-    """``k`` experts can be chosen among ``num_experts``."""
-    positive(op, "k", k)
+def known(owner: str, what: str, name: str, table: Mapping[str, T]) -> T:
+    """The row of ``owner``'s table that ``name`` names. Each backend looks in its own: none takes one for another."""
+    if name not in table:
+        raise ValueError(f"moekit: {owner} have no {what} {name!r}, only {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def topk(op: str, k: Any, num_experts: int) -> int:
+    """``k`` experts can be chosen among ``num_experts``; returned as :func:`positive` does."""
+    k = positive(op, "k", k)
     if k > num_experts:
         raise fail(op, "k", f"at most the number of experts ({num_experts})", k)
+    return k
+
+
+def unused(op: str, name: str, value: object, because: str) -> ValueError:
+    """The ``ValueError`` to raise when ``name`` is given where it would be ignored."""
+    return ValueError(f"moekit.{op}: {name}={value!r} has no effect {because}; leave it out")
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
@@ -108,6 +145,45 @@ def in_range(op: str, name: str, index: Tensor, end: int, what: str) -> None:
     low, high = (int(v) for v in index.aminmax())
     if low < -1 or high >= end:
         raise fail(op, name, f"-1 (none) or below {end} ({what})", f"index {low if low < -1 else high}")
+
+
+def routing_map(op: str, name: str, value: Tensor) -> None:
+    """``value`` is a map ``[tokens, experts]`` of any dtype, and not a router's indices.
+
+    Any integer but 0 may mark a routed pair, so indices are known by two things together that no map has: three
+    different positive numbers or more, and none of them twice in a row.
+    """
+    tensor_dim(op, name, value, 2)
+    if value.dtype not in (torch.int32, torch.int64) or not _backend.checks_values(value) or len(value) < 4:
+        return
+    seen: set[int] = set()
+    for token in range(min(len(value), _ROWS_LOOKED_AT)):
+        entries = [entry for entry in value[token].tolist() if entry != -1]
+        if len(set(entries)) < len(entries) or any(entry < 0 for entry in entries):
+            return
+        seen.update(entries)
+    if len(seen - {0}) >= 3:
+        wanted = "a map [tokens, experts] in which what is not zero is routed"
+        hint = "indices of experts, it seems: use Routing.from_topk (if it is a map, pass `routing_map != 0`)"
+        raise fail(op, name, wanted, f"{value.dtype} of shape {list(value.shape)}, {hint}")
+
+
+def not_a_map(op: str, name: str, indices: Tensor, num_experts: int) -> None:
+    """Refuse as many indices a token as there are experts which name only the first two, as a map of 0 and 1 does."""
+    if num_experts < 3 or indices.shape[1] != num_experts or not len(indices) or not _backend.checks_values(indices):
+        return
+    low, high = indices.aminmax()
+    if int(low) == 0 and int(high) == 1:
+        got = f"only 0 and 1 in shape {list(indices.shape)} (a map? use Routing.from_map)"
+        raise fail(op, name, "the numbers of experts", got)
+
+
+def probabilities(op: str, name: str, values: Tensor) -> None:
+    """Refuse numbers well below 0, as logits have them."""
+    if values.numel() and _backend.checks_values(values):
+        lowest = float(values.detach().amin())
+        if lowest < _ROUNDING:
+            raise fail(op, name, "probabilities (logits? take their softmax first)", f"a value of {lowest:g}")
 
 
 def route_indices(indices: Tensor, num_experts: int) -> None:

@@ -36,7 +36,10 @@ def topk_routing_with_score_function(
     Returns:
         ``(routing_probs [T, E] in the dtype of logits, routing_map [T, E] bool)``, zero where a token is not routed.
     """
-    scoring = {"score_function": score_function, "pre_softmax": use_pre_softmax}
+    # As there: only a softmax can come before the choice, and groups are switched on by ``group_topk``.
+    scoring = {"score_function": score_function, "pre_softmax": use_pre_softmax and score_function == "softmax"}
+    if not group_topk:
+        num_groups = None
     if router_replay is None:
         weights, indices = topk_ops.topk_router(
             logits,

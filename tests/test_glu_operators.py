@@ -14,6 +14,7 @@ from _reference import (
     LAYOUTS,
     VARIANTS,
     assert_accurate,
+    assert_matches_formula,
     assert_same,
     doubled,
     draw,
@@ -24,7 +25,8 @@ from _reference import (
 )
 
 import moekit
-from moekit.ops.glu import make_glu
+from moekit import moe_utils
+from moekit.ops.glu import ACTIVATIONS, make_glu
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -159,6 +161,8 @@ ERRORS = [
     ((Y,), {"alpha": True}, TypeError, r"alpha must be a number, got bool"),
     ((Y,), {"linear_offset": torch.ones(())}, TypeError, r"linear_offset must be a number, got Tensor"),
     ((Y,), {"layout": "ungated", "clamp": 1.0}, ValueError, r"linear_offset and clamp must be left out for an ungated"),
+    ((Y,), {"alpha": 1.702}, ValueError, r"alpha=1.702 has no effect on activation='silu'; leave it out"),
+    ((Y,), {"clamp_after_bias": True}, ValueError, r"clamp_after_bias=True has no effect without clamp; leave it out"),
 ]
 
 
@@ -166,6 +170,64 @@ ERRORS = [
 def test_errors_name_operation_argument_wanted_and_got(args, kwargs, error, text):
     with pytest.raises(error, match=rf"^moekit\.glu: {text}"):
         moekit.glu(*args, **kwargs)
+
+
+def test_errors_name_who_was_called():
+    """Whatever looks the constants up."""
+    g, w = torch.ones(3, 4), torch.ones(3, 1)
+    for name, call in {
+        "quick_gelu": lambda: moe_utils.quick_gelu(Y, alpha="1"),
+        "weighted_bias_quick_geglu_impl": lambda: moe_utils.weighted_bias_quick_geglu_impl(Y, None, w, clamp_value="1"),
+        "quick_geglu_back": lambda: moe_utils.quick_geglu_back(g, Y, "1"),
+        "experts": lambda: make_glu("swiglu", op="experts"),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^moekit\.{name}: "):
+            call()
+
+
+# --- every backend has every activation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_row_of_the_table_is_computed(activation):
+    """By every backend, forward and backward: a new one fails until all have it, and ``_reference`` its formula."""
+    constants = {"alpha": 0.7} if activation == "quick_gelu" else {}
+    for layout in ("concatenated", "ungated"):
+        inputs = {"y": draw(1, 9, 8, dtype=torch.float32, scale=3.0), "weights": draw(2, 9, dtype=torch.float32)}
+        parameters = {"activation": activation, "layout": layout, **constants}
+        grad = draw(3, 9, 8 if layout == "ungated" else 4, dtype=torch.float32)
+        glu, formula = (functools.partial(function, **parameters) for function in (moekit.glu, glu_formula))
+        assert_matches_formula(glu, formula, inputs, grad, f"{activation}, {layout}")
+    assert any(variant.get("activation", "silu") == activation for variant in VARIANTS.values())
+
+
+def test_an_activation_that_a_backend_lacks_is_not_taken_for_another(backend, monkeypatch):
+    from moekit.ops import glu
+
+    monkeypatch.setitem(glu._ACTIVATIONS, "made_up", ("made_up", 1.0, 0.0))
+    monkeypatch.setattr(glu, "ACTIVATIONS", tuple(glu._ACTIVATIONS))
+    y, owner = torch.ones(3, 8), {"torch": "the references"}.get(backend, f"the {backend} kernels")
+    message = f"moekit: {owner} have no activation 'made_up', only '"
+    for options in ({}, {"layout": "ungated"}, {"fp8_store": True}, {"bias": torch.ones(8)}):
+        with pytest.raises(ValueError, match=message):
+            moekit.glu(y, activation="made_up", **options)
+    constants = make_glu("made_up")
+    for scale, rows in ((None, y), (torch.ones(3), y.to(torch.float8_e4m3fn))):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.moekit.glu_backward(
+                torch.ones(3, 4), rows, scale, None, None, None, *constants, [True, True, False, False]
+            )
+    routing, weight = moekit.Routing.from_topk(torch.tensor([[0]] * 3), torch.ones(3, 1), num_experts=1), torch.ones(1, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        moekit.experts(y, routing, weight, weight[:, :, :4], activation="made_up")
+
+
+def test_a_layout_that_a_backend_lacks_is_not_taken_for_another():
+    args = (torch.ones(3, 8), None, None, None, *make_glu()._replace(layout="made_up"))
+    with pytest.raises(ValueError, match=r"layout .*'made_up'"):
+        torch.ops.moekit.glu(*args)
+    with pytest.raises(ValueError, match=r"layout .*'made_up'"):
+        torch.ops.moekit.glu_backward(torch.ones(3, 4), args[0], None, *args[1:], [True, False, False, False])
 
 
 def test_item19_mixed_devices():

@@ -18,7 +18,7 @@ from moekit.ops.losses import (
     updated_expert_bias,
     z_loss,
 )
-from moekit.ops.topk import topk_router
+from moekit.ops.topk import SCORE_FUNCTIONS, topk_router
 
 NAN, INF = math.nan, math.inf
 
@@ -164,10 +164,11 @@ def test_item27_gradcheck_of_the_losses():
     mask = torch.tensor([False, True, False, False, True])
     counts = torch.tensor([2, 1, 0, 3])
     for op in (
-        lambda x: load_balancing_loss(x, counts, 3, 2, 4, 0.7, mask),
+        lambda x: load_balancing_loss(x.softmax(1), counts, 3, 2, 4, 0.7, mask),
         lambda x: z_loss(x, 0.7, mask),
         lambda x: routing_scores_for_aux_loss(x, 2, "softmax", mask)[1],
         lambda x: routing_scores_for_aux_loss(x, 2, "sigmoid", mask)[1],
+        lambda x: routing_scores_for_aux_loss(x, 2, "sqrtsoftplus", mask)[1],
         lambda x: sinkhorn(x, tol=0.0, max_iterations=3),
     ):
         assert gradcheck(op, logits)
@@ -178,10 +179,11 @@ def test_item27_gradcheck_of_the_losses():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_routing_scores_for_aux_loss_values(dtype, score_function):
     logits = normal(12, 8)
-    each = logits.exp() if score_function == "softmax" else logits.sigmoid()
+    formulas = {"softmax": torch.exp, "sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: x.exp().log1p().sqrt()}
+    each = formulas[score_function](logits)
     truth = each / each.sum(1, keepdim=True)
     routing_map, scores = routing_scores_for_aux_loss(logits.to(dtype), 3, score_function)
     wide = torch.promote_types(dtype, torch.float32)
@@ -196,7 +198,7 @@ def test_item12_aux_map_breaks_ties_to_the_lowest_expert():
     assert routing_map.int().tolist() == [[1, 1, 0, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_item35_aux_scores_exclude_padding(score_function):
     logits = normal(6, 4)
     mask = torch.tensor([True, False, False, True, False, True])
@@ -457,6 +459,7 @@ def test_pad_routing_map_refuses_what_it_cannot_fill():
         (lambda x, m: load_balancing_loss(x, torch.zeros(8), 1, 0, 8, 0.1), ValueError, "topk"),
         (lambda x, m: load_balancing_loss(x, torch.zeros(8), 1, 2, 8, 0.1, m[:2]), ValueError, "padding_mask"),
         (lambda x, m: load_balancing_loss(x.int(), torch.zeros(8), 1, 2, 8, 0.1), TypeError, "probs"),
+        (lambda x, m: load_balancing_loss(-x - 1, torch.zeros(8), 1, 2, 8, 0.1), ValueError, "logits.*a value of -"),
         (lambda x, m: z_loss(x, 0.1, m[:2]), ValueError, "padding_mask"),
         (lambda x, m: z_loss(x, 0.1, m.int()), TypeError, "padding_mask.*True for padding"),
         (lambda x, m: z_loss(x.int(), 0.1), TypeError, "logits"),

@@ -247,7 +247,7 @@ def test_tables_equal_the_reference_for_any_threads(threads, monkeypatch, num_th
 
 
 @pytest.mark.parametrize(("groups", "group_topk"), [(None, None), (4, 2)])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", topk.SCORE_FUNCTIONS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_router_equals_the_reference_with_ties_and_nan(groups, group_topk, score, biased):
     torch.manual_seed(3)

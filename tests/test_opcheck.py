@@ -18,7 +18,7 @@ OPS = torch.ops.moekit
 OFFSETS = torch.tensor([3, 3, 8], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("scoring", [("softmax", False), ("softmax", True), ("sigmoid", False)])
+@pytest.mark.parametrize("scoring", [("softmax", False), ("softmax", True), ("sigmoid", False), ("sqrtsoftplus", False)])
 @pytest.mark.parametrize("tokens", [6, 0])
 def test_item38_topk_router(scoring, tokens):
     logits = transposed(draw(1, tokens, 8, dtype=torch.float32)).requires_grad_()

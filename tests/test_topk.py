@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from _router import BY_HAND, VARIANTS, bf16_logits, by_hand, router_by_hand
 from torch.autograd import gradcheck, gradgradcheck
 
-import moekit._backend as backend
+from moekit import _backend
 from moekit.ops.topk import (
     group_limited_select,
-    router_indices,
     router_weights,
     select_topk,
     selection_scores,
@@ -19,57 +20,6 @@ from moekit.ops.topk import (
 )
 
 NAN, INF = math.nan, math.inf
-VARIANTS = [
-    {"score_function": "softmax"},
-    {"score_function": "softmax", "pre_softmax": True},
-    {"score_function": "sigmoid"},
-]
-
-
-def by_hand(row, k, group=None):
-    """Indices of the k largest of a list: ties to the lowest, NaN last; ``group`` is (num_groups, group_topk)."""
-
-    def best(values, n):
-        return sorted(range(len(values)), key=lambda e: (math.isnan(values[e]), -values[e], e))[:n]
-
-    if group is None:
-        return best(row, k)
-    num_groups, group_topk = group
-    size = len(row) // num_groups
-    parts = [row[g * size : (g + 1) * size] for g in range(num_groups)]
-    sums = [sum(part[e] for e in best(part, max(1, k // group_topk))) for part in parts]
-    chosen = set(best(sums, group_topk))
-    inside = [e for e in range(len(row)) if e // size in chosen]
-    return [inside[i] for i in best([row[e] for e in inside], k)]
-
-
-def router_by_hand(logits, k, score_function, pre_softmax=False, group=None, scaling_factor=1.0, bias=None):
-    """Weights and indices in float64, one token at a time."""
-    all_weights, all_indices = [], []
-    for row in logits.double().tolist():
-        exps = [math.exp(x - max(row)) for x in row]
-        scores = row
-        if score_function == "sigmoid":
-            scores = [1 / (1 + math.exp(-x)) for x in row]
-        elif pre_softmax:
-            scores = [x / sum(exps) for x in exps]
-        compared = scores if bias is None else [s + b for s, b in zip(scores, bias.tolist(), strict=True)]
-        indices = by_hand(compared, k, group)
-        if score_function == "softmax" and not pre_softmax:
-            weights = [exps[e] / sum(exps[i] for i in indices) for e in indices]
-        else:
-            weights = [scores[e] for e in indices]
-            if score_function == "sigmoid" and k > 1:
-                weights = [w / sum(weights) for w in weights]
-        all_weights.append([w * scaling_factor for w in weights])
-        all_indices.append(indices)
-    return torch.tensor(all_weights, dtype=torch.float64), torch.tensor(all_indices)
-
-
-def bf16_logits(tokens, experts, seed=0, dtype=torch.float64):
-    """Logits that bfloat16 holds exactly, so that every dtype sees the same ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(tokens, experts, generator=generator)).bfloat16().to(dtype)
 
 
 def assert_close_to_rounded(value, truth):
@@ -240,7 +190,8 @@ def test_item04_one_expert(variant):
     if variant["score_function"] == "softmax":
         assert weights.tolist() == [[1.0], [1.0]]
     else:
-        torch.testing.assert_close(weights, torch.tensor([[0.5], [-2.0]]).sigmoid())
+        by_hand = BY_HAND[variant["score_function"]]
+        torch.testing.assert_close(weights, torch.tensor([[by_hand(0.5)], [by_hand(-2.0)]]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -318,7 +269,7 @@ def test_item09_index_minus_one_has_no_weight(variant):
     indices = torch.tensor([[1, 2, -1], [-1, -1, -1], [0, -1, 7], [3, 4, 5]])
     weights = router_weights(logits, indices, **variant)
     assert weights[indices == -1].eq(0).all() and weights.isfinite().all()
-    if variant["score_function"] == "sigmoid" or not variant.get("pre_softmax"):
+    if not variant.get("pre_softmax"):
         torch.testing.assert_close(weights.detach()[[0, 2, 3]].sum(1), torch.ones(3, dtype=torch.float64))
     pair = router_weights(logits, indices[:1, :2].expand(4, 2), **variant)
     torch.testing.assert_close(weights[0, :2], pair[0], rtol=1e-14, atol=0)
@@ -338,7 +289,7 @@ def test_selection_scores_are_what_the_selection_compares():
     for variant in VARIANTS:
         scores = selection_scores(logits, expert_bias=bias, **variant)
         assert scores.dtype is torch.float32 and not scores.requires_grad
-        assert torch.equal(select_topk(scores, 3), router_indices(logits, 3, expert_bias=bias, **variant))
+        assert torch.equal(select_topk(scores, 3), topk_router(logits, 3, expert_bias=bias, **variant)[1])
 
 
 # --- errors
@@ -362,7 +313,11 @@ def test_item07_more_experts_asked_than_there_are():
         ({"num_groups": 0, "group_topk": 1}, "num_groups must be at least 1"),
         ({"num_groups": 2, "group_topk": -1}, "group_topk must be at least 1"),
         ({"group_topk": 1}, "num_groups must be given with group_topk=1"),
-        ({"score_function": "relu"}, "score_function must be one of 'softmax', 'sigmoid', got 'relu'"),
+        ({"score_function": "relu"}, "score_function must be one of 'softmax', 'sigmoid', 'sqrtsoftplus', got 'relu'"),
+        ({"score_function": "sigmoid", "pre_softmax": True}, "pre_softmax=True has no effect on .*'sigmoid'"),
+        ({"score_function": "sqrtsoftplus", "pre_softmax": True}, "pre_softmax=True has no effect on .*'sqrtsoftplus'"),
+        ({"num_groups": 4}, "num_groups=4 has no effect without group_topk"),
+        ({"num_groups": 4, "group_topk": 0}, "num_groups=4 has no effect without group_topk"),
         ({"expert_bias": torch.zeros(7)}, r"expert_bias must be of shape \[E\] = \[8\]"),
         ({"expert_bias": torch.zeros(8, device="meta")}, "expert_bias must be on the device"),
         ({"logits": torch.zeros(8)}, "logits must be a 2-D tensor"),
@@ -383,10 +338,24 @@ def test_wrong_dtypes():
         router_weights(torch.zeros(2, 8), torch.zeros(2, 2))
 
 
-def test_num_groups_alone_does_not_group():
+def test_what_the_other_halves_would_ignore():
+    logits, indices = torch.zeros(2, 8), torch.zeros(2, 2, dtype=torch.int64)
+    for call in (selection_scores, lambda x, **options: router_weights(x, indices, **options)):
+        with pytest.raises(ValueError, match=r"pre_softmax=True has no effect on score_function='sigmoid'; leave it out"):
+            call(logits, score_function="sigmoid", pre_softmax=True)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_any_integer_will_do(integer):
     logits = bf16_logits(6, 8)
-    assert torch.equal(topk_router(logits, 4, num_groups=4)[1], topk_router(logits, 4)[1])
-    assert torch.equal(topk_router(logits, 4, num_groups=4, group_topk=0)[1], topk_router(logits, 4)[1])
+    options = {"num_groups": 4, "group_topk": 2}
+    found = topk_router(logits, integer(2), **{name: integer(value) for name, value in options.items()})
+    for one, other in zip(found, topk_router(logits, 2, **options), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(select_topk(logits, integer(2)), select_topk(logits, 2))
+    for k in (True, 2.0, np.float64(2), torch.tensor(2.0), torch.tensor(True), torch.tensor([2, 2]), "2", None):
+        with pytest.raises(TypeError, match=r"moekit\.topk_router: k must be an integer, got"):
+            topk_router(logits, k)
 
 
 @pytest.mark.gpu
@@ -410,5 +379,5 @@ def test_item10_gpu_index_out_of_range_has_no_weight():
     logits = torch.zeros(1, 8, device="cuda")
     indices = torch.tensor([[0, 8, -5]], device="cuda")
     assert router_weights(logits, indices).tolist() == [[1.0, 0.0, 0.0]]
-    with backend.debug(), pytest.raises(ValueError, match="indices"):
+    with _backend.debug(), pytest.raises(ValueError, match="indices"):
         router_weights(logits, indices)

@@ -35,6 +35,8 @@ NAMES = [
     "route_map T=16384 K=8 E=128",
     "topk softmax fp32 T=16384 E=128 K=8",
     "topk sigmoid fp32 T=16384 E=128 K=8 biased",
+    "topk sqrtsoftplus fp32 T=4096 E=256 K=8 grouped biased",
+    "topk backward sqrtsoftplus fp32 T=16384 E=128 K=8",
     "topk backward pre-softmax fp32 T=16384 E=128 K=8",
 ]
 

@@ -337,7 +337,7 @@ def test_chunk_tables(chunks, dtype):
 
 # --- top-k ----------------------------------------------------------------------------------------------------------
 
-SCORES = [("softmax", False), ("softmax", True), ("sigmoid", False)]
+SCORES = [("softmax", True), *((name, False) for name in topk_ops.SCORE_FUNCTIONS)]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -374,6 +374,24 @@ def test_topk_of_what_is_no_number():
         true, expected = reference(topk_ops._topk_router_reference, logits, None, 4, *score, *groups, None)
         assert_exact(indices, expected)
         assert torch.equal(weights.isnan(), true.isnan())
+
+
+def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
+    from moekit.kernels.triton import _activation
+
+    monkeypatch.setitem(_activation.ACTIVATIONS, "made_up", "made_up")
+    monkeypatch.setitem(_activation.OWN_SCORES, "made_up", "made_up")
+    y, logits, indices = torch.ones(3, 8), torch.ones(3, 8), torch.zeros(3, 2, dtype=torch.int64)
+    glu = (None, None, None, *glu_ops.make_glu()._replace(act="made_up"))
+    for name, what, *args in (
+        ("glu", "activation", y, *glu),
+        ("glu_backward", "activation", y[:, :4], y, None, *glu, [True, True, False, False]),
+        ("topk_router", "score", logits, None, 2, "made_up", False, None, None, None),
+        ("topk_router", "score", logits, logits[0], 2, "made_up", False, None, None, None),
+        ("topk_router_backward", "score", logits[:, :2], logits, indices, "made_up", False, None),
+    ):
+        with pytest.raises(Exception, match=f"no {what} of this name"):
+            kernel(name, *args)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

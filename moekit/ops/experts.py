@@ -37,7 +37,7 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
-    alpha: float = 1.702,
+    alpha: float | None = None,
     linear_offset: float = 0.0,
     clamp: float | None = None,
     layout: str = "concatenated",
@@ -56,7 +56,7 @@ def experts(
         gate_up_bias: ``[E, 2I]``, or None; the clamp comes after it.
         down_bias: ``[E, H]``, or None; multiplied by the routing weight as the rest.
         activation: as in :func:`moekit.glu`, like ``alpha``, ``linear_offset``, ``clamp`` and ``layout``.
-        alpha: the constant of ``quick_gelu``.
+        alpha: the constant of ``quick_gelu``; None is 1.702.
         linear_offset: added to the up half.
         clamp: limits the gate from above and the up half on both sides.
         layout: ``concatenated`` or ``interleaved`` gate and up, or ``ungated``.

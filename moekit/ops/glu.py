@@ -20,6 +20,7 @@ offset, gpt-oss model card, arXiv 2508.10925.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ LAYOUTS = ("concatenated", "interleaved", "ungated")
 # Past this size a gate is fully open or shut in float64 too; clamping it keeps x**3 and x**2 from overflowing.
 _SATURATED = 1e4
 _E4M3_MAX = 448.0
+_ALPHA = 1.702  # the usual one of quick_gelu
 
 # name: (kind, c1, c3); "sigmoid" is the two-constant family, with alpha in the place of None
 _ACTIVATIONS: dict[str, tuple[str, float | None, float]] = {
@@ -61,25 +63,31 @@ class Glu(NamedTuple):
 def make_glu(
     activation: str = "silu",
     *,
-    alpha: float = 1.702,
+    alpha: float | None = None,
     linear_offset: float = 0.0,
     clamp: float | None = None,
     clamp_after_bias: bool = False,
     layout: str = "concatenated",
+    op: str = "glu",
 ) -> Glu:
-    """Validate the parameters of :func:`glu` and look up the activation's constants."""
-    _check.one_of("glu", "activation", activation, ACTIVATIONS)
-    _check.one_of("glu", "layout", layout, LAYOUTS)
-    linear_offset = _check.real("glu", "linear_offset", linear_offset)
-    alpha = _check.real("glu", "alpha", alpha)
+    """Validate the parameters of :func:`glu` and look up the activation's constants; ``op`` names the caller in errors."""
+    _check.one_of(op, "activation", activation, ACTIVATIONS)
+    _check.one_of(op, "layout", layout, LAYOUTS)
+    linear_offset = _check.real(op, "linear_offset", linear_offset)
     if clamp is not None:
-        clamp = _check.real("glu", "clamp", clamp)
+        clamp = _check.real(op, "clamp", clamp)
         if not clamp >= 0:
-            raise _check.fail("glu", "clamp", "None or at least 0", clamp)
+            raise _check.fail(op, "clamp", "None or at least 0", clamp)
     if layout == "ungated" and (linear_offset != 0.0 or clamp is not None):
-        raise _check.fail("glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
+        raise _check.fail(op, "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
+    if alpha is not None:
+        alpha = _check.real(op, "alpha", alpha)
     kind, c1, c3 = _ACTIVATIONS[activation]
-    return Glu(kind, alpha if c1 is None else c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
+    if c1 is None:
+        c1 = _ALPHA if alpha is None else alpha
+    elif alpha is not None:
+        raise _check.unused(op, "alpha", alpha, f"on activation={activation!r}")
+    return Glu(kind, c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
 
 
 def glu(
@@ -89,7 +97,7 @@ def glu(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     activation: str = "silu",
-    alpha: float = 1.702,
+    alpha: float | None = None,
     linear_offset: float = 0.0,
     clamp: float | None = None,
     clamp_after_bias: bool = False,
@@ -105,10 +113,10 @@ def glu(
         offsets: int32 or int64 ``[E]``, cumulative row ends of the experts. Rows at or past the last one belong to no
             expert: their output and gradients are zero, and their content is never read into a result.
         activation: ``silu``, ``quick_gelu``, ``gelu_tanh``, ``gelu`` (erf), ``relu`` or ``relu2`` (ReLU squared).
-        alpha: the constant of ``quick_gelu``, ``x * sigmoid(alpha * x)``.
+        alpha: the constant of ``quick_gelu``, ``x * sigmoid(alpha * x)``; None is 1.702. No other activation has one.
         linear_offset: added to the up half.
         clamp: limits the gate from above and the up half on both sides.
-        clamp_after_bias: clamp ``y + bias`` (as gpt-oss does) instead of ``y``.
+        clamp_after_bias: clamp ``y + bias`` (as gpt-oss does) instead of ``y``; needs a ``clamp``.
         layout: ``concatenated`` halves ``[gate | up]``, ``interleaved`` pairs, or ``ungated``.
         fp8_store: keep ``y`` for backward in float8 e4m3 with one power-of-two scale a row.
 
@@ -116,9 +124,12 @@ def glu(
         ``[..., I]`` in the dtype of ``y``, whatever the dtypes of the others (under autocast too).
 
     Raises:
-        ValueError: shapes, devices or parameters that do not fit together; an odd last dimension.
+        ValueError: shapes, devices or parameters that do not fit together; an odd last dimension; a parameter that would
+            have no effect.
         TypeError: a dtype that is not floating.
     """
+    if clamp_after_bias and clamp is None:
+        raise _check.unused("glu", "clamp_after_bias", clamp_after_bias, "without clamp")
     clamps = {"clamp": clamp, "clamp_after_bias": clamp_after_bias}
     spec = make_glu(activation, alpha=alpha, linear_offset=linear_offset, layout=layout, **clamps)
     return apply_glu("glu", y, weights, bias, offsets, spec, fp8_store=fp8_store)
@@ -222,25 +233,43 @@ def _check_bias(op: str, rows: Tensor, bias: Tensor | None, offsets: Tensor | No
 # --- the arithmetic: the reference of every backend -----------------------------------------------------------------
 
 
+def _gate(x: Tensor, spec: Glu) -> Tensor:
+    return x * torch.sigmoid(x * (spec.c1 + spec.c3 * x.clamp(-_SATURATED, _SATURATED).square()))
+
+
+def _gate_slope(x: Tensor, spec: Glu) -> Tensor:
+    """``sigmoid(-u)`` stands for ``1 - sigmoid(u)``, which would cancel."""
+    square = x.clamp(-_SATURATED, _SATURATED).square()
+    u = x * (spec.c1 + spec.c3 * square)
+    opening = torch.sigmoid(u)
+    return opening + x * opening * torch.sigmoid(-u) * (spec.c1 + 3 * spec.c3 * square)
+
+
+def _gelu(x: Tensor, spec: Glu) -> Tensor:
+    return x * 0.5 * torch.erfc(x * -math.sqrt(0.5))
+
+
+def _gelu_slope(x: Tensor, spec: Glu) -> Tensor:
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+# kind: (act(x), act'(x)), both of x and the constants
+_KINDS: dict[str, tuple[Callable[[Tensor, Glu], Tensor], Callable[[Tensor, Glu], Tensor]]] = {
+    "sigmoid": (_gate, _gate_slope),
+    "gelu": (_gelu, _gelu_slope),
+    "relu": (lambda x, spec: x.clamp(min=0), lambda x, spec: (x > 0).to(x.dtype)),
+    "relu2": (lambda x, spec: x.clamp(min=0).square(), lambda x, spec: 2 * x.clamp(min=0)),
+}
+
+
 def activate(x: Tensor, spec: Glu) -> Tensor:
     """``act(x)``."""
-    if spec.act == "sigmoid":
-        return x * torch.sigmoid(x * (spec.c1 + spec.c3 * x.clamp(-_SATURATED, _SATURATED).square()))
-    if spec.act == "gelu":
-        return x * 0.5 * torch.erfc(x * -math.sqrt(0.5))
-    return x.clamp(min=0) if spec.act == "relu" else x.clamp(min=0).square()
+    return _check.known("the references", "activation", spec.act, _KINDS)[0](x, spec)
 
 
 def activate_grad(x: Tensor, spec: Glu) -> Tensor:
-    """``act'(x)``; ``sigmoid(-u)`` stands for ``1 - sigmoid(u)``, which would cancel."""
-    if spec.act == "sigmoid":
-        square = x.clamp(-_SATURATED, _SATURATED).square()
-        u = x * (spec.c1 + spec.c3 * square)
-        opening = torch.sigmoid(u)
-        return opening + x * opening * torch.sigmoid(-u) * (spec.c1 + 3 * spec.c3 * square)
-    if spec.act == "gelu":
-        return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return (x > 0).to(x.dtype) if spec.act == "relu" else 2 * x.clamp(min=0)
+    """``act'(x)``."""
+    return _check.known("the references", "activation", spec.act, _KINDS)[1](x, spec)
 
 
 class _Halves(NamedTuple):
@@ -253,6 +282,7 @@ class _Halves(NamedTuple):
 
 
 def _halves(x: Tensor, bias: Tensor | None, spec: Glu) -> _Halves:
+    _check.one_of("glu", "layout", spec.layout, LAYOUTS)
     if spec.layout == "ungated":
         return _Halves(x if bias is None else x + bias, None, None, None)
     inside: tuple[Tensor | None, Tensor | None] = (None, None)

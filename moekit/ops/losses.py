@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit.ops.topk import SCORE_FUNCTIONS, descending, select_topk
+from moekit.ops.topk import SCORE_FUNCTIONS, descending, normalised, own_score, select_topk
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,8 +51,8 @@ def load_balancing_loss(
     loss of the whole (the global-batch loss of arXiv 2501.11873).
 
     Args:
-        probs: ``[T, E]``, floating point; or ``[T, B * E]`` for B sequences side by side, giving the sum of
-            their losses.
+        probs: ``[T, E]``, floating point, not below 0 (logits are not probabilities); or ``[T, B * E]`` for B
+            sequences side by side, giving the sum of their losses.
         tokens_per_expert: ``[E]`` (``[B * E]``), any real dtype: routed pairs by expert, without padding.
         total_num_tokens: N, a number or a one-element tensor (never read back from its device): the tokens
             that ``tokens_per_expert`` counted, without padding.
@@ -65,20 +65,22 @@ def load_balancing_loss(
         a 0-d tensor in float32 (float64 for float64); 0 if N is 0.
 
     Raises:
-        ValueError: the shapes or devices do not fit.
+        ValueError: the shapes or devices do not fit, or (on a CPU, or under ``moekit.debug()``) ``probs`` below 0.
         TypeError: ``probs`` is not floating point or ``padding_mask`` not bool.
     """
     op = "load_balancing_loss"
     _check.tensor_dim(op, "probs", probs, 2)
     _check.floating(op, "probs", probs)
-    _check.positive(op, "topk", topk)
-    _check.positive(op, "num_experts", num_experts)
+    topk = _check.positive(op, "topk", topk)
+    num_experts = _check.positive(op, "num_experts", num_experts)
     if probs.shape[1] % num_experts:
         raise _check.fail(op, "probs", f"of shape [T, multiple of num_experts={num_experts}]", list(probs.shape))
     _check.shape(op, "tokens_per_expert", tokens_per_expert, probs.shape[1:], "[E]")
     _check.same_device(op, probs=probs, tokens_per_expert=tokens_per_expert)
     dtype = torch.promote_types(probs.dtype, torch.float32)
-    prob_sums = _without_padding(op, probs, padding_mask).sum(0, dtype=dtype)
+    counted = _without_padding(op, probs, padding_mask)
+    _check.probabilities(op, "probs", counted)
+    prob_sums = counted.sum(0, dtype=dtype)
     products = (prob_sums * tokens_per_expert.to(dtype)).sum()
     if isinstance(total_num_tokens, Tensor):
         tokens = total_num_tokens.detach().to(dtype).reshape(())
@@ -124,8 +126,8 @@ def routing_scores_for_aux_loss(
     Args:
         logits: ``[T, E]``, floating point.
         topk: K, 1 to E.
-        score_function: ``"softmax"``, or ``"sigmoid"`` divided by its sum over the E experts (DeepSeek-V3,
-            arXiv 2412.19437, equations 17 to 20).
+        score_function: ``"softmax"``, or ``"sigmoid"`` (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20) or
+            ``"sqrtsoftplus"`` divided by its sum over the E experts.
         padding_mask: ``[T]`` bool, True for padding; such tokens have neither map nor scores.
 
     Returns:
@@ -138,14 +140,11 @@ def routing_scores_for_aux_loss(
     op = "routing_scores_for_aux_loss"
     _check.tensor_dim(op, "logits", logits, 2)
     _check.floating(op, "logits", logits)
-    _check.topk(op, topk, logits.shape[1])
+    topk = _check.topk(op, topk, logits.shape[1])
     _check.one_of(op, "score_function", score_function, SCORE_FUNCTIONS)
     values = _without_padding(op, logits, padding_mask).to(torch.promote_types(logits.dtype, torch.float32))
-    if score_function == "softmax":
-        scores = values.softmax(1)
-    else:
-        scores = values.sigmoid()
-        scores = scores / (scores.sum(1, keepdim=True) + 1e-20)
+    own = own_score(score_function)
+    scores = values.softmax(1) if own is None else normalised(own.value(values))
     routing_map = torch.zeros_like(values, dtype=torch.bool).scatter(1, select_topk(values, topk), True)
     return _without_padding(op, routing_map, padding_mask), _without_padding(op, scores, padding_mask)
 
@@ -196,7 +195,7 @@ def sinkhorn(cost: Tensor, tol: float = 1e-4, max_iterations: int = 1000) -> Ten
     """
     _check.tensor_dim("sinkhorn", "cost", cost, 2)
     _check.floating("sinkhorn", "cost", cost)
-    _check.positive("sinkhorn", "max_iterations", max_iterations)
+    max_iterations = _check.positive("sinkhorn", "max_iterations", max_iterations)
     if cost.numel() == 0:
         return cost.clone()
     num_tokens, num_experts = cost.shape
@@ -266,9 +265,10 @@ def get_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_
     Raises:
         ValueError: ``num_experts`` is below 1, or ``num_tokens`` or ``capacity_factor`` below 0.
     """
-    _check.positive("get_capacity", "num_tokens", num_tokens, at_least=0)
-    _check.positive("get_capacity", "num_experts", num_experts)
-    if not _check.real("get_capacity", "capacity_factor", capacity_factor) >= 0:
+    num_tokens = _check.positive("get_capacity", "num_tokens", num_tokens, at_least=0)
+    num_experts = _check.positive("get_capacity", "num_experts", num_experts)
+    capacity_factor = _check.real("get_capacity", "capacity_factor", capacity_factor)
+    if not capacity_factor >= 0:
         raise _check.fail("get_capacity", "capacity_factor", "at least 0", capacity_factor)
     capacity = math.ceil((num_tokens / num_experts) * capacity_factor)
     return capacity if min_capacity is None else max(capacity, min_capacity)
@@ -305,9 +305,10 @@ def apply_capacity(
     op = "apply_capacity"
     _check.tensor_dim(op, "probs", probs, 2)
     _check.floating(op, "probs", probs)
+    _check.routing_map(op, "routing_map", routing_map)
     _check.shape(op, "routing_map", routing_map, probs.shape, "[T, E] as probs")
     _check.same_device(op, probs=probs, routing_map=routing_map)
-    _check.positive(op, "topk", topk)
+    topk = _check.positive(op, "topk", topk)
     _check.one_of(op, "drop_policy", drop_policy, DROP_POLICIES)
     num_tokens, num_experts = probs.shape
     capacity = get_capacity(num_tokens * topk, num_experts, capacity_factor)
@@ -347,12 +348,12 @@ def pad_routing_map(routing_map: Tensor, pad_multiple: int) -> Tensor:
             there are tokens. The last is checked on a CPU or under ``moekit.debug()``: on a GPU it would cost
             a sync, and such an expert takes every token.
     """
-    _check.tensor_dim("pad_routing_map", "routing_map", routing_map, 2)
-    _check.positive("pad_routing_map", "pad_multiple", pad_multiple)
+    _check.routing_map("pad_routing_map", "routing_map", routing_map)
+    pad_multiple = _check.positive("pad_routing_map", "pad_multiple", pad_multiple)
     free = routing_map == 0
     counts = (~free).sum(0)
     missing = -counts % pad_multiple
-    if not torch.compiler.is_compiling() and _backend.checks_values(routing_map):
+    if _backend.checks_values(routing_map):
         _check_room(counts + missing, routing_map.shape[0], pad_multiple)
     return routing_map.masked_fill(free & (free.cumsum(0) <= missing), 1)
 

@@ -1,10 +1,10 @@
 """Router scores and top-k selection: which experts a token goes to, and with what weight.
 
-The two halves are separate because only one of them has a gradient. :func:`router_indices` selects; it looks
-at the scores before any rounding to the storage dtype, breaks ties towards the lowest expert and ranks NaN
-below everything, so the indices are unique and in range whatever the logits, and the same on every run.
-:func:`router_weights` weighs given indices, its own or recorded ones, and is differentiable as often as
-wanted. :func:`topk_router` is one after the other.
+The two halves are separate because only one of them has a gradient. The selection looks at the scores before
+any rounding to the storage dtype, breaks ties towards the lowest expert and ranks NaN below everything, so the
+indices are unique and in range whatever the logits, and the same on every run. :func:`router_weights` weighs
+given indices, the router's or recorded ones, and is differentiable as often as wanted. :func:`topk_router` is
+one after the other.
 
 Precision: everything is computed in float32 (float64 for float64) and rounded once, at the store.
 
@@ -13,17 +13,59 @@ Shape letters: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekit import _backend, _check
+from moekit import _check
 from moekit.ops import _library
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
 # Keeps a token whose scores are all zero from dividing by zero (as DeepSeek-V3's router does).
-_NORMALISER_EPS = 1e-20
+NORMALISER_EPS = 1e-20
+# Below this softplus(x) is exp(x) in float64 too; its square root is taken as exp(x / 2), which underflows much later.
+_FAR = -40.0
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def _root_softplus(x: Tensor) -> Tensor:
+    """``sqrt(log(1 + exp(x)))``: exact to the smallest numbers, and so is autograd's gradient of it."""
+    near = torch.logaddexp(x.clamp(min=_FAR), x.new_zeros(())).sqrt()
+    return torch.where(x < _FAR, (x.clamp(max=_FAR) / 2).exp(), near)
+
+
+def _root_softplus_slope(x: Tensor, score: Tensor) -> Tensor:
+    """``sigmoid(x) / (2 * score)``, which is ``score / 2`` where both factors would underflow."""
+    near = x.clamp(min=_FAR)
+    return torch.where(x < _FAR, score / 2, near.sigmoid() / (2 * _root_softplus(near)))
+
+
+class Score(NamedTuple):
+    """A score that depends on an expert's own logit ``x`` alone, as sums of it over experts are taken to 1."""
+
+    value: Callable[[Tensor], Tensor]  # of x; ascending, so that the logits have its order
+    slope: Callable[[Tensor, Tensor], Tensor]  # its derivative, of x and the value
+
+
+# Softmax is none of these: it looks at all experts, or at the chosen ones.
+ELEMENTWISE = {
+    "sigmoid": Score(torch.sigmoid, lambda x, score: score * (-x).sigmoid()),
+    "sqrtsoftplus": Score(_root_softplus, _root_softplus_slope),
+}
+SCORE_FUNCTIONS = ("softmax", *ELEMENTWISE)
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """``scores [T, N]`` divided by each token's sum."""
+    return scores / (scores.sum(1, keepdim=True) + NORMALISER_EPS)
+
+
+def own_score(score_function: str) -> Score | None:
+    """The row of a score of a logit alone; None for softmax."""
+    return None if score_function == "softmax" else _check.known("the references", "score", score_function, ELEMENTWISE)
 
 
 # --- selection ----------------------------------------------------------------------------------------------
@@ -56,7 +98,7 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
         TypeError: ``scores`` is not floating point.
     """
     _check_matrix("select_topk", "scores", scores)
-    _check.topk("select_topk", k, scores.shape[1])
+    k = _check.topk("select_topk", k, scores.shape[1])
     return descending(scores, dim=1)[:, :k].contiguous()
 
 
@@ -84,7 +126,7 @@ def group_limited_select(scores: Tensor, k: int, num_groups: int, group_topk: in
     """
     _check_matrix("group_limited_select", "scores", scores)
     num_experts = scores.shape[1]
-    _check_groups("group_limited_select", k, num_experts, num_groups, group_topk)
+    k, num_groups, group_topk = _check_groups("group_limited_select", k, num_experts, num_groups, group_topk)
     size = num_experts // num_groups
     grouped = scores.detach().reshape(-1, num_groups, size)
     best = descending(grouped, dim=2)[:, :, : max(1, k // group_topk)]
@@ -103,33 +145,18 @@ def selection_scores(
 ) -> Tensor:
     """What the selection compares: scores ``[T, E]`` in float32 (float64 for float64), detached.
 
-    ``sigmoid(logits)``, or ``softmax(logits)`` with ``pre_softmax``, or the logits themselves where the
-    softmax comes after the selection; plus ``expert_bias``, which is therefore in the unit of these scores.
+    The scores of a logit alone (``sigmoid(logits)``, say), or ``softmax(logits)`` with ``pre_softmax``, or the
+    logits themselves where the softmax comes after the selection; plus ``expert_bias``, which is therefore in
+    the unit of these scores.
     """
+    _check_scoring("selection_scores", score_function, pre_softmax)
     scores = logits.detach().to(_wide(logits))
-    if score_function == "sigmoid":
-        scores = scores.sigmoid()
+    own = own_score(score_function)
+    if own is not None:
+        scores = own.value(scores)
     elif pre_softmax:
         scores = scores.softmax(1)
     return scores if expert_bias is None else scores + expert_bias.detach()
-
-
-def router_indices(
-    logits: Tensor,
-    k: int,
-    *,
-    score_function: str = "softmax",
-    pre_softmax: bool = False,
-    num_groups: int | None = None,
-    group_topk: int | None = None,
-    expert_bias: Tensor | None = None,
-) -> Tensor:
-    """The selecting half of :func:`topk_router`: indices ``[T, K]`` int64.
-
-    Arguments and errors are described there.
-    """
-    _check_selection(logits, k, score_function, num_groups, group_topk, expert_bias)
-    return _choose(logits, expert_bias, k, score_function, pre_softmax, num_groups, group_topk)
 
 
 def _choose(
@@ -142,7 +169,7 @@ def _choose(
     group_topk: int | None,
 ) -> Tensor:
     if expert_bias is None and not group_topk:
-        # Softmax and sigmoid keep the order of the logits, and add ties where they saturate.
+        # Every score keeps the order of the logits, and adds ties where it saturates.
         return select_topk(logits, k)
     scores = selection_scores(logits, score_function=score_function, pre_softmax=pre_softmax, expert_bias=expert_bias)
     if group_topk and num_groups:
@@ -165,8 +192,8 @@ def router_weights(
 
     Args:
         logits: ``[T, E]``, floating point.
-        indices: ``[T, K]`` int32 or int64, as :func:`router_indices` gives them or as they were recorded; -1
-            is "no expert" and has weight 0.
+        indices: ``[T, K]`` int32 or int64, as :func:`topk_router` gives them or as they were recorded; -1 is
+            "no expert" and has weight 0.
         score_function: as in :func:`topk_router`.
         pre_softmax: as in :func:`topk_router`.
         scaling_factor: as in :func:`topk_router`.
@@ -175,25 +202,26 @@ def router_weights(
         weights ``[T, K]`` in the dtype of ``logits``.
 
     Raises:
-        ValueError: the shapes or devices do not fit, an unknown ``score_function``, or (on a CPU, or under
-            ``moekit.debug()``) an index below -1 or not below E. On a GPU such an index has weight 0.
+        ValueError: the shapes or devices do not fit, an unknown ``score_function``, ``pre_softmax`` without
+            softmax, or (on a CPU, or under ``moekit.debug()``) an index below -1 or not below E. On a GPU such
+            an index has weight 0.
         TypeError: ``logits`` is not floating point, or ``indices`` not int32 or int64.
     """
-    _check_router("router_weights", logits, score_function, None)
+    _check_router("router_weights", logits, score_function, pre_softmax, None)
     _check.integer("router_weights", "indices", indices)
     _check.tensor_dim("router_weights", "indices", indices, 2)
     _check.shape("router_weights", "indices", indices, (logits.shape[0], indices.shape[1]), "[T, K]")
     _check.same_device("router_weights", logits=logits, indices=indices)
     num_experts = logits.shape[1]
+    _check.in_range("router_weights", "indices", indices, num_experts, "the number of experts")
     absent = (indices < 0) | (indices >= num_experts)
-    if _may_look_at(indices):
-        _check_range(indices, num_experts)
     index = indices.long().masked_fill(absent, 0)
     values = logits.to(_wide(logits))
-    if score_function == "sigmoid":
-        weights = values.gather(1, index).sigmoid().masked_fill(absent, 0.0)
+    own = own_score(score_function)
+    if own is not None:
+        weights = own.value(values.gather(1, index)).masked_fill(absent, 0.0)
         if indices.shape[1] > 1:
-            weights = weights / (weights.sum(1, keepdim=True) + _NORMALISER_EPS)
+            weights = normalised(weights)
     elif pre_softmax:
         weights = values.softmax(1).gather(1, index).masked_fill(absent, 0.0)
     else:
@@ -223,14 +251,15 @@ def topk_router(
         k: experts per token, 1 to E.
         score_function: ``"softmax"`` over the chosen K (Mixtral, arXiv 2401.04088), or over all E before the
             choice with ``pre_softmax`` (Switch Transformer, arXiv 2101.03961); ``"sigmoid"`` of each chosen
-            logit, divided by their sum if K > 1 (DeepSeek-V3, arXiv 2412.19437).
-        pre_softmax: take the softmax over all E experts; no effect on ``"sigmoid"``.
+            logit (DeepSeek-V3, arXiv 2412.19437) or ``"sqrtsoftplus"``, the square root of its softplus, both
+            divided by their sum if K > 1.
+        pre_softmax: take the softmax over all E experts, before the choice.
         num_groups: number of groups of experts, see :func:`group_limited_select`.
-        group_topk: groups that a token may use; without it (None or 0) there is no grouping.
+        group_topk: groups that a token may use; without groups both are None (or ``group_topk`` 0).
         scaling_factor: multiplies the weights; 0.0 is a factor like any other.
         expert_bias: ``[E]``, floating point, added to the scores for the selection only, never to the weights
-            (loss-free balancing, arXiv 2408.15664). In the unit of the scores that are compared: sigmoid
-            values, probabilities with ``pre_softmax``, otherwise logits.
+            (loss-free balancing, arXiv 2408.15664). In the unit of the scores that are compared: probabilities
+            with ``pre_softmax``, logits with softmax otherwise, else values of the score function.
 
     Returns:
         ``(weights [T, K] in the dtype of logits, indices [T, K] int64)``, descending by the compared score;
@@ -240,10 +269,12 @@ def topk_router(
 
     Raises:
         ValueError: ``k`` or the groups do not fit E, a shape or device does not fit, an unknown
-            ``score_function``.
+            ``score_function``, or an argument that would have no effect (``pre_softmax`` without softmax,
+            ``num_groups`` without ``group_topk``).
         TypeError: ``logits`` or ``expert_bias`` is not floating point.
     """
-    _check_selection(logits, k, score_function, num_groups, group_topk, expert_bias)
+    _check_router("topk_router", logits, score_function, pre_softmax, expert_bias)
+    k, num_groups, group_topk = _check_choice(logits, k, num_groups, group_topk)
     if scaling_factor is not None:
         scaling_factor = _check.real("topk_router", "scaling_factor", scaling_factor)
     return _topk_router(logits, expert_bias, k, score_function, bool(pre_softmax), num_groups, group_topk, scaling_factor)
@@ -281,26 +312,41 @@ def _topk_router_backward_reference(
     pre_softmax: bool,
     scaling_factor: float | None,
 ) -> Tensor:
-    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``."""
+    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``.
+
+    An index that names no expert takes no part, as in :func:`router_weights`.
+    """
+    num_experts = logits.shape[1]
+    _check.in_range("topk_router_backward", "indices", indices, num_experts, "the number of experts")
+    absent = (indices < 0) | (indices >= num_experts)
+    index = indices.long().masked_fill(absent, 0)
     values = logits.to(_wide(logits))
-    g = grad.to(values.dtype)
+    g = grad.to(values.dtype).masked_fill(absent, 0.0)
     if scaling_factor is not None:
         g = g * scaling_factor
-    if score_function == "softmax" and pre_softmax:
-        probs = values.softmax(1)
-        g = torch.zeros_like(values).scatter(1, indices, g)
-        return (probs * (g - (g * probs).sum(1, keepdim=True))).to(logits.dtype)
-    chosen = values.gather(1, indices)
-    if score_function == "softmax":
-        probs = chosen.softmax(1)
-        g = probs * (g - (g * probs).sum(1, keepdim=True))
-    else:
-        scores = chosen.sigmoid()
+    own = own_score(score_function)
+    chosen = values.gather(1, index)
+    if own is not None:
+        scores = own.value(chosen).masked_fill(absent, 0.0)
         if indices.shape[1] > 1:
-            total = scores.sum(1, keepdim=True) + _NORMALISER_EPS
+            total = scores.sum(1, keepdim=True) + NORMALISER_EPS
             g = (g - (g * scores).sum(1, keepdim=True) / total) / total
-        g = g * scores * (-chosen).sigmoid()
-    return torch.zeros_like(values).scatter(1, indices, g).to(logits.dtype)
+        g = (g * own.slope(chosen, scores)).masked_fill(absent, 0.0)
+    elif pre_softmax:
+        probs = values.softmax(1)
+        g = _spread(g, indices, absent, num_experts)
+        return (probs * (g - (g * probs).sum(1, keepdim=True))).to(logits.dtype)
+    else:
+        probs = chosen.masked_fill(absent, torch.finfo(values.dtype).min).softmax(1).masked_fill(absent, 0.0)
+        g = probs * (g - (g * probs).sum(1, keepdim=True))
+    return _spread(g, indices, absent, num_experts).to(logits.dtype)
+
+
+def _spread(values: Tensor, indices: Tensor, absent: Tensor, num_experts: int) -> Tensor:
+    """``values [T, K]`` at their experts in zeros ``[T, E]``; a spare last column takes those of no expert."""
+    place = indices.long().masked_fill(absent, num_experts)
+    spread = values.new_zeros(values.shape[0], num_experts + 1).scatter(1, place, values)
+    return spread[:, :num_experts].contiguous()
 
 
 def _topk_router_backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -358,54 +404,44 @@ def _check_matrix(op: str, name: str, value: Tensor) -> None:
     _check.floating(op, name, value)
 
 
-def _check_router(op: str, logits: Tensor, score_function: str, expert_bias: Tensor | None) -> None:
-    _check_matrix(op, "logits", logits)
+def _check_scoring(op: str, score_function: str, pre_softmax: bool) -> None:
     _check.one_of(op, "score_function", score_function, SCORE_FUNCTIONS)
+    if pre_softmax and score_function != "softmax":
+        raise _check.unused(op, "pre_softmax", pre_softmax, f"on score_function={score_function!r}")
+
+
+def _check_router(op: str, logits: Tensor, score_function: str, pre_softmax: bool, expert_bias: Tensor | None) -> None:
+    _check_matrix(op, "logits", logits)
+    _check_scoring(op, score_function, pre_softmax)
     if expert_bias is not None:
         _check.floating(op, "expert_bias", expert_bias)
         _check.shape(op, "expert_bias", expert_bias, logits.shape[1:], "[E]")
         _check.same_device(op, logits=logits, expert_bias=expert_bias)
 
 
-def _check_selection(
-    logits: Tensor,
-    k: int,
-    score_function: str,
-    num_groups: int | None,
-    group_topk: int | None,
-    expert_bias: Tensor | None,
-) -> None:
-    op = "topk_router"
-    _check_router(op, logits, score_function, expert_bias)
-    if not group_topk:
-        _check.topk(op, k, logits.shape[1])
-    elif num_groups is None:
-        raise _check.fail(op, "num_groups", f"given with group_topk={group_topk}", None)
-    else:
-        _check_groups(op, k, logits.shape[1], num_groups, group_topk)
+def _check_choice(
+    logits: Tensor, k: int, num_groups: int | None, group_topk: int | None
+) -> tuple[int, int | None, int | None]:
+    """``k``, ``num_groups`` and ``group_topk`` as Python's integers; the latter two None without groups."""
+    op, num_experts = "topk_router", logits.shape[1]
+    if group_topk:
+        if num_groups is None:
+            raise _check.fail(op, "num_groups", f"given with group_topk={group_topk}", None)
+        return _check_groups(op, k, num_experts, num_groups, group_topk)
+    if num_groups is not None:
+        raise _check.unused(op, "num_groups", num_groups, "without group_topk")
+    return _check.topk(op, k, num_experts), None, None
 
 
-def _check_groups(op: str, k: int, num_experts: int, num_groups: int, group_topk: int) -> None:
-    _check.positive(op, "num_groups", num_groups)
-    _check.positive(op, "group_topk", group_topk)
+def _check_groups(op: str, k: int, num_experts: int, num_groups: int, group_topk: int) -> tuple[int, int, int]:
+    num_groups = _check.positive(op, "num_groups", num_groups)
+    group_topk = _check.positive(op, "group_topk", group_topk)
     if num_experts % num_groups:
         raise _check.fail(op, "num_groups", f"a divisor of the number of experts ({num_experts})", num_groups)
     if group_topk > num_groups:
         raise _check.fail(op, "group_topk", f"at most the number of groups ({num_groups})", group_topk)
     available = group_topk * (num_experts // num_groups)
-    _check.positive(op, "k", k)
+    k = _check.positive(op, "k", k)
     if k > available:
         raise _check.fail(op, "k", f"at most the {available} experts of the {group_topk} chosen groups", k)
-
-
-def _may_look_at(values: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and _backend.checks_values(values)
-
-
-def _check_range(indices: Tensor, num_experts: int) -> None:
-    if indices.numel() == 0:
-        return
-    low, high = (int(value) for value in indices.aminmax())
-    if low < -1 or high >= num_experts:
-        wanted = f"-1 (none) or below the number of experts ({num_experts})"
-        raise _check.fail("router_weights", "indices", wanted, f"index {low if low < -1 else high}")
+    return k, num_groups, group_topk

@@ -7,21 +7,32 @@ first. No two keys are equal, so ties go to the lowest expert; the largest of E 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from moekit.kernels.numba._activations import exp, sigmoid
 from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, write_i64, zero
 from moekit.kernels.numba._elements import SIZES, load, store
-from moekit.kernels.numba._jit import inline, kernel
+from moekit.kernels.numba._jit import INLINE, inline, kernel
 
-SOFTMAX, PRE_SOFTMAX, SIGMOID = range(3)
+SOFTMAX, PRE_SOFTMAX, SIGMOID, ROOT_SOFTPLUS = range(4)
+# Scores of a logit alone, divided by the sum of the chosen ones.
+_OWN = (SIGMOID, ROOT_SOFTPLUS)
 # Keeps a token whose scores are all zero from dividing by zero.
 _NORMALISER_EPS = np.float32(1e-20)
 
 _F = np.float32
-_ONE, _ZERO = _F(1.0), _F(0.0)
+_ONE, _HALF, _TWO, _ZERO = _F(1.0), _F(0.5), _F(2.0), _F(0.0)
+_LOWEST = np.finfo(_F).min
+# Below this softplus(x) is exp(x), and its square root is taken as exp(x / 2), which underflows much later.
+_FAR = _F(-40.0)
+# log(1 + t) = 2 * artanh(z), z = t / (2 + t): its series up to z**15, for t up to 1 good to 2e-9.
+_L1, _L3, _L5, _L7, _L9, _L11, _L13, _L15 = (_F(2 / n) for n in range(1, 16, 2))
 _TAKEN = np.int64(-(2**63))  # below every key
 _LOW = np.int64(0xFFFFFFFF)
 
@@ -53,6 +64,73 @@ def take_best(keys, begin, end):
 def decay(x):
     """``exp(x)`` for x up to 0, down to exactly 0."""
     return exp(x) if x >= _F(-88.0) else (_ZERO if x < _F(-88.0) else x)
+
+
+@inline
+def _log_of_one_plus(t):
+    """``log(1 + t)`` for t in [0, 1]."""
+    z = t / (_TWO + t)
+    w = z * z
+    return z * (_L1 + w * (_L3 + w * (_L5 + w * (_L7 + w * (_L9 + w * (_L11 + w * (_L13 + w * _L15)))))))
+
+
+@inline
+def _root_softplus(x):
+    near = math.sqrt((x if x > _ZERO else _ZERO) + _log_of_one_plus(decay(-abs(x))))
+    return decay(x * _HALF) if x < _FAR else near
+
+
+@inline
+def _root_softplus_slope(x, score):
+    return score * _HALF if x < _FAR else sigmoid(x) / (_TWO * score)
+
+
+@inline
+def _sigmoid_slope(x, score):
+    return score * sigmoid(-x)
+
+
+@inline
+def _as_it_is(x):
+    return x
+
+
+@inline
+def _softmax_slope(x, score):
+    return score
+
+
+_SCORE = {SOFTMAX: _as_it_is, PRE_SOFTMAX: _as_it_is, SIGMOID: sigmoid, ROOT_SOFTPLUS: _root_softplus}
+_SLOPE = {
+    SOFTMAX: _softmax_slope,
+    PRE_SOFTMAX: _softmax_slope,
+    SIGMOID: _sigmoid_slope,
+    ROOT_SOFTPLUS: _root_softplus_slope,
+}
+
+
+def own_score(scoring: int, x: Any) -> Any:
+    """The score of a logit alone; with softmax, which needs others, the logit. For kernels only."""
+    raise NotImplementedError
+
+
+def score_slope(scoring: int, x: Any, score: Any) -> Any:
+    """What a gradient of the score has to be multiplied by, after the normalisation. For kernels only."""
+    raise NotImplementedError
+
+
+@overload(own_score, prefer_literal=True, jit_options=INLINE)
+def _own_score(scoring, x):
+    if isinstance(scoring, types.IntegerLiteral):
+        function = _SCORE[scoring.literal_value]
+        return lambda scoring, x: function(x)
+
+
+@overload(score_slope, prefer_literal=True, jit_options=INLINE)
+def _score_slope(scoring, x, score):
+    if isinstance(scoring, types.IntegerLiteral):
+        function = _SLOPE[scoring.literal_value]
+        return lambda scoring, x, score: function(x, score)
 
 
 @inline
@@ -90,8 +168,8 @@ def keep_groups(keys, scores, experts, groups, group_topk, best, group_keys):
 @functools.cache
 def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> Callable:
     """Weights ``[T, K]`` and experts ``[T, K]``."""
-    size = SIZES[element]
-    # Softmax and sigmoid keep the order of the logits, and add ties where they saturate.
+    size, own = SIZES[element], scoring in _OWN
+    # Every score keeps the order of the logits, and adds ties where it saturates.
     by_logits = scoring == SOFTMAX or not (has_bias or grouped)
 
     @kernel(element, scoring, has_bias, grouped)
@@ -109,9 +187,9 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
                 scores[expert] = values[expert]
             if scoring == PRE_SOFTMAX:
                 soften(values, experts)
-            if scoring == SIGMOID and not by_logits:
+            if own and not by_logits:
                 for expert in range(experts):
-                    values[expert] = sigmoid(values[expert])
+                    values[expert] = own_score(scoring, values[expert])
             for expert in range(experts):
                 score = scores[expert] if by_logits else values[expert]
                 if has_bias:
@@ -126,13 +204,13 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
                 expert = take_best(keys, 0, experts)
                 write_i64(indices, token * slots + slot, expert)
                 value = values[expert]
-                if scoring == SIGMOID and by_logits:
-                    value = sigmoid(value)
+                if own and by_logits:
+                    value = own_score(scoring, value)
                 chosen[slot] = value
                 total += value
             if scoring == SOFTMAX:
                 soften(chosen, slots)
-            normaliser = total + _NORMALISER_EPS if scoring == SIGMOID and slots > 1 else _ONE
+            normaliser = total + _NORMALISER_EPS if own and slots > 1 else _ONE
             for slot in range(slots):
                 store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale)
 
@@ -141,13 +219,17 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
 
 @functools.cache
 def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Callable:
-    """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]``."""
-    size = SIZES[element]
+    """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]``; -1 is no expert.
+
+    ``wrong`` becomes 1 if an index is neither -1 nor an expert; it is not followed.
+    """
+    size, own = SIZES[element], scoring in _OWN
 
     @kernel(element, grad_element, scoring)
     def route_backward(
-        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int, scale: float, out: int
-    ):
+        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int, scale: float, out: int,
+        wrong: int,
+    ):  # fmt: skip
         values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
         for token in range(start, stop):
             row, out_row = logits + token * experts * size, out + token * experts * size
@@ -157,15 +239,19 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
             if scoring == PRE_SOFTMAX:
                 soften(values, experts)
             for slot in range(slots):
-                chosen[slot] = values[read_i64(picks, slot)]
+                expert = read_i64(picks, slot)
+                inside = 0 <= expert < experts
+                if not inside and expert != -1:
+                    write_i64(wrong, 0, 1)
+                chosen[slot] = own_score(scoring, values[expert]) if inside else _LOWEST
             if scoring == SOFTMAX:
                 soften(chosen, slots)
             total, dot = _ZERO, _ZERO
             for slot in range(slots):
-                if scoring == SIGMOID:
-                    chosen[slot] = sigmoid(chosen[slot])
-                total += chosen[slot]
-                dot += load(grad_element, grad, grad_row + slot) * scale * chosen[slot]
+                expert = read_i64(picks, slot)
+                if 0 <= expert < experts:
+                    total += chosen[slot]
+                    dot += load(grad_element, grad, grad_row + slot) * scale * chosen[slot]
             total += _NORMALISER_EPS
             if scoring == PRE_SOFTMAX:
                 for expert in range(experts):
@@ -173,12 +259,13 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
             else:
                 zero(out_row, experts * size)
             for slot in range(slots):
-                g, p, expert = load(grad_element, grad, grad_row + slot) * scale, chosen[slot], read_i64(picks, slot)
-                if scoring == SIGMOID:
-                    if slots > 1:
+                expert = read_i64(picks, slot)
+                if 0 <= expert < experts:
+                    g = load(grad_element, grad, grad_row + slot) * scale
+                    if not own:
+                        g -= dot
+                    elif slots > 1:
                         g = (g - dot / total) / total
-                    store(element, out_row, expert, g * p * sigmoid(-values[expert]))
-                else:
-                    store(element, out_row, expert, p * (g - dot))
+                    store(element, out_row, expert, g * score_slope(scoring, values[expert], chosen[slot]))
 
     return route_backward

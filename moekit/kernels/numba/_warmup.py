@@ -52,7 +52,12 @@ def _usual() -> Iterator[Callable[[], Any]]:
             yield lambda element=element, wide=wide: _row_kernels.unpermute_backward_kernel(
                 element, element, wide, True, True
             )
-        for scoring in (_router_kernels.SOFTMAX, _router_kernels.PRE_SOFTMAX, _router_kernels.SIGMOID):
+        for scoring in (
+            _router_kernels.SOFTMAX,
+            _router_kernels.PRE_SOFTMAX,
+            _router_kernels.SIGMOID,
+            _router_kernels.ROOT_SOFTPLUS,
+        ):
             yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(element, element, scoring)
             for has_bias, grouped in itertools.product((False, True), repeat=2):
                 yield lambda args=(element, scoring, has_bias, grouped): _router_kernels.router_kernel(*args)

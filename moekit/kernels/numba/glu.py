@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.numba import _activations, _glu_kernels
 from moekit.kernels.numba._elements import E4M3, KINDS, NONE, SIZES
 from moekit.kernels.numba._launch import address, dense, streams
@@ -17,7 +18,13 @@ _LAYOUTS = {
     "interleaved": _glu_kernels.INTERLEAVED,
     "ungated": _glu_kernels.UNGATED,
 }
-_ACTIVATIONS = {"gelu": _activations.GELU, "relu": _activations.RELU, "relu2": _activations.RELU2}
+# "sigmoid" with a cubic term has kernels of its own.
+_ACTIVATIONS = {
+    "sigmoid": _activations.SIGMOID,
+    "gelu": _activations.GELU,
+    "relu": _activations.RELU,
+    "relu2": _activations.RELU2,
+}
 # Rows at a time between the two passes of glu_fp8: what the first has read is then still in the second-level cache.
 _CACHED_BYTES = 1 << 19
 
@@ -33,14 +40,15 @@ class _Spec(NamedTuple):
 
 
 def _spec(act: str, c1: float, c3: float, offset: float, clamp: float | None, clamp_after_bias: bool, layout: str) -> _Spec:
-    kind = _ACTIVATIONS.get(act)
-    if kind is None:
-        kind = _activations.CUBIC if c3 else _activations.SIGMOID
+    kind = _check.known("the numba kernels", "activation", act, _ACTIVATIONS)
+    if kind == _activations.SIGMOID and c3:
+        kind = _activations.CUBIC
     order = _glu_kernels.NO_CLAMP
     if clamp is not None:
         order = _glu_kernels.CLAMP_AFTER_BIAS if clamp_after_bias else _glu_kernels.CLAMP_BEFORE_BIAS
     halves = 1 if layout == "ungated" else 2
-    return _Spec(kind, order, _LAYOUTS[layout], halves, (c1, c3, offset, clamp or 0.0))
+    where = _check.known("the numba kernels", "layout", layout, _LAYOUTS)
+    return _Spec(kind, order, where, halves, (c1, c3, offset, clamp or 0.0))
 
 
 def _leaves(offsets: Tensor | None, *tensors: Tensor | None) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.numba import _router_kernels as kernels
 from moekit.kernels.numba._elements import E4M3, KINDS
 from moekit.kernels.numba._launch import address, dense
@@ -16,10 +18,12 @@ from moekit.kernels.numba._threads import run
 _EFFORT = 8
 
 
+SCORINGS = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID, "sqrtsoftplus": kernels.ROOT_SOFTPLUS}
+
+
 def _scoring(score_function: str, pre_softmax: bool) -> int:
-    if score_function == "sigmoid":
-        return kernels.SIGMOID
-    return kernels.PRE_SOFTMAX if pre_softmax else kernels.SOFTMAX
+    scoring = _check.known("the numba kernels", "score", score_function, SCORINGS)
+    return kernels.PRE_SOFTMAX if pre_softmax and scoring == kernels.SOFTMAX else scoring
 
 
 def topk_router(
@@ -57,17 +61,17 @@ def topk_router_backward(
     pre_softmax: bool,
     scaling_factor: float | None,
 ) -> Any:
-    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``."""
+    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``; an index out of range is the reference's."""
     element, grad_element = KINDS.get(logits.dtype, E4M3), KINDS.get(grad.dtype, E4M3)
     if E4M3 in (element, grad_element):
         return NotImplemented
     grad, logits, indices = dense(grad), dense(logits), dense(indices, torch.int64)
     (tokens, experts), slots = logits.shape, indices.shape[1]
-    out = torch.empty(logits.shape, dtype=logits.dtype)
+    out, wrong = torch.empty(logits.shape, dtype=logits.dtype), ctypes.c_int64()
     run(
         kernels.router_backward_kernel(element, grad_element, _scoring(score_function, pre_softmax)),
         tokens, logits.nbytes * _EFFORT,
         grad.data_ptr(), logits.data_ptr(), indices.data_ptr(), experts, slots,
-        1.0 if scaling_factor is None else scaling_factor, out.data_ptr(),
+        1.0 if scaling_factor is None else scaling_factor, out.data_ptr(), ctypes.addressof(wrong),
     )  # fmt: skip
-    return out
+    return NotImplemented if wrong.value else out

@@ -1,9 +1,14 @@
-"""The activations and the float8 code, on tiles in float32."""
+"""The activations, the router's scores and the float8 code, on tiles in float32."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# What the kernels below have; a launcher looks its argument up before it compiles anything.
+ACTIVATIONS = {"sigmoid": "sigmoid", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
+# Scores of a logit alone; the softmaxes, which look at other experts, are in ``topk``.
+OWN_SCORES = {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrtsoftplus"}
 
 
 @triton.jit
@@ -47,10 +52,13 @@ def activate(x, c1, c3, ACT: tl.constexpr):
         value = x / (1.0 + tl.exp(-x * steepness))
     elif ACT == "gelu":
         value = x * _normal_cdf(x)
-    else:
+    elif ACT == "relu":
         value = tl.where(x < 0, 0.0, x)
-        if ACT == "relu2":
-            value = value * value
+    elif ACT == "relu2":
+        value = tl.where(x < 0, 0.0, x)
+        value = value * value
+    else:
+        tl.static_assert(False, "no activation of this name")
     return value
 
 
@@ -70,13 +78,57 @@ def activate_with_slope(x, c1, c3, ACT: tl.constexpr):
         cdf = _normal_cdf(x)
         value = x * cdf
         slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    else:
+    elif ACT == "relu":
         value = tl.where(x < 0, 0.0, x)
         slope = tl.where(x > 0, 1.0, 0.0)
-        if ACT == "relu2":
-            slope = 2.0 * value
-            value = value * value
+    elif ACT == "relu2":
+        value = tl.where(x < 0, 0.0, x)
+        slope = 2.0 * value
+        value = value * value
+    else:
+        tl.static_assert(False, "no activation of this name")
     return value, slope
+
+
+@triton.jit
+def _log_of_one_plus(t):
+    """``log(1 + t)`` for t in [0, 1]: ``2 * artanh(z)``, ``z = t / (2 + t)``, by its series up to z**15, good to 2e-9."""
+    z = t / (2.0 + t)
+    w = z * z
+    series = 2.0 / 13 + w * (2.0 / 15)
+    series = 2.0 / 11 + w * series
+    series = 2.0 / 9 + w * series
+    series = 2.0 / 7 + w * series
+    series = 2.0 / 5 + w * series
+    series = 2.0 / 3 + w * series
+    return z * (2.0 + w * series)
+
+
+@triton.jit
+def own_score(x, SCORE: tl.constexpr):
+    """The score of a logit alone."""
+    if SCORE == "sigmoid":
+        score, _ = sigmoids(x)
+    elif SCORE == "sqrtsoftplus":
+        near = tl.sqrt(tl.where(x > 0, x, 0.0) + _log_of_one_plus(tl.exp(-tl.abs(x))))
+        # Below this softplus(x) is exp(x), whose root underflows much later than itself.
+        score = tl.where(x < -40.0, tl.exp(0.5 * x), near)
+    else:
+        tl.static_assert(False, "no score of this name")
+    return score
+
+
+@triton.jit
+def own_score_slope(x, score, SCORE: tl.constexpr):
+    """The derivative of :func:`own_score`."""
+    opening, closing = sigmoids(x)
+    if SCORE == "sigmoid":
+        slope = score * closing
+    elif SCORE == "sqrtsoftplus":
+        slope = tl.where(x < -40.0, 0.5 * score, opening / (2.0 * score))
+    else:
+        tl.static_assert(False, "no score of this name")
+    return slope
 
 
 @triton.jit

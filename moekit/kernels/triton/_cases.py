@@ -122,7 +122,12 @@ def _all_tables() -> Iterator[Case]:
 
 def _all_routers() -> Iterator[Case]:
     shapes = ((_T, _E, _K, None, None), (_T, 8, 2, None, None), (4096, 256, 8, 8, 4), (4096, 512, 10, None, None))
-    scores = {"softmax": ("softmax", False), "pre-softmax": ("softmax", True), "sigmoid": ("sigmoid", False)}
+    scores = {
+        "softmax": ("softmax", False),
+        "pre-softmax": ("softmax", True),
+        "sigmoid": ("sigmoid", False),
+        "sqrtsoftplus": ("sqrtsoftplus", False),
+    }
     for (tokens, experts, k, *groups), (label, score), name, biased in itertools.product(
         shapes, scores.items(), ("fp32", "bf16"), (False, True)
     ):

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.triton import _launch
-from moekit.kernels.triton._activation import activate, e4m3_scale, encode_e4m3
+from moekit.kernels.triton._activation import ACTIVATIONS, activate, e4m3_scale, encode_e4m3
 from moekit.kernels.triton._halves import (
     bias_rows,
     block_and_part,
@@ -88,8 +89,17 @@ def _storable(x, inverse):
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
+_LAYOUTS = {"concatenated": "concatenated", "interleaved": "interleaved", "ungated": "ungated"}
+
+
 def describe(
-    y: Tensor, bias: Tensor | None, offsets: Tensor | None, clamp: float | None, clamp_after_bias: bool, layout: str
+    y: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    act: str,
+    clamp: float | None,
+    clamp_after_bias: bool,
+    layout: str,
 ) -> dict[str, Any]:
     """The constants of the kernels that follow from the operator's arguments."""
     where = "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias"
@@ -97,7 +107,8 @@ def describe(
     width = y.shape[1] if layout == "ungated" else y.shape[1] // 2
     strides = (y.stride(0), 0 if bias is None else row_stride(bias))
     return {
-        "LAYOUT": layout,
+        "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
+        "LAYOUT": _check.known("the triton kernels", "layout", layout, _LAYOUTS),
         "CLAMP": where,
         "BIAS": kind,
         "MULTIPLE": _launch.multiple(width, *strides),
@@ -183,7 +194,7 @@ def _run(
         out, stored if stored is None else _launch.float8(stored), scales,
         num_rows, width, 0 if offsets is None else offsets.shape[0], parts, y.stride(0), row_stride(bias),
         c1, c3 or None, linear_offset, 0.0 if clamp is None else clamp,
-        ACT=act, STEPS=steps, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
-        **describe(y, bias, offsets, clamp, clamp_after_bias, layout),
+        STEPS=steps, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
+        **describe(y, bias, offsets, act, clamp, clamp_after_bias, layout),
     )  # fmt: skip
     return out

@@ -219,8 +219,8 @@ def glu_backward(
         "activation": torch.empty(grad.shape, dtype=dtype, device=y.device) if wanted[3] else None,
     }
     grad, y, bias = _launch.rows_of(grad), _launch.rows_of(y), tidy_bias(bias)
-    constants = describe(y, bias, offsets, clamp, clamp_after_bias, layout)
-    constants |= {"ACT": act, "MULTIPLE": _launch.multiple(constants["MULTIPLE"], grad.stride(0))}
+    constants = describe(y, bias, offsets, act, clamp, clamp_after_bias, layout)
+    constants["MULTIPLE"] = _launch.multiple(constants["MULTIPLE"], grad.stride(0))
     tensors = (
         grad,
         y if scale is None else _launch.float8(y),

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.triton import _launch
-from moekit.kernels.triton._activation import sigmoids
+from moekit.kernels.triton._activation import OWN_SCORES, own_score, own_score_slope
 
 _ENTRIES = 512  # scores that a program holds
 _NAN = tl.constexpr(-(2**31) + 1)
@@ -81,8 +82,7 @@ def _weigh(chosen, mask, top, total, SCORE: tl.constexpr, NORMALISE: tl.constexp
         weights = tl.where(mask, tl.exp(shifted), 0.0)
         weights = weights / tl.sum(weights, axis=1)[:, None]
     else:
-        weights, _ = sigmoids(chosen)
-        weights = tl.where(mask, weights, 0.0)
+        weights = tl.where(mask, own_score(chosen, SCORE), 0.0)
         if NORMALISE:
             weights = weights / (tl.sum(weights, axis=1)[:, None] + _NORMALISER_EPS)
     return weights
@@ -105,10 +105,10 @@ def _topk_kernel(
     top, total = _row_softmax(x, mask)
     score = x
     if BIASED or GROUPED:  # else the logits themselves have the order
-        if SCORE == "sigmoid":
-            score, _ = sigmoids(x)
-        elif SCORE == "pre_softmax":
+        if SCORE == "pre_softmax":
             score = tl.exp(x - top[:, None, None]) / total[:, None, None]
+        elif SCORE != "softmax":
+            score = own_score(x, SCORE)
         if BIASED:
             score += tl.load(expert_bias + expert, mask=(member < size) & (expert < num_experts), other=0).to(tl.float32)
     keys = tl.where(mask, _ordered(score), _OUT)
@@ -136,24 +136,28 @@ def _topk_backward_kernel(
     grad, logits, indices, dlogits, num_tokens, num_experts, stride, scaling,
     K: tl.constexpr, SCORE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the gradients of TILE tokens' logits, zero for the experts that were not chosen."""
+    """One program writes the gradients of TILE tokens' logits, zero for the experts that were not chosen.
+
+    An index out of range names no expert and takes no part.
+    """
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     expert, slot = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask_k = (token < num_tokens)[:, None] & (slot < K)
     mask_e = (token < num_tokens)[:, None] & (expert < num_experts)
     rows = logits + token.to(tl.int64)[:, None] * stride
     place = token.to(tl.int64)[:, None] * K + slot
-    index = tl.load(indices + place, mask=mask_k, other=0).to(tl.int32)
+    index = tl.load(indices + place, mask=mask_k, other=-1)
+    mask_k &= (index >= 0) & (index < num_experts)
+    index = index.to(tl.int32)
     g = tl.load(grad + place, mask=mask_k, other=0).to(tl.float32) * scaling
     chosen = tl.load(rows + index, mask=mask_k, other=0).to(tl.float32)
     dense = tl.zeros([TILE, BLOCK_E], tl.float32)
-    if SCORE == "sigmoid":
-        opening, closing = sigmoids(chosen)
-        opening = tl.where(mask_k, opening, 0.0)
+    if SCORE != "softmax" and SCORE != "pre_softmax":
+        score = tl.where(mask_k, own_score(chosen, SCORE), 0.0)
         if K > 1:
-            whole = tl.sum(opening, axis=1)[:, None] + _NORMALISER_EPS
-            g = (g - tl.sum(g * opening, axis=1)[:, None] / whole) / whole
-        g = g * opening * closing
+            whole = tl.sum(score, axis=1)[:, None] + _NORMALISER_EPS
+            g = (g - tl.sum(g * score, axis=1)[:, None] / whole) / whole
+        g = g * own_score_slope(chosen, score, SCORE)
     else:
         x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
         top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
@@ -169,7 +173,9 @@ def _topk_backward_kernel(
 
 
 def _score(score_function: str, pre_softmax: bool) -> str:
-    return "pre_softmax" if score_function == "softmax" and pre_softmax else score_function
+    if score_function == "softmax":
+        return "pre_softmax" if pre_softmax else "softmax"
+    return _check.known("the triton kernels", "score", score_function, OWN_SCORES)
 
 
 def topk_router(
