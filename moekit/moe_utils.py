@@ -13,7 +13,6 @@ Precision: float32 inside (float64 for float64), one rounding at the store; sums
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +112,7 @@ def permute(
             the number of routed pairs.
     """
     _check.tensor_dim("permute", "tokens", tokens, 2)
-    _check.tensor_dim("permute", "routing_map", routing_map, 2)
+    _check.routing_map("permute", "routing_map", routing_map)
     num_tokens, num_experts = routing_map.shape
     if tokens.shape[0] != num_tokens:
         raise _check.fail(
@@ -123,9 +122,7 @@ def permute(
         _check.shape("permute", "probs", probs, routing_map.shape, "[tokens, experts]")
     _check.same_device("permute", tokens=tokens, routing_map=routing_map, probs=probs)
     if num_out_tokens is not None:
-        if not isinstance(num_out_tokens, (int, torch.SymInt)):  # index() would fix a symbolic size
-            num_out_tokens = operator.index(num_out_tokens)
-        _check.positive("permute", "num_out_tokens", num_out_tokens, at_least=0)
+        num_out_tokens = _check.positive("permute", "num_out_tokens", num_out_tokens, at_least=0)
     if drop_and_pad and num_out_tokens is not None:
         capacity = num_out_tokens // max(num_experts, 1)
         sorted_indices = tables.route_capacity(routing_map, capacity)
@@ -189,7 +186,7 @@ def _row_probs(
     if routing_map is None:
         raise _check.fail("unpermute", "routing_map", "given together with probs", None)
     _check.floating("unpermute", "probs", probs)
-    _check.tensor_dim("unpermute", "routing_map", routing_map, 2)
+    _check.routing_map("unpermute", "routing_map", routing_map)
     num_experts = routing_map.shape[1]
     _check.shape("unpermute", "routing_map", routing_map, (num_tokens, num_experts), "[tokens, experts]")
     _check.shape("unpermute", "probs", probs, routing_map.shape, "[tokens, experts]")
@@ -290,7 +287,8 @@ def weighted_bias_geglu_impl(input: Tensor, weights: Tensor, fp8_input_store: bo
 
 def quick_gelu(y: Tensor, alpha: float = 1.702) -> Tensor:
     """``y * sigmoid(alpha * y)``, any shape, in y's dtype."""
-    return apply_glu("quick_gelu", y, None, None, None, make_glu("quick_gelu", alpha=alpha, layout="ungated"))
+    op = "quick_gelu"
+    return apply_glu(op, y, None, None, None, make_glu(op, alpha=alpha, layout="ungated", op=op))
 
 
 def quick_geglu(y: Tensor, linear_offset: float | Tensor = 0.0) -> Tensor:
@@ -407,7 +405,7 @@ def _quick(
         up = linear_offset.to(y.device, dtype, non_blocking=True).reshape(1).expand(half)
         offset_bias = torch.cat((up.new_zeros(half), up))
         bias, linear_offset = offset_bias if bias is None else bias + offset_bias, 0.0
-    return make_glu("quick_gelu", alpha=alpha, linear_offset=linear_offset, clamp=clamp), bias
+    return make_glu("quick_gelu", alpha=alpha, linear_offset=linear_offset, clamp=clamp, op=op), bias
 
 
 def _bias_rows(op: str, y: Tensor, bias: Any) -> Tensor:

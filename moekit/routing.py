@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekit import _check
 from moekit.ops import tables
+
+# The default of the tables, only so that a call without them can say how they are made.
+_MADE: Any = None
+HOW_TO_BUILD = "Routing.from_topk(indices, weights, num_experts=E) or Routing.from_map(routing_map, probs)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +34,28 @@ class Routing:
         offsets: ``[E]`` int32, cumulative row ends, as ``torch.nn.functional.grouped_mm`` wants them.
         order: ``[R]`` int32, the slot ``t * K + k`` of each row, -1 for none.
         inverse: ``[T, K]`` int32, the row of each slot, -1 for none.
+
+    Made by :meth:`from_topk` or :meth:`from_map`, which see to it that the tables belong together.
     """
 
     indices: Tensor
-    weights: Tensor | None
-    tokens_per_expert: Tensor
-    offsets: Tensor
-    order: Tensor
-    inverse: Tensor
+    weights: Tensor | None = None
+    tokens_per_expert: Tensor = _MADE
+    offsets: Tensor = _MADE
+    order: Tensor = _MADE
+    inverse: Tensor = _MADE
+
+    def __post_init__(self) -> None:
+        indices, counts, offsets = self.indices, self.tokens_per_expert, self.offsets
+        made = (indices, counts, offsets, self.order, self.inverse)
+        if not all(isinstance(table, Tensor) for table in made):
+            kinds = ", ".join(type(table).__name__ for table in made)
+            raise _check.wrong_type("Routing", "it", f"made by {HOW_TO_BUILD}", f"indices and tables of the types {kinds}")
+        int32 = offsets.dtype is self.order.dtype is self.inverse.dtype is torch.int32
+        if not (int32 and self.inverse.shape == indices.shape and counts.shape == offsets.shape and self.order.dim() == 1):
+            found = ", ".join(f"{table.dtype} {list(table.shape)}" for table in made)
+            wanted = f"of the dtypes and shapes that {HOW_TO_BUILD} gives them"
+            raise _check.fail("Routing", "indices and tables", wanted, found)
 
     @staticmethod
     def from_topk(indices: Tensor, weights: Tensor | None = None, *, num_experts: int) -> Routing:
@@ -48,19 +67,21 @@ class Routing:
             num_experts: E.
 
         Raises:
-            ValueError: K > E, a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)``.
+            ValueError: K > E, a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)`` or what can
+            only be a map.
             TypeError: indices that are not integers, weights that are not floating.
         """
         op = "Routing.from_topk"
         _check.tensor_dim(op, "indices", indices, 2)
-        _check.integer(op, "indices", indices)
-        _check.positive(op, "num_experts", num_experts)
+        _check.integer(op, "indices", indices, _mistaken_for)
+        num_experts = _check.positive(op, "num_experts", num_experts)
         if indices.shape[1] > num_experts:
             raise _check.fail(op, "indices", f"at most num_experts ({num_experts}) a token", indices.shape[1])
         if weights is not None:
             _check.floating(op, "weights", weights)
             _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
         _check.same_device(op, indices=indices, weights=weights)
+        _check.not_a_map(op, "indices", indices, num_experts)
         return Routing(indices, weights, *tables.route_indices(indices, num_experts))
 
     @staticmethod
@@ -73,17 +94,18 @@ class Routing:
             topk: K, the most experts a token has. None finds it, at the cost of a device-to-host sync on a GPU.
 
         Raises:
-            ValueError: shapes or devices that do not fit, or (on a CPU) a token with more than ``topk`` experts.
+            ValueError: shapes or devices that do not fit, or (on a CPU) a token with more than ``topk`` experts or what can
+            only be indices.
         """
         op = "Routing.from_map"
-        _check.tensor_dim(op, "routing_map", routing_map, 2)
+        _check.routing_map(op, "routing_map", routing_map)
         if probs is not None:
             _check.floating(op, "probs", probs)
             _check.shape(op, "probs", probs, routing_map.shape, "[tokens, experts]")
         _check.same_device(op, routing_map=routing_map, probs=probs)
         num_tokens, num_experts = routing_map.shape
         if topk is not None:
-            _check.topk(op, topk, num_experts)
+            topk = _check.topk(op, topk, num_experts)
         indices = tables.map_to_indices(routing_map, topk)
         weights = None
         if probs is not None:
@@ -110,7 +132,7 @@ class Routing:
         Raises:
             ValueError: a multiple below 1.
         """
-        _check.positive("Routing.pad_to_multiple", "multiple", multiple)
+        multiple = _check.positive("Routing.pad_to_multiple", "multiple", multiple)
         offsets, order, inverse = tables.pad_rows(self.offsets, self.order, self.inverse, multiple)
         return dataclasses.replace(self, offsets=offsets, order=order, inverse=inverse)
 
@@ -148,3 +170,15 @@ class Routing:
         """``row_token [R]``, ``token_offsets [T + 1]``, ``token_rows [T * K]``: what the row movers work from."""
         found = tables.row_tables(self.order, self.num_tokens, self.topk)
         return *found, self.inverse.reshape(-1)
+
+
+def require(op: str, routing: object) -> None:
+    """``routing`` is a :class:`Routing`."""
+    if not isinstance(routing, Routing):
+        raise _check.wrong_type(op, "routing", f"a moekit.Routing ({HOW_TO_BUILD})", type(routing).__name__)
+
+
+def _mistaken_for(indices: Tensor) -> str:
+    if indices.dtype is torch.bool:
+        return " (a map? use Routing.from_map)"
+    return " (weights? the indices come first)" if indices.is_floating_point() else ""

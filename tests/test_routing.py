@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,6 +268,136 @@ def test_item19_mixed_devices():
         Routing.from_topk(indices, weights.to("meta"), num_experts=3)
     with pytest.raises(ValueError, match=r"probs must be on the device of routing_map \(meta\), got cpu"):
         Routing.from_map(weights.to("meta"), weights)
+
+
+# --- one thing taken for another -------------------------------------------------------------------------------------
+
+HOW_TO_BUILD = r"Routing\.from_topk\(indices, weights, num_experts=E\) or Routing\.from_map\(routing_map, probs\)"
+
+
+def chosen(tokens: int, experts: int, topk: int) -> torch.Tensor:
+    """A router's indices."""
+    return draw(3, tokens, experts).topk(topk).indices
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(4, 8, 2), (6, 4, 2), (200, 64, 8), (16, 8, 1), (4, 5, 4)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_indices_taken_for_a_map(tokens, experts, topk, dtype):
+    indices, x = chosen(tokens, experts, topk).to(dtype), draw(4, tokens, 3)
+    weights, rows = draw(5, tokens, topk), draw(4, tokens * topk, 3)
+    order = torch.arange(tokens).repeat(topk)
+    for op, call in {
+        "Routing.from_map": lambda indices: Routing.from_map(indices, weights),
+        "permute": lambda indices: moe_utils.permute(x, indices, weights),
+        "unpermute": lambda indices: moe_utils.unpermute(rows, order, x.shape, weights, indices),
+        "apply_capacity": lambda indices: moe_utils.apply_router_token_dropping(weights, indices, topk, 1.0),
+        "pad_routing_map": lambda indices: moe_utils.pad_routing_map(indices, 2),
+    }.items():
+        message = rf"^moekit\.{op}: routing_map must be a map .* got {dtype} of shape .*indices .*Routing\.from_topk"
+        with pytest.raises(ValueError, match=message):
+            call(indices)
+        padded = indices.clone()
+        padded[0] = -1  # a token of no expert
+        if tokens > 4:
+            with pytest.raises(ValueError, match=message):
+                call(padded)
+
+
+@pytest.mark.parametrize("marks", [(1,), (256,), (1, 256), (1, 256, -1), (-1,), (3, 7)])
+@pytest.mark.parametrize("experts", [1, 2, 3, 8])
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_a_map_of_integers_is_a_map(marks, experts, density):
+    """Whatever marks a routed pair, for every share of routed pairs."""
+    generator = torch.Generator().manual_seed(0)
+    routed = torch.rand(50, experts, generator=generator) < density
+    routing_map = torch.tensor(marks)[torch.randint(len(marks), routed.shape, generator=generator)] * routed
+    for dtype in (torch.int32, torch.int64):
+        assert_routings_equal(Routing.from_map(routing_map.to(dtype)), Routing.from_map(routed))
+
+
+def test_a_map_of_many_marks_is_a_map():
+    """But for one whose tokens have every expert, or all but one, each with a mark of its own."""
+    routing_map = torch.randint(0, 5, (200, 4), generator=torch.Generator().manual_seed(0))
+    assert_routings_equal(Routing.from_map(routing_map), Routing.from_map(routing_map != 0))
+    dense = torch.arange(12).view(4, 3)
+    with pytest.raises(ValueError, match=r"if it is a map, pass `routing_map != 0`"):
+        Routing.from_map(dense)
+    assert Routing.from_map(dense != 0).tokens_per_expert.tolist() == [3, 4, 4]
+
+
+def test_a_map_taken_for_indices():
+    routed = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    with pytest.raises(TypeError, match=r"got torch.bool \(a map\? use Routing.from_map\)"):
+        Routing.from_topk(routed, num_experts=4)
+    for dtype in (torch.int32, torch.int64):
+        with pytest.raises(ValueError, match=r"indices must be .* got only 0 and 1 .*\(a map\? use Routing.from_map\)"):
+            Routing.from_topk(routed.to(dtype), num_experts=4)
+    # What a router may say is not refused: all to one expert, every expert of two.
+    for indices, experts in (
+        (torch.zeros(5, 4).long(), 4),
+        (chosen(5, 2, 2), 2),
+        (routed.long(), 5),
+        (routed.long() - 1, 4),
+    ):
+        assert Routing.from_topk(indices, num_experts=experts).num_experts == experts
+
+
+def test_weights_taken_for_indices():
+    indices, weights = chosen(5, 4, 2), draw(0, 5, 2, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"indices must be .*, got torch.float32 \(weights\? the indices come first\)"):
+        Routing.from_topk(weights, indices, num_experts=4)
+
+
+@pytest.mark.parametrize("wrong", [chosen(5, 4, 2), chosen(5, 4, 2).numpy(), (1, 2), None])
+def test_something_else_taken_for_a_routing(wrong):
+    for op, call in {"permute": moekit.permute, "unpermute": moekit.unpermute}.items():
+        message = rf"^moekit\.{op}: routing must be a moekit\.Routing \({HOW_TO_BUILD}\), got {type(wrong).__name__}$"
+        with pytest.raises(TypeError, match=message):
+            call(draw(0, 5, 3), wrong)
+
+
+def test_a_routing_made_by_hand():
+    indices, weights = chosen(5, 4, 2), draw(0, 5, 2)
+    for wrong in ((indices,), (indices, weights), (indices, weights, 4), (indices.numpy(), weights, *[indices] * 4)):
+        with pytest.raises(TypeError, match=rf"^moekit\.Routing: it must be made by {HOW_TO_BUILD}, got "):
+            Routing(*wrong)
+    routing = Routing.from_topk(indices, weights, num_experts=4)
+    for name, value in {
+        "offsets": routing.offsets.long(),
+        "order": routing.order.view(5, 2),
+        "inverse": routing.inverse[:, :1],
+        "tokens_per_expert": routing.tokens_per_expert[:2],
+    }.items():
+        with pytest.raises(ValueError, match=r"^moekit\.Routing: indices and tables must be of the dtypes and shapes that"):
+            dataclasses.replace(routing, **{name: value})
+
+
+def test_a_routing_is_copied_and_sent():
+    routing = Routing.from_topk(chosen(5, 4, 2), draw(0, 5, 2), num_experts=4)
+    assert_routings_equal(dataclasses.replace(routing), routing)
+    assert_routings_equal(copy.deepcopy(routing), routing)
+    assert_routings_equal(pickle.loads(pickle.dumps(routing)), routing)
+    assert dataclasses.replace(routing, weights=None).weights is None
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_any_integer_will_do(integer):
+    indices = chosen(5, 4, 2)
+    routing = Routing.from_topk(indices, num_experts=integer(4))
+    assert_routings_equal(routing, Routing.from_topk(indices, num_experts=4))
+    assert_routings_equal(routing.pad_to_multiple(integer(3)), routing.pad_to_multiple(3))
+    routing_map = routing.to_map()[0]
+    assert_routings_equal(Routing.from_map(routing_map, topk=integer(2)), Routing.from_map(routing_map, topk=2))
+    x = draw(0, 5, 3)
+    for one, other in zip(
+        moe_utils.permute(x, routing_map, num_out_tokens=integer(12)),
+        moe_utils.permute(x, routing_map, num_out_tokens=12),
+        strict=True,
+    ):
+        assert one is other is None or torch.equal(one, other)
+    assert moe_utils.get_capacity(integer(10), integer(4), np.float32(1.5)) == 4
+    with pytest.raises(TypeError, match=r"^moekit\.permute: num_out_tokens must be an integer, got float"):
+        moe_utils.permute(x, routing_map, num_out_tokens=10.0)
 
 
 def test_wrong_shapes_and_types_say_so():

@@ -10,7 +10,7 @@ and rounds once, so the bits are the same every run and no promoted copy of the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, tables
 from moekit.ops._segments import sum_by_index
-
-if TYPE_CHECKING:
-    from moekit.routing import Routing
+from moekit.routing import Routing, require
 
 
 def permute(tokens: Tensor, routing: Routing) -> Tensor:
@@ -35,7 +33,9 @@ def permute(tokens: Tensor, routing: Routing) -> Tensor:
 
     Raises:
         ValueError: the number of tokens or the device differs from the routing's.
+        TypeError: something else than a routing.
     """
+    require("permute", routing)
     _check.tensor_dim("permute", "tokens", tokens, 2)
     if tokens.shape[0] != routing.num_tokens:
         raise _check.fail("permute", "tokens", f"the routing's {routing.num_tokens} tokens", f"shape {list(tokens.shape)}")
@@ -56,7 +56,9 @@ def unpermute(rows: Tensor, routing: Routing, *, weighted: bool = False) -> Tens
 
     Raises:
         ValueError: shapes or devices that do not fit the routing, or ``weighted`` without routing weights.
+        TypeError: something else than a routing.
     """
+    require("unpermute", routing)
     _check.tensor_dim("unpermute", "rows", rows, 2)
     if rows.shape[0] != routing.num_rows:
         raise _check.fail("unpermute", "rows", f"the routing's {routing.num_rows} rows", f"shape {list(rows.shape)}")
