@@ -365,3 +365,16 @@ def test_grouped_linear_is_in_the_dtype_of_autocast(dtypes):
     torch.testing.assert_close(out.double(), plain_linear(rows.double(), weight.double()), rtol=2**-8, atol=0.02)
     out.sum().backward()
     assert (rows.grad.dtype, weight.grad.dtype) == dtypes
+
+
+@pytest.mark.parametrize("name", ["glu", "experts", "unpermute, weighted", "topk_router"])
+def test_compiled_transforms_are_those_of_eager_mode(name):
+    case = CASES[name]
+    args, f = inputs_of(case), total(case.ours)
+
+    def all_of_them(*args):
+        each = func.vmap(func.grad(f))(*(torch.stack((arg, arg)) for arg in args))
+        return func.grad(f)(*args), each, func.jvp(f, args, args)[1]
+
+    compiled = torch.compile(all_of_them, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(*args), all_of_them(*args), rtol=1e-12, atol=1e-12)

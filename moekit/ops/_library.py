@@ -98,7 +98,7 @@ def _with_autograd(
         # Backward may run in a thread of the autograd engine, where the context variable has its default.
         ctx.backend = _backend.current()
         save(ctx, args, outputs)
-        if tangent is not None and forward_ad._current_level >= 0:
+        if tangent is not None and _within_levels():
             ctx.inputs = args
         return outputs
 
@@ -109,7 +109,7 @@ def _with_autograd(
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 
     def tangent_node(ctx: Any, _: Any, *tangents: Tensor | None) -> Tensor | None:
-        inputs = [forward_ad.unpack_dual(arg).primal if isinstance(arg, Tensor) else arg for arg in ctx.inputs]
+        inputs = [forward_ad.unpack_dual(arg, level=0).primal if isinstance(arg, Tensor) else arg for arg in ctx.inputs]
         del ctx.inputs
         with _next_level() if in_transforms() else nullcontext():
             return tangent and tangent(inputs, tangents)
@@ -119,7 +119,7 @@ def _with_autograd(
     node = type(f"Moekit{title}", (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
 
     def run(keyset: Any, *args: Any) -> Any:
-        dual = forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args)))
+        dual = _within_levels() and any(map(_has_tangent, _tensors(args)))
         if dual and tangent is None:
             return composed(*args)
         if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
@@ -135,14 +135,21 @@ in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 def transformed() -> bool:
     """Whether a function that is called now may have to do with ``torch.func`` or with dual numbers."""
-    return not torch.compiler.is_compiling() and (in_transforms() or forward_ad._current_level >= 0)
+    return not torch.compiler.is_compiling() and _within_levels()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call on these will be differentiated; in a transform, whose inner levels hide it, perhaps."""
-    if transformed():
+    """Whether a call on these will be differentiated; in a transform or a compiler, which hide it, perhaps."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if _within_levels():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _within_levels() -> bool:
+    """Whether ``torch.func`` is at work or dual numbers may be about."""
+    return in_transforms() or forward_ad._current_level >= 0
 
 
 @contextmanager
@@ -187,7 +194,8 @@ def _tensors(args: Iterable) -> list[Tensor]:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    # The one level there is: compiled code enters it without telling ``forward_ad``.
+    return forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
 def _first_tensor(args: tuple) -> Tensor:
