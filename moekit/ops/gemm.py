@@ -131,10 +131,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
     _check.tensor_dim(op, "weight", weight, 3)
     rows, weight = autocast(rows, weight)
     matrices = weight if transposed else weight.mT
-    _check.tensor_dim(op, "offsets", offsets, 1)
     _check.integer(op, "offsets", offsets)
-    if len(offsets) != len(matrices):
-        raise _check.fail(op, "offsets", f"of shape [experts] = [{len(matrices)}]", f"shape {list(offsets.shape)}")
+    _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
     if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
         wanted = f"{rows.dtype} with {rows.shape[1]} inputs"
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
@@ -151,10 +149,12 @@ def _int32(offsets: Tensor, num_rows: int) -> Tensor:
 
 def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
     """What autocast would do to the inputs of a matrix product."""
+    tensors = [first, *others]
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = first.device.type
-    tensors = (first, *others)
     if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
 
