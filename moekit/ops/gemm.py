@@ -95,6 +95,11 @@ def _blocks(offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
             start = end
 
 
+def within(offsets: Tensor, num_rows: int) -> Tensor:
+    """Offsets as PyTorch's products may follow them: on a GPU, where these do not look, ascending within the rows."""
+    return offsets if offsets.device.type == "cpu" else offsets.clamp(0, num_rows).cummax(0).values
+
+
 def _aligned(matrix: Tensor, *dims: int) -> Tensor:
     """``matrix`` with the sizes ``dims`` padded by zeros so that its strides are multiples of 16 bytes."""
     multiple = _ALIGNMENT // matrix.element_size()
@@ -160,12 +165,17 @@ def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
 
 
 def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    offsets = within(offsets, rows.shape[0])
     out = grouped_rows(rows, matrices, offsets)
     if _looped(rows):
         out[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
         return out
     inside = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(inside.unsqueeze(1), out, 0)
+
+
+def _outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_outer(left, right, within(offsets, left.shape[0]))
 
 
 def _linear_fake(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -200,7 +210,7 @@ def _outer_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
 
 _grouped_outer = _library.define(
     "grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor",
-    reference=grouped_outer,
+    reference=_outer_reference,
     fake=_outer_fake,
     save=_save,
     backward=_outer_backward,
