@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 
 class Backend(NamedTuple):
@@ -103,14 +103,14 @@ def debug(enabled: bool = True) -> _Within:
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether values of ``tensor`` may be looked at to validate them.
+    """Whether values of ``tensor`` may be looked at to validate them: on a CPU, or in debug mode.
 
-    On a CPU, or in debug mode; never while a graph is traced or a transform of ``torch.func`` runs: there are none then.
+    Within ``torch.func`` a tensor may stand for many, while code is traced for none yet, and other classes keep their values
+    to themselves: there the operators look, at the plain tensors that come to them in the end.
     """
-    if not tensor.is_cpu and (tensor.is_meta or not _debug.get()):
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_functorch_wrapped_tensor(tensor):
         return False
-    traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
-    return not traced and not is_functorch_wrapped_tensor(tensor)
+    return tensor.is_cpu or (_debug.get() and not tensor.is_meta)
 
 
 def current() -> str:

@@ -1,6 +1,7 @@
 """Gated activations: one formula, one forward and one backward for the whole family.
 
-For a row ``y = [a | b]`` (gate first), a routing weight ``p``, a bias and the constants of :class:`Glu`::
+For a row ``y = [a | b]`` (gate first), a routing weight ``p``, a bias and the constants of a
+:class:`~moekit.ops._activations.Glu`::
 
     out = p * act(a) * (b + linear_offset)
     da  = g * p * (b + linear_offset) * act'(a)        db = g * p * act(a)
@@ -20,7 +21,6 @@ offset, gpt-oss model card, arXiv 2508.10925.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,66 +28,10 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.ops import _library
+from moekit.ops._activations import LAYOUTS, Glu, activate, activate_grad, make_glu
 from moekit.ops._segments import expert_of_row, sum_by_index
 
-LAYOUTS = ("concatenated", "interleaved", "ungated")
-# Past this size a gate is fully open or shut in float64 too; clamping it keeps x**3 and x**2 from overflowing.
-_SATURATED = 1e4
 _E4M3_MAX = 448.0
-_ALPHA = 1.702  # the usual one of quick_gelu
-
-# name: (kind, c1, c3); "sigmoid" is the two-constant family, with alpha in the place of None
-_ACTIVATIONS: dict[str, tuple[str, float | None, float]] = {
-    "silu": ("sigmoid", 1.0, 0.0),
-    "quick_gelu": ("sigmoid", None, 0.0),
-    "gelu_tanh": ("sigmoid", 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)),
-    "gelu": ("gelu", 0.0, 0.0),
-    "relu": ("relu", 0.0, 0.0),
-    "relu2": ("relu2", 0.0, 0.0),
-}
-ACTIVATIONS = tuple(_ACTIVATIONS)
-
-
-class Glu(NamedTuple):
-    """The constants of one member of the family, in the order of the operators' schemas."""
-
-    act: str = "sigmoid"
-    c1: float = 1.0
-    c3: float = 0.0
-    linear_offset: float = 0.0
-    clamp: float | None = None
-    clamp_after_bias: bool = False
-    layout: str = "concatenated"
-
-
-def make_glu(
-    activation: str = "silu",
-    *,
-    alpha: float | None = None,
-    linear_offset: float = 0.0,
-    clamp: float | None = None,
-    clamp_after_bias: bool = False,
-    layout: str = "concatenated",
-    op: str = "glu",
-) -> Glu:
-    """Validate the parameters of :func:`glu` and look up the activation's constants; ``op`` names the caller in errors."""
-    _check.one_of(op, "activation", activation, ACTIVATIONS)
-    _check.one_of(op, "layout", layout, LAYOUTS)
-    linear_offset = _check.real(op, "linear_offset", linear_offset)
-    if clamp is not None:
-        clamp = _check.real(op, "clamp", clamp)
-        if not clamp >= 0:
-            raise _check.fail(op, "clamp", "None or at least 0", clamp)
-    if layout == "ungated" and (linear_offset != 0.0 or clamp is not None):
-        raise _check.fail(op, "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
-    if alpha is not None:
-        alpha = _check.real(op, "alpha", alpha)
-    kind, c1, c3 = _ACTIVATIONS[activation]
-    if c1 is None:
-        c1 = _ALPHA if alpha is None else alpha
-    elif alpha is not None:
-        raise _check.unused(op, "alpha", alpha, f"on activation={activation!r}")
-    return Glu(kind, c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
 
 
 def glu(
@@ -216,7 +160,7 @@ def as_rows(op: str, y: Tensor, weights: Tensor | None, spec: Glu) -> tuple[Tens
 
 
 def _check_bias(op: str, rows: Tensor, bias: Tensor | None, offsets: Tensor | None) -> None:
-    if offsets is not None:
+    if offsets is not None:  # their values are looked at where the rows are
         _check.tensor_dim(op, "offsets", offsets, 1)
         _check.integer(op, "offsets", offsets)
     if bias is None:
@@ -231,45 +175,6 @@ def _check_bias(op: str, rows: Tensor, bias: Tensor | None, offsets: Tensor | No
 
 
 # --- the arithmetic: the reference of every backend -----------------------------------------------------------------
-
-
-def _gate(x: Tensor, spec: Glu) -> Tensor:
-    return x * torch.sigmoid(x * (spec.c1 + spec.c3 * x.clamp(-_SATURATED, _SATURATED).square()))
-
-
-def _gate_slope(x: Tensor, spec: Glu) -> Tensor:
-    """``sigmoid(-u)`` stands for ``1 - sigmoid(u)``, which would cancel."""
-    square = x.clamp(-_SATURATED, _SATURATED).square()
-    u = x * (spec.c1 + spec.c3 * square)
-    opening = torch.sigmoid(u)
-    return opening + x * opening * torch.sigmoid(-u) * (spec.c1 + 3 * spec.c3 * square)
-
-
-def _gelu(x: Tensor, spec: Glu) -> Tensor:
-    return x * 0.5 * torch.erfc(x * -math.sqrt(0.5))
-
-
-def _gelu_slope(x: Tensor, spec: Glu) -> Tensor:
-    return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-# kind: (act(x), act'(x)), both of x and the constants
-_KINDS: dict[str, tuple[Callable[[Tensor, Glu], Tensor], Callable[[Tensor, Glu], Tensor]]] = {
-    "sigmoid": (_gate, _gate_slope),
-    "gelu": (_gelu, _gelu_slope),
-    "relu": (lambda x, spec: x.clamp(min=0), lambda x, spec: (x > 0).to(x.dtype)),
-    "relu2": (lambda x, spec: x.clamp(min=0).square(), lambda x, spec: 2 * x.clamp(min=0)),
-}
-
-
-def activate(x: Tensor, spec: Glu) -> Tensor:
-    """``act(x)``."""
-    return _check.known("the references", "activation", spec.act, _KINDS)[0](x, spec)
-
-
-def activate_grad(x: Tensor, spec: Glu) -> Tensor:
-    """``act'(x)``."""
-    return _check.known("the references", "activation", spec.act, _KINDS)[1](x, spec)
 
 
 class _Halves(NamedTuple):
@@ -340,6 +245,8 @@ def _in_range(offsets: Tensor | None, num_rows: int) -> Tensor | None:
 def glu_reference(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Tensor:
     """``y [N, 2I]``, ``weights [N]`` to ``[N, I]`` in y's dtype."""
     spec = Glu(*constants)
+    if offsets is not None:
+        _check.offsets("glu", offsets, y.shape[0])
     dtype = _compute_dtype(y, weights, bias)
     halves = _halves(y.to(dtype).contiguous(), _row_bias(bias, offsets, y.shape[0], dtype), spec)
     up = None if halves.up is None else halves.up + spec.linear_offset
@@ -364,6 +271,8 @@ def glu_backward_reference(
     callers that did not keep it.
     """
     spec, wanted = Glu(*constants[:-1]), constants[-1]
+    if offsets is not None:
+        _check.offsets("glu", offsets, y.shape[0])
     out_dtype = y.dtype if scale is None else grad.dtype
     dtype = _compute_dtype(grad, y, scale, weights, bias)
     x = y.to(dtype) if scale is None else load_fp8(y, scale).to(dtype)
