@@ -44,19 +44,19 @@ class Routing:
 
         Args:
             indices: ``[T, K]`` int32 or int64 expert numbers; -1 routes nowhere; the same expert twice counts twice.
+                K may exceed E (expert parallel, with few experts a rank) if no token has more than E experts.
             weights: ``[T, K]`` floating routing weights, or None.
             num_experts: E.
 
         Raises:
-            ValueError: K > E, a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)``.
+            ValueError: a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)`` or a token with
+                more than E experts.
             TypeError: indices that are not integers, weights that are not floating.
         """
         op = "Routing.from_topk"
         _check.tensor_dim(op, "indices", indices, 2)
         _check.integer(op, "indices", indices)
         _check.positive(op, "num_experts", num_experts)
-        if indices.shape[1] > num_experts:
-            raise _check.fail(op, "indices", f"at most num_experts ({num_experts}) a token", indices.shape[1])
         if weights is not None:
             _check.floating(op, "weights", weights)
             _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")

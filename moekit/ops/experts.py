@@ -22,7 +22,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.gemm import grouped_outer, grouped_rows
+from moekit.ops.gemm import autocast, grouped_outer, grouped_rows
 from moekit.routing import Routing
 
 SAVES = ("recompute", "fp8", "all")
@@ -53,7 +53,7 @@ def experts(
             of -1, or of E and above, is a slot of no expert here (of another expert-parallel rank, say).
         gate_up: ``[E, 2I, H]``, or ``[E, H, 2I]`` with ``transposed``; ``I`` in the place of ``2I`` without a gate.
         down: ``[E, H, I]``, or ``[E, I, H]`` with ``transposed``.
-        gate_up_bias: ``[E, 2I]``, or None; the clamp comes after it.
+        gate_up_bias: ``[E, 2I]``, or None; the clamp comes after it. A bias may be float32 whatever the rest is.
         down_bias: ``[E, H]``, or None; multiplied by the routing weight as the rest.
         activation: as in :func:`moekit.glu`, like ``alpha``, ``linear_offset``, ``clamp`` and ``layout``.
         alpha: the constant of ``quick_gelu``.
@@ -70,16 +70,16 @@ def experts(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
+        TypeError: what is no tensor, or a tensor of codes: float8, integers, a sharded or quantised subclass.
         RuntimeError: a double backward, which this operator does not have.
 
     Gradients are computed only for what needs one, and nothing is kept for the others.
     """
     op = "experts"
-    spec = glu.make_glu(
-        activation, alpha=alpha, linear_offset=linear_offset, clamp=clamp, clamp_after_bias=True, layout=layout
-    )
+    clamps = {"clamp": clamp, "clamp_after_bias": True}
+    spec = glu.make_glu(activation, alpha=alpha, linear_offset=linear_offset, layout=layout, op=op, **clamps)
     _check.one_of(op, "save", save, SAVES)
-    hidden_states, gate_up, down, gate_up_bias, down_bias = _autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
+    hidden_states, gate_up, down, gate_up_bias, down_bias = autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     routing = _as_routing(routing, gate_up.shape[0])
     _check.same_device(
@@ -101,26 +101,31 @@ def experts(
     return _experts(*inputs, *found, *spec, transposed, weight_after_down, save)[0]
 
 
-def _autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
-    """What autocast would do to the inputs of a matrix product."""
-    device = first.device.type
-    tensors = (first, *others)
-    if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
 def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> Routing:
+    op, wanted = "experts", "a Routing or (indices [tokens, topk], weights [tokens, topk])"
     if not isinstance(routing, Routing):
+        if not isinstance(routing, (tuple, list)) or len(routing) != 2:
+            raise _check.wrong_type(op, "routing", wanted, _kind(routing))
         indices, weights = routing
-        _check.integer("experts", "indices", indices)
+        _check.tensor(op, "indices", indices)
+        _check.tensor(op, "weights", weights)
+        if indices.dtype.is_floating_point and not weights.dtype.is_floating_point:
+            raise _check.wrong_type(op, "routing", f"{wanted}, in this order", f"({indices.dtype}, {weights.dtype})")
+        _check.integer(op, "indices", indices)
         routing = Routing.from_topk(indices.masked_fill(indices >= num_experts, -1), weights, num_experts=num_experts)
     if routing.weights is None:
-        raise _check.fail("experts", "routing", "built with weights", "none")
+        raise _check.fail(op, "routing", "built with weights", "none")
     if routing.num_experts != num_experts:
-        raise _check.fail("experts", "routing", f"of the {num_experts} experts of gate_up", routing.num_experts)
+        raise _check.fail(op, "routing", f"of the {num_experts} experts of gate_up", routing.num_experts)
     return routing
+
+
+def _kind(value: object) -> str:
+    """What something is that is no routing."""
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"a {type(value).__name__} of shape {list(shape)}"
 
 
 def _check_shapes(
@@ -133,11 +138,14 @@ def _check_shapes(
     transposed: bool,
 ) -> None:
     op = "experts"
+    _check.computable(op, "hidden_states", hidden_states)
+    _check.computable(op, "gate_up", gate_up)
+    _check.computable(op, "down", down)
     _check.tensor_dim(op, "hidden_states", hidden_states, 2)
-    _check.floating(op, "hidden_states", hidden_states)
     _check.tensor_dim(op, "gate_up", gate_up, 3)
     _check.tensor_dim(op, "down", down, 3)
     num_experts, hidden = gate_up.shape[0], hidden_states.shape[1]
+    _check_storage(gate_up, hidden, transposed)
     width = gate_up.shape[2 if transposed else 1]
     gates = 1 if spec.layout == "ungated" else 2
     if width % gates:
@@ -151,11 +159,23 @@ def _check_shapes(
     for name, (value, shape) in wanted.items():
         if value is None:
             continue
-        if transposed and len(shape) == 3:
+        is_bias = len(shape) == 2
+        if transposed and not is_bias:
             shape = (shape[0], shape[2], shape[1])
-        _check.shape(op, name, value, shape, "[experts, in, out]" if transposed else "[experts, out, in]")
-        if value.dtype != hidden_states.dtype:
-            raise _check.fail(op, name, f"of the dtype of hidden_states ({hidden_states.dtype})", value.dtype)
+        order = "[experts, out]" if is_bias else "[experts, in, out]" if transposed else "[experts, out, in]"
+        _check.shape(op, name, value, shape, order)
+        if value.dtype != hidden_states.dtype and not (is_bias and value.dtype is torch.float32):
+            other = " or float32" if is_bias else ""
+            raise _check.fail(op, name, f"of the dtype of hidden_states ({hidden_states.dtype}){other}", value.dtype)
+
+
+def _check_storage(gate_up: Tensor, hidden: int, transposed: bool) -> None:
+    """Refuse weights that are stored the other way round."""
+    inputs, outputs = (1, 2) if transposed else (2, 1)
+    if gate_up.shape[inputs] != hidden and gate_up.shape[outputs] == hidden:
+        order, other = ("in, out", "out, in") if transposed else ("out, in", "in, out")
+        got = f"shape {list(gate_up.shape)}: if it is stored [experts, {other}], pass transposed={not transposed}"
+        raise _check.fail("experts", "gate_up", f"of shape [experts, {order}] with {hidden} inputs", got)
 
 
 # --- the operators ------------------------------------------------------------------------------------------------

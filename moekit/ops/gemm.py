@@ -19,6 +19,7 @@ from moekit import _backend, _check
 from moekit.ops import _library
 
 _ALIGNMENT = 16  # bytes
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
@@ -116,6 +117,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     op = "grouped_linear"
+    _check.computable(op, "rows", rows)
+    _check.computable(op, "weight", weight)
     _check.tensor_dim(op, "rows", rows, 2)
     _check.tensor_dim(op, "weight", weight, 3)
     matrices = weight if transposed else weight.mT
@@ -125,6 +128,16 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
     _check.same_device(op, rows=rows, weight=weight, offsets=offsets)
     return _grouped_linear(rows, matrices, offsets.int())
+
+
+def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
+    """What autocast would do to the inputs of a matrix product."""
+    device = first.device.type
+    tensors = (first, *others)
+    if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
 
 
 def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
