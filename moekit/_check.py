@@ -6,7 +6,9 @@ devices only, so they never wait for a GPU; the checks of values at the end do n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,12 +99,15 @@ def real(op: str, name: str, value: object) -> float:
     return float(value)
 
 
-def positive(op: str, name: str, value: object, *, at_least: int = 1) -> None:
-    """``value`` is a Python integer (or a symbolic one) not below ``at_least``."""
+def positive(op: str, name: str, value: Any, *, at_least: int = 1) -> Any:
+    """``value`` is a Python integer (or a symbolic one) not below ``at_least``; returned as such."""
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # where a size is a tensor
+        value = operator.index(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise wrong_type(op, name, "an integer", type(value).__name__)
     if value < at_least:
         raise fail(op, name, f"at least {at_least}", value)
+    return value
 
 
 def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ class Routing:
         op = "Routing.from_topk"
         _check.tensor_dim(op, "indices", indices, 2)
         _check.integer(op, "indices", indices)
-        _check.positive(op, "num_experts", num_experts)
+        num_experts = _check.positive(op, "num_experts", num_experts)
         if weights is not None:
             _check.floating(op, "weights", weights)
             _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
@@ -146,5 +146,9 @@ class Routing:
 
     def row_tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """``row_token [R]``, ``token_offsets [T + 1]``, ``token_rows [T * K]``: what the row movers work from."""
-        found = tables.row_tables(self.order, self.num_tokens, self.topk)
-        return *found, self.inverse.reshape(-1)
+        token_rows = self.inverse.reshape(-1)
+        if torch.jit.is_tracing():  # which would make a constant of the number of tokens
+            topk = max(int(self.topk), 1)
+            starts = torch.arange(self.num_tokens + 1, dtype=torch.int32, device=self.order.device) * int(self.topk)
+            return self.order // topk, starts, token_rows
+        return *tables.row_tables(self.order, self.num_tokens, self.topk), token_rows

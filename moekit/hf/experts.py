@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -39,11 +40,23 @@ def experts_forward(
     Raises:
         TypeError: weights (or hidden states) that are not what they seem: sharded, quantised, packed.
     """
-    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+    tracing = torch.jit.is_tracing()
+    if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
         return _exportable(module, hidden_states, top_k_index, top_k_weights)
+    if tracing:
+        with warnings.catch_warnings():  # the sizes that are looked at are the weights', or only checked
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return _forward(module, hidden_states, top_k_index, top_k_weights, save)
+    return _forward(module, hidden_states, top_k_index, top_k_weights, save)
+
+
+def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, save: str) -> Tensor:
     _check.computable("hf", "hidden_states", hidden_states)
-    x, *found = autocast(hidden_states, *weights_of(module))
-    return run(module, x, top_k_index, top_k_weights, Weights(*found), save).to(hidden_states.dtype)
+    x, weights = hidden_states, weights_of(module)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        x, *cast = autocast(x, *weights)
+        weights = Weights(*cast)
+    return run(module, x, top_k_index, top_k_weights, weights, save).to(hidden_states.dtype)
 
 
 def run(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Weights, save: str) -> Tensor:
@@ -58,17 +71,17 @@ def run(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weig
         (top_k_index, top_k_weights),
         gate_up,
         down,
-        gate_up_bias=_wide(gate_up_bias, x),
-        down_bias=_wide(down_bias, x),
+        gate_up_bias=None if gate_up_bias is None else _addable(gate_up_bias, x),
+        down_bias=None if down_bias is None else _addable(down_bias, x),
         transposed=module.is_transposed,
         save=save,
         **options,
     )
 
 
-def _wide(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """A bias in a dtype that :func:`moekit.experts` adds to products of the dtype of ``x`` without rounding it."""
-    return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.float()
+def _addable(bias: Tensor, x: Tensor) -> Tensor:
+    """A bias in a dtype that :func:`moekit.experts` takes beside ``x``, not rounded."""
+    return bias if bias.dtype in (x.dtype, torch.float32) else bias.float()
 
 
 def _exportable(module: Any, *inputs: Tensor) -> Tensor:

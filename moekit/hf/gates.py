@@ -27,8 +27,6 @@ from torch.nn.modules import module as torch_module
 
 _CALL = nn.Module.__call__
 _SILU, _GELU, _RELU = functional.silu, functional.gelu, functional.relu
-# What an instance may set to be called instead of its class's code.
-_OVERRIDES = frozenset({"forward", "_call_impl", "_slow_forward"})
 
 
 def _is_own(function: Any, home: str) -> bool:
@@ -101,7 +99,7 @@ for _kind, _name in ((nn.SiLU, "silu"), (nn.ReLU, "relu"), (nn.GELU, _torch_gelu
 
 def learn_transformers(activations: Any) -> None:
     """Know the activation classes of the module ``transformers.activations``."""
-    torch.compiler.assume_constant_result(_gate_options)
+    torch.compiler.assume_constant_result(_gate_digest)
     for name, what in _HF_MODULES.items():
         if hasattr(activations, name):
             _learn(getattr(activations, name), what)
@@ -123,12 +121,14 @@ def _activation(module: Any) -> str | None:
 
 def _attached(act: nn.Module) -> bool:
     """Whether somebody wants to see or change what ``act`` computes."""
+    own = act.__dict__
     return bool(
-        act._forward_hooks
-        or act._forward_pre_hooks
-        or act._backward_hooks
-        or act._backward_pre_hooks
-        or not _OVERRIDES.isdisjoint(act.__dict__)
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
         or torch_module._has_any_global_hook()
     )
 
@@ -214,22 +214,22 @@ def fused_options(module: Any) -> dict[str, Any] | None:
         return options and {**options, "layout": "ungated"}
     if "_apply_gate" in module.__dict__:
         return None
-    find = _gate_options(type(module))
-    return None if find is None else find(module)
+    read = _GATES.get(_gate_digest(type(module)))
+    return None if read is None else read(module)
 
 
 # Weak: a class (and its gate) may be made anew at every step, and must be free to go.
-_verdicts: weakref.WeakKeyDictionary[Any, Callable | None] = weakref.WeakKeyDictionary()
+_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def _gate_options(kind: type) -> Callable[[Any], dict[str, Any] | None] | None:
-    """How to read the constants of the gate of the class ``kind``, or None for a gate that is not known."""
+def _gate_digest(kind: type) -> str:
+    """The digest of the gate of the class ``kind``, taken once; ``torch.compile`` takes it for a constant."""
     gate = kind._apply_gate
     if type(gate) is not FunctionType:
-        return None
-    if gate not in _verdicts:
-        _verdicts[gate] = _GATES.get(digest(gate))
-    return _verdicts[gate]
+        return ""
+    if gate not in _digests:
+        _digests[gate] = digest(gate)
+    return _digests[gate]
 
 
 def digest(function: FunctionType) -> str:

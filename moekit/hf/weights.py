@@ -39,7 +39,7 @@ def plain(module: Any, name: str, dtypes: tuple[torch.dtype, ...] = _check.FLOAT
     value = getattr(module, name)
     if type(value) not in _PLAIN:
         value = _unwrapped(module, name, value)
-    if value.dtype not in dtypes or value.layout is not torch.strided:
+    if value.dtype not in dtypes:
         raise _refusal(module, name, value, "dequantise it when the model is loaded", dtypes=dtypes)
     return value
 
@@ -82,8 +82,7 @@ def _refusal(
 ) -> TypeError:
     found = f"a {type(value).__name__}{what}"
     if isinstance(value, Tensor):
-        layout = "" if value.layout is torch.strided else f" and layout {value.layout}"
-        found = f"{found} of dtype {value.dtype}{layout}"
+        found = f"{found} of dtype {value.dtype}"
     wanted = f"a plain tensor of {_check.names_of(dtypes)}"
     remedy = f"{remedy}, or use another experts_implementation"
     return _check.wrong_type("hf", f"{type(module).__name__}.{name}", wanted, f"{found}; {remedy}")
