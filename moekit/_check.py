@@ -19,6 +19,14 @@ from moekit import _backend
 T = TypeVar("T")
 _ROWS_LOOKED_AT = 64  # of a map
 _ROUNDING = -1e-3  # a probability that came out below 0 is not far below it
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Subclasses that stand for a plain tensor while it is traced, or until a collective has delivered it.
+_TRANSPARENT = (
+    "torch._subclasses.fake_tensor",
+    "torch._subclasses.functional_tensor",
+    "torch.distributed._functional_collectives",
+)
 
 
 def fail(op: str, argument: str, wanted: str, got: object) -> ValueError:
@@ -56,6 +64,30 @@ def floating(op: str, name: str, value: Tensor) -> None:
     tensor(op, name, value)
     if not value.dtype.is_floating_point:
         raise wrong_type(op, name, "a floating-point tensor", value.dtype)
+
+
+def transparent(value: Tensor) -> bool:
+    """Whether a tensor is what it seems: not a subclass that computes by a dispatch of its own, but tracing's."""
+    kind: Any = type(value)
+    plain: Any = Tensor
+    return kind.__torch_dispatch__ is plain.__torch_dispatch__ or kind.__module__ in _TRANSPARENT
+
+
+def computable(op: str, name: str, value: Tensor) -> None:
+    """``value`` is a plain tensor of a dtype that products are computed in."""
+    if type(value) not in _PLAIN:
+        tensor(op, name, value)
+        if not transparent(value):
+            got = f"a {type(value).__name__} of dtype {value.dtype}; unwrap (to_local, full_tensor) or dequantise it first"
+            raise wrong_type(op, name, f"a plain tensor of {names_of(FLOATS)}", got)
+    if value.dtype not in FLOATS:
+        raise wrong_type(op, name, f"a floating-point tensor ({names_of(FLOATS)})", value.dtype)
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes in words."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def integer(op: str, name: str, value: Tensor, mistaken_for: Callable[[Tensor], str] | None = None) -> None:
@@ -187,8 +219,16 @@ def probabilities(op: str, name: str, values: Tensor) -> None:
 
 
 def route_indices(indices: Tensor, num_experts: int) -> None:
-    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
-    in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
+    """Refuse indices out of range, and a token with more of them than experts.
+
+    Kernels that meet one leave the call to the reference, which starts with this.
+    """
+    op = "Routing.from_topk"
+    in_range(op, "indices", indices, num_experts, "num_experts")
+    if indices.shape[1] > num_experts and indices.numel() and _backend.checks_values(indices):
+        slots = int((indices >= 0).sum(1).max())
+        if slots > num_experts:
+            raise fail(op, "indices", f"at most num_experts ({num_experts}) a token", slots)
 
 
 def row_tokens(row_token: Tensor, num_tokens: int) -> None:
