@@ -195,17 +195,17 @@ rows_of_tokens = _library.define(
 
 def _sort_chunks_reference(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``, int64."""
-    _check.integer("sort_chunks", "split_sizes", split_sizes)
-    _check.integer("sort_chunks", "sorted_idxs", sorted_idxs)
     _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
-    chosen = sorted_idxs.long().clamp(0, max(split_sizes.shape[0] - 1, 0))
     sizes = split_sizes.long()
+    if 0 in (sizes.shape[0], sorted_idxs.shape[0]):
+        return sizes.new_zeros(num_out or 0)
+    chosen = sorted_idxs.long().clamp(0, sizes.shape[0] - 1)
     starts = (sizes.cumsum(0) - sizes)[chosen]
     ends = sizes[chosen].cumsum(0)
     if num_out is None:
-        num_out = int(ends[-1]) if ends.numel() else 0
+        num_out = int(ends[-1])
     rows = torch.arange(num_out, device=sizes.device)
-    chunk = torch.searchsorted(ends, rows, right=True).clamp(max=max(ends.numel() - 1, 0))
+    chunk = torch.searchsorted(ends, rows, right=True).clamp(max=ends.numel() - 1)
     return rows - (ends - sizes[chosen])[chunk] + starts[chunk]
 
 
