@@ -259,6 +259,8 @@ def ends(op: str, values: Sequence[int], num_rows: int) -> None:
 
 def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor, num_tokens: int) -> None:
     """The tables say twice, and the same, which row is which token's: by row, and by token."""
+    if num_tokens < 0:
+        raise fail(op, "token_offsets", "of shape [tokens + 1]", f"shape {list(token_offsets.shape)}")
     for name, value in (("row_token", row_token), ("token_offsets", token_offsets), ("token_rows", token_rows)):
         tensor_dim(op, name, value, 1)
         integer(op, name, value)
@@ -273,15 +275,39 @@ def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Te
         wanted = f"ascending from 0 to {len(token_rows)}, the length of token_rows"
         raise fail(op, "token_offsets", wanted, token_offsets.tolist())
     named = token_rows[int(token_offsets[0]) : int(token_offsets[-1])].long()
-    owner = torch.arange(num_tokens).repeat_interleave(lengths)[named >= 0]
+    owner = torch.arange(num_tokens, device=row_token.device).repeat_interleave(lengths)[named >= 0]
     named = named[named >= 0]
     claimed = torch.full_like(row_token, -1).scatter(0, named, owner.to(row_token.dtype))
     if len(named) != int((row_token >= 0).sum()) or not claimed.equal(row_token):
         raise fail(op, "token_rows", "the rows of each token as row_token has them, each once", token_rows.tolist())
 
 
+def routing_tables(op: str, order: Tensor, inverse: Tensor, offsets_: Tensor) -> None:
+    """Rows and slots of a routing name each other, and only rows of experts do: see :func:`offsets`, too."""
+    tensor_dim(op, "order", order, 1)
+    tensor_dim(op, "inverse", inverse, 2)
+    integer(op, "order", order)
+    integer(op, "inverse", inverse)
+    offsets(op, offsets_, len(order))
+    if not _backend.checks_values(order):
+        return
+    in_range(op, "order", order, inverse.numel(), "the number of slots")
+    in_range(op, "inverse", inverse, len(order), "the number of rows")
+    end, slots = int(offsets_[-1]) if len(offsets_) else 0, inverse.reshape(-1)
+    if (order[end:] >= 0).any():
+        raise fail(op, "order", f"-1 (none) from row {end} on, where offsets end", order.tolist())
+    for name, found, other, back in (("order", order, "inverse", slots), ("inverse", slots, "order", order)):
+        places = (found >= 0).nonzero().flatten()
+        strange = places[back[found[places]] != places].tolist()
+        if strange:
+            raise fail(op, name, f"the inverse of {other}, -1 for none", f"{int(found[strange[0]])} at {strange[0]}")
+
+
 def chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
     """Refuse sizes that do not add up and chunks that do not exist."""
+    for name, value in (("split_sizes", split_sizes), ("sorted_idxs", sorted_idxs)):
+        tensor_dim("sort_chunks", name, value, 1)
+        integer("sort_chunks", name, value)
     if not _backend.checks_values(split_sizes):
         return
     chunks = split_sizes.shape[0]

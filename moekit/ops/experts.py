@@ -210,6 +210,7 @@ class _Rows(NamedTuple):
 
     @staticmethod
     def of(weights: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> _Rows:
+        _check.tensor_dim("experts", "inverse", inverse, 2)
         found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
         return _Rows(found, tables.take(weights, order), within(offsets, len(order)), inverse)
 
@@ -303,6 +304,8 @@ def _backward_reference(
 ) -> tuple:
     """Gradients of x, weights, gate_up, down and the biases; those that ``wanted`` (the last) leaves out are empty."""
     options, wanted = _Options.of(constants[:-1]), _Wanted(*constants[-1])
+    if projected.numel() and projected.shape[0] != order.shape[0]:
+        raise _check.fail("experts_backward", "order", f"of {projected.shape[0]} rows, as projected", list(order.shape))
     routed = _Rows.of(weights, order, inverse, offsets)
     offsets = routed.offsets
     result = _Wanted(*(grad.new_empty(0) for _ in range(6)))

@@ -34,6 +34,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     Returns:
         ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
     """
+    _check_offsets(offsets, matrices.shape[0])
     kernel = _backend.kernel("grouped_rows", rows)
     product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out)
     if product is not NotImplemented:
@@ -78,6 +79,16 @@ class Products(NamedTuple):
 
     rows: Callable[..., Tensor]
     outer: Callable[..., Tensor]
+
+
+def _check_offsets(offsets: Tensor, num_experts: int | None = None) -> None:
+    """One integer an expert; their values are for whoever reads them."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        _check.integer("grouped_linear", "offsets", offsets)
+    if num_experts is None:
+        _check.tensor_dim("grouped_linear", "offsets", offsets, 1)
+    elif offsets.shape != (num_experts,):
+        _check.shape("grouped_linear", "offsets", offsets, (num_experts,), "[experts]")
 
 
 def _looped(rows: Tensor) -> bool:
@@ -177,6 +188,7 @@ def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor
 
 
 def _outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    _check_offsets(offsets)
     return grouped_outer(left, right, within(offsets, left.shape[0]))
 
 

@@ -75,6 +75,7 @@ def _route_map_reference(routing_map: Tensor, num_rows: int | None) -> tuple[Ten
 
     Also the inverse of the tokens' table, as :data:`rows_of_tokens` has it: offsets ``[T + 1]`` and rows ``[S]``.
     """
+    _check.tensor_dim("permute", "routing_map", routing_map, 2)
     num_tokens, num_experts = routing_map.shape
     routed = (routing_map != 0).T.reshape(-1)  # expert-major
     counts = routed.view(num_experts, num_tokens).sum(1)
@@ -113,6 +114,7 @@ route_map = _library.define(
 
 def _map_to_indices_reference(routing_map: Tensor, topk: int | None) -> Tensor:
     """``routing_map [T, E]`` to the experts of each token, ascending, ``[T, K] int64``, -1 after the last."""
+    _check.tensor_dim("Routing.from_map", "routing_map", routing_map, 2)
     routed = routing_map != 0
     num_tokens, num_experts = routed.shape
     widest = int(routed.sum(1).max()) if routed.numel() and (topk is None or _backend.checks_values(routed)) else 0
@@ -143,6 +145,7 @@ def _route_capacity_reference(routing_map: Tensor, capacity: int) -> Tensor:
 
     Each expert takes its first ``capacity`` routed tokens by position, then unrouted ones by position, then -1.
     """
+    _check.tensor_dim("permute", "routing_map", routing_map, 2)
     num_tokens = routing_map.shape[0]
     unrouted = (routing_map == 0).T.to(torch.uint8)
     first = unrouted.sort(dim=1, stable=True).indices[:, :capacity]
@@ -192,17 +195,17 @@ rows_of_tokens = _library.define(
 
 def _sort_chunks_reference(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``, int64."""
-    _check.integer("sort_chunks", "split_sizes", split_sizes)
-    _check.integer("sort_chunks", "sorted_idxs", sorted_idxs)
     _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
-    chosen = sorted_idxs.long().clamp(0, max(split_sizes.shape[0] - 1, 0))
     sizes = split_sizes.long()
+    if 0 in (sizes.shape[0], sorted_idxs.shape[0]):
+        return sizes.new_zeros(num_out or 0)
+    chosen = sorted_idxs.long().clamp(0, sizes.shape[0] - 1)
     starts = (sizes.cumsum(0) - sizes)[chosen]
     ends = sizes[chosen].cumsum(0)
     if num_out is None:
-        num_out = int(ends[-1]) if ends.numel() else 0
+        num_out = int(ends[-1])
     rows = torch.arange(num_out, device=sizes.device)
-    chunk = torch.searchsorted(ends, rows, right=True).clamp(max=max(ends.numel() - 1, 0))
+    chunk = torch.searchsorted(ends, rows, right=True).clamp(max=ends.numel() - 1)
     return rows - (ends - sizes[chosen])[chunk] + starts[chunk]
 
 
@@ -225,13 +228,9 @@ def padded_size(num_rows: int, num_experts: int, multiple: int) -> int:
 
 def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tables in which each expert starts at a multiple of ``multiple`` rows; the rows in between are -1."""
-    num_experts, num_rows = offsets.shape[0], order.shape[0]
     _check.positive("Routing.pad_to_multiple", "multiple", multiple)
-    _check.offsets("Routing.pad_to_multiple", offsets, num_rows)
-    _check.integer("Routing.pad_to_multiple", "order", order)
-    _check.in_range("Routing.pad_to_multiple", "order", order, inverse.numel(), "the number of slots")
-    _check.integer("Routing.pad_to_multiple", "inverse", inverse)
-    _check.in_range("Routing.pad_to_multiple", "inverse", inverse, num_rows, "the number of rows")
+    _check.routing_tables("Routing.pad_to_multiple", order, inverse, offsets)
+    num_experts, num_rows = offsets.shape[0], order.shape[0]
     size = padded_size(num_rows, num_experts, multiple)
     starts = torch.nn.functional.pad(offsets, (1, 0))[:-1]
     padded = -(-(offsets - starts) // multiple) * multiple
@@ -242,9 +241,9 @@ def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multipl
     target = torch.where((order >= 0) & (moved >= 0) & (moved < size), moved, size).long()
     new_order = order.new_full((size + 1,), -1).scatter(0, target, order)[:size]
     if num_rows == 0:
-        return new_offsets, new_order, inverse.clone()
+        return new_offsets.to(offsets.dtype), new_order, inverse.clone()
     new_inverse = torch.where(inverse >= 0, moved[inverse.clamp(min=0, max=num_rows - 1).long()], -1)
-    return new_offsets, new_order, new_inverse
+    return new_offsets.to(offsets.dtype), new_order, new_inverse.to(inverse.dtype)
 
 
 def _pad_rows_fake(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +266,9 @@ def _row_tables_reference(order: Tensor, num_tokens: int, topk: int) -> tuple[Te
 
     ``order [R]`` holds the slot ``token * topk + k`` of each row, -1 for none.
     """
+    _check.tensor_dim("Routing", "order", order, 1)
     _check.integer("Routing", "order", order)
+    _check.in_range("Routing", "order", order, num_tokens * topk, "the number of slots")
     starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=order.device) * topk
     return torch.div(order, max(topk, 1), rounding_mode="floor"), starts
 

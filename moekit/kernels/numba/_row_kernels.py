@@ -72,7 +72,7 @@ def entries_of(token, token_offsets, entries):
 @inline
 def pair(row, token):
     """The number that stands for a row being a token's."""
-    mixed = np.int64(row) * _MIX_ROW + np.int64(token) * _MIX_TOKEN
+    mixed = np.int64(row) * _MIX_ROW + np.int64(token) * _MIX_TOKEN + _MIX  # row 0 of token 0 counts as well
     return (mixed ^ (mixed >> np.int64(29))) * _MIX
 
 
@@ -82,6 +82,8 @@ def disagreement(start, stop, row_token, wide, token_offsets, token_rows, entrie
     total = np.int64(0)
     for token in range(start, stop):
         first, last = entries_of(token, token_offsets, entries)
+        if first != read_i32(token_offsets, token) or last != read_i32(token_offsets, token + 1):
+            total += pair(-2, token)  # a part that is none: no row of a table is -2
         for place in range(first, last):
             row = read_i32(token_rows, place)
             if row != -1:

@@ -301,28 +301,39 @@ def chunk_rows_kernel() -> Callable:
 
 @functools.cache
 def pad_rows_kernel() -> Callable:
-    """Tables in which each expert starts at a multiple of ``multiple`` rows. Their -1 entries are there already."""
+    """Tables in which each expert starts at a multiple of ``multiple`` rows. Their -1 entries are there already.
+
+    Rows and slots have to name each other, and no row behind the last expert's any: as many slots name a row as rows have
+    a slot that names them.
+    """
 
     @kernel()
     def pad_rows(
-        offsets: int, experts: int, order: int, rows: int, multiple: int, slots: int,
+        offsets: int, experts: int, order: int, rows: int, inverse: int, multiple: int, slots: int,
         new_offsets: int, new_order: int, new_inverse: int,
     ):  # fmt: skip
-        begin, target = 0, 0
+        begin, target, unnamed = 0, 0, 0
+        for slot in range(slots):
+            unnamed += read_i32(inverse, slot) != -1
         for expert in range(experts):
             end = read_i32(offsets, expert)
             if end < begin or end > rows:
                 raise Nonsense
             for row in range(begin, end):
                 slot = read_i32(order, row)
-                if slot < -1 or slot >= slots:
-                    raise Nonsense
-                if slot >= 0:
+                if slot != -1:
+                    if slot < 0 or slot >= slots or read_i32(inverse, slot) != row:
+                        raise Nonsense
+                    unnamed -= 1
                     write_i32(new_order, target + row - begin, slot)
                     write_i32(new_inverse, slot, target + row - begin)
             target += (end - begin + multiple - 1) // multiple * multiple
             begin = end
             write_i32(new_offsets, expert, target)
+        for row in range(begin, rows):
+            unnamed += read_i32(order, row) != -1
+        if unnamed:
+            raise Nonsense
 
     return pad_rows
 
@@ -335,9 +346,11 @@ def row_tables_kernel() -> Callable:
     """The token of each row, from its slot."""
 
     @kernel()
-    def row_tables(start: int, stop: int, order: int, topk: int, row_token: int):
+    def row_tables(start: int, stop: int, order: int, slots: int, topk: int, row_token: int):
         for row in range(start, stop):
             slot = read_i32(order, row)
+            if slot < -1 or slot >= slots:
+                raise Nonsense
             write_i32(row_token, row, slot // topk if slot >= 0 else -1)
 
     return row_tables

@@ -24,7 +24,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     num_experts, width, features = matrices.shape
     if element == E4M3 or (element == F16 and not HARDWARE_F16) or matrices.dtype is not rows.dtype:
         return NotImplemented
-    if offsets.dtype is not torch.int32 or len(offsets) != num_experts or rows.shape[1] != width:
+    if offsets.dtype is not torch.int32 or offsets.shape != (num_experts,) or rows.shape[1] != width:
         return NotImplemented
     by_feature = matrices.stride(1) == 1
     if not (by_feature or matrices.stride(2) == 1) or (out is not None and out.stride(1) != 1) or not _few(rows, offsets):

@@ -56,7 +56,7 @@ def _leaves(
     y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, scale: Tensor | None = None
 ) -> bool:
     """Whether the reference has to do it, or to refuse it: float64 anywhere, no experts at all, or sizes that do not fit."""
-    if offsets is not None and (offsets.numel() == 0 or offsets.dtype not in INDICES):
+    if offsets is not None and (offsets.numel() == 0 or offsets.dtype not in INDICES or offsets.dim() != 1):
         return True
     if bias is not None and (bias.dtype is torch.float64 or not _one_for_all(y, bias, offsets)):
         return True

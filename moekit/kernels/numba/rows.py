@@ -25,7 +25,7 @@ def _tables(
     wide = row_token.dtype is torch.int64
     if not (wide or row_token.dtype is torch.int32) or not token_offsets.dtype is token_rows.dtype is torch.int32:
         return None
-    if row_token.numel() != num_rows or token_offsets.numel() != num_tokens + 1:
+    if row_token.shape != (num_rows,) or token_offsets.shape != (num_tokens + 1,) or token_rows.dim() != 1:
         return None
     tables = rows, offsets, found = row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous()
     return (rows.data_ptr(), wide, offsets.data_ptr(), found.data_ptr(), found.numel()), tables, c_int64()
@@ -47,7 +47,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     num_tokens, width = tokens.shape
     num_rows = row_token.shape[0]
     tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
-    if tables is None or num_tokens == 0 or num_rows * width == 0:
+    if tables is None or num_tokens < 1 or num_rows * width == 0:
         return NotImplemented
     arguments, _, difference = tables
     out = torch.empty((num_rows, width), dtype=tokens.dtype)
@@ -69,7 +69,7 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
         return NotImplemented
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
     tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
-    if tables is None or num_tokens == 0 or not _weighs(weights, token_rows, num_rows):
+    if tables is None or num_tokens < 1 or not _weighs(weights, token_rows, num_rows):
         return NotImplemented
     arguments, _, difference = tables
     out = torch.empty((num_tokens, width), dtype=rows.dtype)
@@ -109,7 +109,7 @@ def unpermute_backward(
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
     tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
     fits = grad.shape == (num_tokens, width) and _weighs(weights, token_rows, num_rows)
-    if tables is None or num_tokens == 0 or not fits:
+    if tables is None or num_tokens < 1 or not fits:
         return NotImplemented
     arguments, _, difference = tables
     drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else torch.empty(0, dtype=grad.dtype)

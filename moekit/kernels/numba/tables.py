@@ -73,7 +73,7 @@ def rows_of_tokens(row_token: Tensor, num_tokens: int) -> Any:
 def _map_arguments(routing_map: Tensor) -> tuple[Tensor, int, int] | None:
     """The map, the bytes of an element and its bits that say "routed"; None if the reference has to do it."""
     size, dtype = routing_map.element_size(), routing_map.dtype
-    if dtype.is_complex or size not in _NOT_SIGN:
+    if routing_map.dim() != 2 or dtype.is_complex or size not in _NOT_SIGN:
         return None
     if dtype.is_floating_point and size == 1 and dtype not in _ONE_BYTE_FLOATS:
         return None
@@ -161,13 +161,15 @@ def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> 
     int32 = offsets.dtype is order.dtype is inverse.dtype is torch.int32
     if not (int32 and multiple >= 1 and inverse.is_contiguous()):  # the new inverse has the strides of the old
         return NotImplemented
+    if (offsets.dim(), order.dim(), inverse.dim()) != (1, 1, 2):
+        return NotImplemented
     offsets, order, experts = dense(offsets), dense(order), len(offsets)
     size = -(-(len(order) + experts * (multiple - 1)) // multiple) * multiple
     new_offsets, new_inverse = torch.empty_like(offsets), torch.full_like(inverse, -1)
     new_order = torch.full((size,), -1, dtype=torch.int32)
     try:
         kernels.pad_rows_kernel()(
-            offsets.data_ptr(), experts, order.data_ptr(), len(order), multiple, inverse.numel(),
+            offsets.data_ptr(), experts, order.data_ptr(), len(order), inverse.data_ptr(), multiple, inverse.numel(),
             new_offsets.data_ptr(), new_order.data_ptr(), new_inverse.data_ptr(),
         )  # fmt: skip
     except Nonsense:
@@ -177,11 +179,15 @@ def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> 
 
 def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
     """The token of each row and where each token's slots begin."""
-    if order.dtype is not torch.int32:
+    if order.dtype is not torch.int32 or order.dim() != 1:
         return NotImplemented
     order = dense(order)
     row_token = torch.empty_like(order)
-    run(kernels.row_tables_kernel(), len(order), 2 * order.nbytes, order.data_ptr(), max(topk, 1), row_token.data_ptr())
+    args = (order.data_ptr(), num_tokens * topk, max(topk, 1), row_token.data_ptr())
+    try:
+        run(kernels.row_tables_kernel(), len(order), 2 * order.nbytes, *args)
+    except Nonsense:
+        return NotImplemented
     return row_token, torch.arange(num_tokens + 1, dtype=torch.int32) * topk
 
 

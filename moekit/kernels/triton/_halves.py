@@ -20,7 +20,8 @@ def rows_end(offsets, num_experts, num_rows):
     """The row at which the experts' rows end; what lies behind belongs to none and is never read."""
     end = num_rows
     if offsets is not None:
-        end = tl.minimum(tl.load(offsets + num_experts - 1), num_rows).to(tl.int32)
+        # In range before it is cut to 32 bits, which could make any number of it.
+        end = tl.minimum(tl.maximum(tl.load(offsets + num_experts - 1), 0), num_rows).to(tl.int32)
     return end
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit import _check
 from moekit.kernels.triton import _launch
 
 _BLOCK = 1024
@@ -25,8 +26,9 @@ def _row_tables_kernel(order, row_token, starts, num_rows, num_starts, topk, BLO
 
 def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
     """``moekit::row_tables``: the token of each row and where each token's slots begin."""
-    if order.dtype is not torch.int32:
+    if order.dtype is not torch.int32 or order.dim() != 1:
         return NotImplemented
+    _check.in_range("Routing", "order", order, num_tokens * topk, "the number of slots")
     order = order.contiguous()
     num_rows, row_token = order.shape[0], torch.empty_like(order)
     starts = torch.empty(num_tokens + 1, dtype=torch.int32, device=order.device)

@@ -126,10 +126,17 @@ def tidy_bias(bias: Tensor | None) -> Tensor | None:
     return bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
 
 
-def leaves(y: Tensor, offsets: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether the operator is left to the reference: another dtype, no expert at all, or rows past int32."""
-    if offsets is not None and (offsets.shape[0] == 0 or offsets.dtype not in (torch.int32, torch.int64)):
-        return True
+def leaves(y: Tensor, bias: Tensor | None, offsets: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether the operator is left to the reference: another dtype, no expert at all, or rows past int32.
+
+    So are wrong offsets, where values may be looked at: the reference refuses them.
+    """
+    if offsets is not None:
+        if offsets.dim() != 1 or offsets.shape[0] == 0 or offsets.dtype not in (torch.int32, torch.int64):
+            return True
+        if bias is not None and bias.shape[0] != offsets.shape[0]:
+            return True
+        _check.offsets("glu", offsets, y.shape[0])
     return not _launch.computes(*tensors) or y.shape[0] >= 2**31
 
 
@@ -147,7 +154,7 @@ def glu(
     layout: str,
 ) -> Any:
     """``moekit::glu``."""
-    if leaves(y, offsets, y, weights, bias):
+    if leaves(y, bias, offsets, y, weights, bias):
         return NotImplemented
     constants = (act, c1, c3, linear_offset, clamp, clamp_after_bias, layout)
     return _run(y, weights, bias, offsets, None, None, *constants)
@@ -155,7 +162,7 @@ def glu(
 
 def glu_fp8(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Any:
     """``moekit::glu_fp8``: also the rows in float8 e4m3 and their scales."""
-    if leaves(y, offsets, y, weights, bias):
+    if leaves(y, bias, offsets, y, weights, bias):
         return NotImplemented
     stored = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=y.device)
     scales = torch.empty(y.shape[0], dtype=torch.float32, device=y.device)

@@ -214,7 +214,7 @@ def glu_backward(
     wanted: list[bool],
 ) -> Any:
     """``moekit::glu_backward``: ``(dy, dweights, dbias, activation)``, empty where not wanted."""
-    if leaves(y, offsets, grad, scale if scale is not None else y, weights, bias):
+    if leaves(y, bias, offsets, grad, scale if scale is not None else y, weights, bias):
         return NotImplemented
     dtype = y.dtype if scale is None else grad.dtype
     need = {

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit import _backend, _check
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._halves import block_and_part
 
@@ -81,17 +82,26 @@ def _permute_kernel(
         _zero_rows(out, row_token, block - token_blocks, column, num_tokens, num_rows, width, ZERO_ROWS)
 
 
-def _are_tables(*tables: Any) -> bool:
-    """Whether tables have the dtypes and sizes for so many tokens and rows; the reference takes or refuses what has not."""
+def _are_tables(op: str, *tables: Any) -> bool:
+    """Whether tables have the dtypes and sizes for so many tokens and rows; the reference takes or refuses what has not.
+
+    Where values may be looked at, tables that do not say the same are refused here.
+    """
     row_token, token_offsets, token_rows, num_tokens, num_rows = tables
     integers = row_token.dtype in (torch.int32, torch.int64) and token_offsets.dtype is token_rows.dtype is torch.int32
-    return integers and row_token.shape[0] == num_rows and token_offsets.shape[0] == num_tokens + 1
+    if not integers or num_tokens < 0 or token_rows.dim() != 1:
+        return False
+    if row_token.shape != (num_rows,) or token_offsets.shape != (num_tokens + 1,):
+        return False
+    if _backend.checks_values(row_token):
+        _check.row_tables(op, row_token, token_offsets, token_rows, num_tokens)
+    return True
 
 
 def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
     """``moekit::permute``, for any dtype: rows travel as integers."""
     num_tokens, num_rows = tokens.shape[0], row_token.shape[0]
-    if not _are_tables(row_token, token_offsets, token_rows, num_tokens, num_rows):
+    if not _are_tables("permute", row_token, token_offsets, token_rows, num_tokens, num_rows):
         return NotImplemented
     out = torch.empty(num_rows, tokens.shape[1], dtype=tokens.dtype, device=tokens.device)
     if out.numel() == 0:
@@ -149,9 +159,8 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
         return NotImplemented
     rows = _launch.rows_of(rows)
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
-    if not _are_tables(row_token, token_offsets, token_rows, num_tokens, num_rows) or not _weighs(
-        weights, row_token, token_rows
-    ):
+    fits = _are_tables("unpermute", row_token, token_offsets, token_rows, num_tokens, num_rows)
+    if not fits or not _weighs(weights, row_token, token_rows):
         return NotImplemented
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     at_once = _rows_at_once(num_tokens, token_rows.shape[0])
@@ -238,8 +247,8 @@ def unpermute_backward(
     if not _launch.computes(grad, rows, weights):
         return NotImplemented
     shape = (token_offsets.shape[0] - 1, rows.shape[1])
-    fits = _are_tables(row_token, token_offsets, token_rows, shape[0], rows.shape[0]) and grad.shape == shape
-    if not fits or not _weighs(weights, row_token, token_rows):
+    fits = _are_tables("unpermute", row_token, token_offsets, token_rows, shape[0], rows.shape[0])
+    if not fits or grad.shape != shape or not _weighs(weights, row_token, token_rows):
         return NotImplemented
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted[0] else None
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device) if wanted[1] else None

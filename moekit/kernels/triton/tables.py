@@ -260,6 +260,7 @@ def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> 
     int32 = offsets.dtype is order.dtype is inverse.dtype is torch.int32
     if not (int32 and multiple >= 1 and inverse.is_contiguous()):  # the new inverse has the strides of the old
         return NotImplemented
+    _check.routing_tables("Routing.pad_to_multiple", order, inverse, offsets)
     num_experts, num_rows, slots = offsets.shape[0], order.shape[0], inverse.numel()
     size = _launch.blocks(num_rows + num_experts * (multiple - 1), multiple) * multiple
     new_offsets = torch.empty_like(offsets, memory_format=torch.contiguous_format)
