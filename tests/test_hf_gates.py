@@ -85,6 +85,10 @@ class Slope(nn.Module):
         return 2 * x
 
 
+def sine(x, approximate):
+    return torch.sin(x)
+
+
 def with_attribute(act: nn.Module, name: str, value: object) -> nn.Module:
     setattr(act, name, value)
     return act
@@ -126,6 +130,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[], object], bool]] = {
     "GELUActivation of another function": (lambda: with_attribute(activations.GELUActivation(), "act", torch.sin), False),
     "GELUTanh of another function": (
         lambda: with_attribute(activations.GELUTanh(), "act", functools.partial(functional.gelu, approximate="none")),
+        False,
+    ),
+    "GELUTanh of a partial of another function": (
+        lambda: with_attribute(activations.GELUTanh(), "act", functools.partial(sine, approximate="tanh")),
         False,
     ),
     "forward on the instance": (lambda: with_attribute(nn.SiLU(), "forward", torch.sin), False),
@@ -241,6 +249,14 @@ def twice(function: Callable) -> Callable:
     return wrapper
 
 
+def bare(self, gate_up):
+    """A patch that has neither a closure nor a name of its own."""
+    seen.append(1)
+    return 2 * gpt_oss_gate(self, gate_up)
+
+
+gpt_oss_gate = GptOssExperts._apply_gate
+functools.update_wrapper(bare, gpt_oss_gate)
 silu = functional.silu
 PATCHES: dict[str, tuple[type, Callable[[nn.Module], contextlib.AbstractContextManager]]] = {
     "the activation's class": (
@@ -257,6 +273,7 @@ PATCHES: dict[str, tuple[type, Callable[[nn.Module], contextlib.AbstractContextM
         GptOssExperts,
         lambda m: patched(GptOssExperts, "_apply_gate", twice(GptOssExperts._apply_gate)),
     ),
+    "the gate of the class, without a closure": (GptOssExperts, lambda m: patched(GptOssExperts, "_apply_gate", bare)),
     "the gate of an instance": (Qwen3MoeExperts, lambda m: patched(m, "_apply_gate", twice(m._apply_gate))),
     "the gate of an instance of GptOss": (GptOssExperts, lambda m: patched(m, "_apply_gate", twice(m._apply_gate))),
 }
