@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 
 import torch
@@ -29,6 +30,14 @@ class Settings(types.SimpleNamespace):
         if "expert" in name and "size" not in name:
             return E
         return 24 if "intermediate" in name else 16 if "hidden" in name else 1.0
+
+
+def experts_class(model: str, name: str) -> list[type]:
+    """An experts class of Transformers, in a list that is empty where the installed release has not got it."""
+    try:
+        return [getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)]
+    except ModuleNotFoundError:
+        return []
 
 
 def make(kind: type, **settings: object) -> torch.nn.Module:

@@ -44,8 +44,9 @@ def test_item53_every_experts_class(module_name, class_name):
         expected = run(module, "grouped_mm" if sentinels else "eager", indices, torch.float32)
         actual = run(module, "moekit", indices.clone(), torch.float32)
         for name, value in expected.items():
-            error = (actual[name] - value).abs().max() / value.abs().max()
-            assert error < 1e-5, (name, sentinels, float(error))
+            known = value.isfinite()  # older releases leave NaN in the gradients of such slots' weights
+            error = (actual[name] - value)[known].abs().max() / value[known].abs().max()
+            assert error < 1e-5 and actual[name].isfinite().all(), (name, sentinels, float(error))
     exact = run(module.double(), "moekit", chosen(False), torch.float64)["out"]
     low = run(module.to(torch.bfloat16), "moekit", chosen(False), torch.bfloat16)["out"]
     peer = run(module, "grouped_mm", chosen(False), torch.bfloat16)["out"]
@@ -54,19 +55,24 @@ def test_item53_every_experts_class(module_name, class_name):
 
 
 def test_at_least_the_known_classes_are_found():
-    assert len(decorated_classes()) >= 60
+    assert len(decorated_classes()) >= 40  # of 5.12; 5.24 has 69
 
 
 def test_gates_of_their_own_say_so_once(caplog):
-    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class Tanh(MixtralExperts):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, -1)
+            return torch.tanh(gate) * up
 
     moekit.hf._said.clear()
-    module = MuseSparkExperts(Settings(_experts_implementation="moekit"))
+    module = Tanh(Settings(_experts_implementation="moekit"))
     with caplog.at_level(logging.INFO, logger="moekit.hf"):
         for _ in range(3):
             module(torch.randn(T, 16), chosen(False), torch.rand(T, K))
     assert [r.message for r in caplog.records] == [
-        "MuseSparkExperts has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused"
+        "Tanh has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused"
     ]
 
 

@@ -9,19 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from _hf import E, K, Settings, T, chosen, make, run
+from _hf import E, K, Settings, T, chosen, experts_class, make, run
 from torch import Tensor, nn
 
 import moekit
 import moekit.hf
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts  # noqa: E402
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: E402
-from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts  # noqa: E402
-from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLExperts  # noqa: E402
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts  # noqa: E402
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts  # noqa: E402
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts  # noqa: E402
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -305,20 +300,24 @@ def test_products_name_the_sharded_weight(mesh):
 # --- FP8 checkpoints ------------------------------------------------------------------------------------------------
 
 
-def fp8_experts(kind: type, *, block: tuple[int, int] | None = (16, 16), width: int = 32, scale_fmt: str = "float"):
-    """FP8 experts in the place of those of the class ``kind``, with weights and scales drawn."""
+GATES = {
+    "silu": {},
+    "clamped": {"swiglu_limit": 0.5},
+    "as GptOss": {"swiglu_limit": 0.5, "swiglu_alpha": 1.3},
+    "softcapped": {"mlp_gate_softcap": 1.5, "mlp_up_softcap": 2.0},
+    "ungated": {"hidden_activation": "relu2"},
+}
+
+
+def fp8_experts(gate: str = "silu", *, block: tuple[int, int] | None = (16, 16), width: int = 32, scale_fmt: str = "float"):
+    """FP8 experts with a gate of the table, with weights and scales drawn."""
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
     from transformers.integrations.moe import use_experts_implementation
 
     settings = {"hidden_size": 40, "moe_intermediate_size": width, "swiglu_alpha": None, "swiglu_limit": None}
-    settings |= {"mlp_gate_softcap": None, "mlp_up_softcap": None, "hidden_activation": "silu"}
-    settings |= {
-        DeepseekV4Experts: {"swiglu_limit": 0.5},
-        MiniMaxM3VLExperts: {"swiglu_limit": 0.5, "swiglu_alpha": 1.3},
-        Inkling2Experts: {"mlp_gate_softcap": 1.5, "mlp_up_softcap": 2.0},
-        NemotronHExperts: {"hidden_activation": "relu2"},
-    }.get(kind, {})
-    has_gate = kind is not NemotronHExperts
+    settings |= {"mlp_gate_softcap": None, "mlp_up_softcap": None, "hidden_activation": "silu", "expert_dtype": "fp8"}
+    settings |= GATES[gate]
+    has_gate = gate != "ungated"
     built = use_experts_implementation(
         type("Fp8", (FP8Experts,), {}), experts_interface=ALL_FP8_EXPERTS_FUNCTIONS, has_gate=has_gate
     )
@@ -362,9 +361,9 @@ def exact(module: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Ten
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("kind", [Qwen3MoeExperts, DeepseekV4Experts, MiniMaxM3VLExperts, Inkling2Experts, NemotronHExperts])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("slice_bytes", [2**30, 1], ids=["at once", "an expert at a time"])
-def test_fp8_experts_against_float64(kind, slice_bytes, monkeypatch):
+def test_fp8_experts_against_float64(gate, slice_bytes, monkeypatch):
     monkeypatch.setattr(moekit.hf.fp8, "_SLICE_BYTES", slice_bytes)
     for dtype, block, scale_fmt in (
         (F32, (16, 16), "float"),
@@ -372,7 +371,7 @@ def test_fp8_experts_against_float64(kind, slice_bytes, monkeypatch):
         (BF16, (16, 32), "float"),
         (F32, (16, 16), "ue8m0"),
     ):
-        module = fp8_experts(kind, block=block, scale_fmt=scale_fmt)
+        module = fp8_experts(gate, block=block, scale_fmt=scale_fmt)
         x, indices, weights = inputs(dtype, hidden=40)
         indices[2, 0], indices[3] = E, -1
         x.requires_grad_(), weights.requires_grad_()
@@ -387,17 +386,17 @@ def test_fp8_experts_against_float64(kind, slice_bytes, monkeypatch):
 
 
 def test_fp8_experts_refuse_what_they_do_not_have():
-    module = fp8_experts(Qwen3MoeExperts)
+    module = fp8_experts()
     module.activation_scheme = "static"
     with pytest.raises(NotImplementedError, match=r"activation_scheme='static'.*experts_implementation='eager'"):
         module(*inputs(hidden=40))
-    module = fp8_experts(Qwen3MoeExperts)
+    module = fp8_experts()
     replace(module, "gate_up_proj", nn.Parameter(module.gate_up_proj.detach().view(torch.int8), requires_grad=False))
     with pytest.raises(
         TypeError, match=r"Fp8.gate_up_proj must be a plain tensor of float8_e4m3fn, got a Parameter of dtype torch.int8"
     ):
         module(*inputs(hidden=40))
-    module = fp8_experts(Qwen3MoeExperts, width=24)
+    module = fp8_experts(width=24)
     with pytest.raises(
         ValueError, match=r"Fp8.gate_up_proj_scale_inv must be one scale for each block \(16, 16\) of \[5, 48, 40\]"
     ):
@@ -405,7 +404,7 @@ def test_fp8_experts_refuse_what_they_do_not_have():
 
 
 def test_fp8_experts_that_were_not_quantised():
-    module = fp8_experts(Qwen3MoeExperts)
+    module = fp8_experts()
     for name in ("gate_up_proj", "down_proj"):
         parameter = getattr(module, name)
         parameter.data = parameter.data.to(BF16)
@@ -429,7 +428,9 @@ RANKS = {"Mixtral on 8 ranks": (8, 2, 8), "Qwen3-30B on 32 ranks": (128, 8, 32),
 
 
 @pytest.mark.parametrize("layout", RANKS)
-@pytest.mark.parametrize("kind", [Qwen3MoeExperts, GptOssExperts, MuseSparkExperts], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [Qwen3MoeExperts, GptOssExperts, *experts_class("muse_spark", "MuseSparkExperts")], ids=lambda k: k.__name__
+)
 def test_more_slots_than_experts_of_this_rank(layout, kind):
     """A rank's part is grouped_mm's, forward and backward; many tokens and one, and a rank that gets none."""
     total, topk, ranks = RANKS[layout]
