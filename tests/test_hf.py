@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from _hf import K, Settings, T, chosen, make, run
 from torch import Tensor
 
 import moekit.hf
 
 transformers = pytest.importorskip("transformers")
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
-
-T, K, E = 11, 2, 5
 
 
 def decorated_classes() -> list[tuple[str, str]]:
@@ -29,29 +27,6 @@ def decorated_classes() -> list[tuple[str, str]]:
     return found
 
 
-NAMED = {
-    "hidden_act": "silu",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "mlp_hidden_act": "relu2",
-    "moe_latent_size": None,
-    "swiglu_alpha": 1.702,
-    "swiglu_limit": 0.5,
-}
-
-
-class Settings(types.SimpleNamespace):
-    """A configuration that has every field an experts class asks for, small and plausible."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in NAMED:
-            return NAMED[name]
-        if "expert" in name and "size" not in name:
-            return E
-        return 24 if "intermediate" in name else 16 if "hidden" in name else 1.0
-
-
 @pytest.fixture(autouse=True)
 def registered():
     moekit.hf.register()
@@ -59,34 +34,9 @@ def registered():
     moekit.hf.unregister()
 
 
-def run(module: torch.nn.Module, implementation: str, indices: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and every gradient of one forward and backward."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(T, module.down_proj.shape[2 if module.is_transposed else 1], generator=generator).to(dtype)
-    weights = torch.rand(T, K, generator=generator).masked_fill(indices >= E, 0.0)
-    x.requires_grad_(), weights.requires_grad_()
-    module.config._experts_implementation = implementation
-    module.zero_grad()
-    out = module(x, indices, weights.to(dtype))
-    out.float().square().sum().backward()
-    grads = {name: p.grad for name, p in module.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, **grads}
-
-
-def chosen(sentinels: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    indices = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
-    if sentinels:
-        indices[2, 0], indices[3] = E, E
-    return indices
-
-
 @pytest.mark.parametrize(("module_name", "class_name"), decorated_classes())
 def test_item53_every_experts_class(module_name, class_name):
-    module = getattr(importlib.import_module(module_name), class_name)(Settings(_experts_implementation="eager"))
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    module = make(getattr(importlib.import_module(module_name), class_name))
     for sentinels in (False, True):
         # Eager code does not know expert-parallel slots; Transformers' own grouped_mm does.
         module._is_expert_parallel = sentinels
@@ -94,8 +44,9 @@ def test_item53_every_experts_class(module_name, class_name):
         expected = run(module, "grouped_mm" if sentinels else "eager", indices, torch.float32)
         actual = run(module, "moekit", indices.clone(), torch.float32)
         for name, value in expected.items():
-            error = (actual[name] - value).abs().max() / value.abs().max()
-            assert error < 1e-5, (name, sentinels, float(error))
+            known = value.isfinite()  # older releases leave NaN in the gradients of such slots' weights
+            error = (actual[name] - value)[known].abs().max() / value[known].abs().max()
+            assert error < 1e-5 and actual[name].isfinite().all(), (name, sentinels, float(error))
     exact = run(module.double(), "moekit", chosen(False), torch.float64)["out"]
     low = run(module.to(torch.bfloat16), "moekit", chosen(False), torch.bfloat16)["out"]
     peer = run(module, "grouped_mm", chosen(False), torch.bfloat16)["out"]
@@ -104,19 +55,24 @@ def test_item53_every_experts_class(module_name, class_name):
 
 
 def test_at_least_the_known_classes_are_found():
-    assert len(decorated_classes()) >= 60
+    assert len(decorated_classes()) >= 40  # of 5.12; 5.24 has 69
 
 
 def test_gates_of_their_own_say_so_once(caplog):
-    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class Tanh(MixtralExperts):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, -1)
+            return torch.tanh(gate) * up
 
     moekit.hf._said.clear()
-    module = MuseSparkExperts(Settings(_experts_implementation="moekit"))
+    module = Tanh(Settings(_experts_implementation="moekit"))
     with caplog.at_level(logging.INFO, logger="moekit.hf"):
         for _ in range(3):
             module(torch.randn(T, 16), chosen(False), torch.rand(T, K))
     assert [r.message for r in caplog.records] == [
-        "MuseSparkExperts has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused"
+        "Tanh has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused"
     ]
 
 
@@ -128,9 +84,7 @@ def test_a_users_subclass_with_another_gate_is_not_fused():
             gate, up = gate_up.chunk(2, -1)
             return 2 * torch.tanh(gate) * up
 
-    module = Doubled(Settings(_experts_implementation="grouped_mm"))
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    module = make(Doubled)
     expected = run(module, "grouped_mm", chosen(False), torch.float32)
     actual = run(module, "moekit", chosen(False), torch.float32)
     assert all((actual[n] - v).abs().max() < 1e-5 * v.abs().max() for n, v in expected.items())

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 # Those of the operators that have kernels; a process each.
 SUITES = (
     "glu", "glu_operators", "rows", "rows_autograd", "tables", "routing", "topk scores", "sort_chunks",
-    "moe_utils_activations", "moe_utils_permute", "moe_utils_permute_autograd", "experts", "opcheck",
+    "moe_utils_activations", "moe_utils_permute", "moe_utils_permute_autograd", "experts", "experts_inputs", "opcheck",
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def _quick(alpha: Any, limit: Any) -> dict[str, Any] | None:
 
 def _fp8(module: Any) -> dict[str, Any] | None:
     """The gate of Transformers' FP8 experts: which of the forms above depends on what the model's config has."""
-    if module.gate_softcap is not None:
+    if getattr(module, "gate_softcap", None) is not None:  # not there before 5.24
         return None
     if module.swiglu_alpha is not None:
         return _minimax(module)
@@ -202,6 +202,7 @@ _GATES: dict[str, Callable[[Any], dict[str, Any] | None]] = {
     "8f85c3f2488369e7": _gpt_oss,  # OpenAIPrivacyFilter
     "6b27fdb20b54e57c": _minimax,  # MiniMaxM3VL
     "4f3df1f7eabaa45d": _fp8,  # FP8Experts
+    "36c400ef60b8fd3a": _fp8,  # FP8Experts of 5.12
 }
 
 

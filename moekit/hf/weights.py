@@ -51,7 +51,7 @@ def _unwrapped(module: Any, name: str, value: Any) -> Tensor:
         return _local(module, name, value)
     if getattr(kind, "dequantize", Tensor.dequantize) is not Tensor.dequantize:
         return _dequantised(module, name, value)
-    if not _check.transparent(value):
+    if not isinstance(value, Tensor) or not _check.transparent(value):
         raise _refusal(module, name, value, "dequantise or unwrap it when the model is loaded")
     return value
 
@@ -60,8 +60,8 @@ def _local(module: Any, name: str, value: Any) -> Tensor:
     """A DTensor: the whole, or this rank's experts where the model says that a part is meant."""
     local = value.to_local()
     whole = all(placement.is_replicate() for placement in value.placements)
-    mine = (getattr(module, "num_experts", None), *value.shape[1:])
-    if not whole and not (getattr(module, "_is_expert_parallel", False) and tuple(local.shape) == mine):
+    mine = getattr(module, "_is_expert_parallel", False) and not any(p.is_partial() for p in value.placements)
+    if not whole and not (mine and local.shape == (getattr(module, "num_experts", None), *value.shape[1:])):
         remedy = "call the model, whose hooks gather it, not its parts; or gather it with full_tensor()"
         raise _refusal(module, name, value, remedy, f" placed as {tuple(value.placements)}")
     return local

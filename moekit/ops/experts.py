@@ -125,11 +125,12 @@ def _no_routing(routing: Any) -> TypeError:
     """The error that says what was given in the place of a routing."""
     wanted, found = "a Routing or (indices [tokens, topk], weights [tokens, topk])", type(routing).__name__
     if isinstance(routing, (tuple, list)):
-        if len(routing) == 2 and _is_integer(routing[1]):
-            wanted = f"{wanted}, in this order"
-        found = ", ".join(str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in routing)
-        found = f"({found})"
-    return _check.wrong_type("experts", "routing (its indices int32 or int64)", wanted, found)
+        kinds = [str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in routing]
+        swapped = len(routing) == 2 and _is_integer(routing[1])
+        if len(routing) == 2 and isinstance(routing[0], Tensor) and not swapped:
+            return _check.wrong_type("experts", "indices", "an int32 or int64 tensor", kinds[0])
+        wanted, found = wanted + ", in this order" * swapped, f"({', '.join(kinds)})"
+    return _check.wrong_type("experts", "routing", wanted, found)
 
 
 def _check_shapes(
