@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -40,7 +41,20 @@ def _round(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values.view(np.float32)), np.uint32(0x7FC0), nearest).astype(np.uint16)
 
 
-def _patch() -> None:
+def _patch_language_once() -> None:
+    """Triton looks through its whole language at each launch and each call of a device function: half of a test's time.
+
+    Here the first time is the last, and stays.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    nothing = interpreter._LangPatchScope()
+    interpreter._patch_lang = lambda fn: nothing
+
+
+def _patch_conversions() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -57,4 +71,5 @@ def _patch() -> None:
 
 
 if INTERPRETED:
-    _patch()
+    _patch_language_once()
+    _patch_conversions()
