@@ -1,7 +1,8 @@
-"""Triton's interpreter, made to convert bfloat16 as GPUs do.
+"""Triton's interpreter, made to convert bfloat16 as GPUs do, and faster.
 
 Where float32 becomes bfloat16 it truncates instead of rounding to nearest even, and it gets subnormal numbers wrong in
-both directions. Importing this module puts that right for the process, if it interprets.
+both directions; it also spends most of its time on looking itself up. Importing this module puts both right for the
+process, if it interprets.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ def _patch_language_once() -> None:
     interpreter._patch_lang = lambda fn: nothing
 
 
+def _patch_xor() -> None:
+    """Sorting is sums by exclusive or, which Triton knows element by element only, unlike plain sums: here all at once."""
+    import triton.language as tl
+    from triton.runtime.interpreter import ReduceOps
+
+    apply = ReduceOps.apply_impl
+
+    def apply_impl(self, input):
+        if self.combine_fn is not tl.standard._xor_combine:
+            return apply(self, input)
+        data = input[0].handle.data
+        return self.to_tensor(np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims), input[0].dtype)
+
+    ReduceOps.apply_impl = apply_impl
+
+
 def _patch_conversions() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
@@ -72,4 +89,5 @@ def _patch_conversions() -> None:
 
 if INTERPRETED:
     _patch_language_once()
+    _patch_xor()
     _patch_conversions()
