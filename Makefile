@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv by itself; only make and a Python >= 3.10 with pip are assumed.
 #   make demo ARGS="--steps 10"       make test ARGS="-k permute"       make demo PYTHON=/path/to/python
 
-.PHONY: help demo test lint check mutants kernels bench wheel clean
+.PHONY: help demo test lint check matrix mutants kernels bench wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -18,6 +18,7 @@ help:
 	@echo "make demo     train a small Mixture-of-Experts language model on this Python's own source"
 	@echo "make test     run the test suite"
 	@echo "make check    lint, formatting and types, then the test suite (make lint: without the suite)"
+	@echo "make matrix   run the suite's core with the oldest and newest torch and Transformers (environments of many GB)"
 	@echo "make mutants  break the ops on purpose and show that the suite notices"
 	@echo "make bench    time operators and expert MLP against the published ones (quarter of an hour; out/bench)"
 	@echo "make kernels  compile the GPU kernels without a GPU: registers, spills, access widths"
@@ -41,6 +42,9 @@ check: lint test
 # Offline: to machine code for sm_80, sm_90, sm_100 and gfx942, on a machine without a GPU.
 kernels: .venv/ready-dev
 	$(BIN)/python -m moekit.kernels.triton.offline $(ARGS)
+
+matrix: .venv/ready-dev
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 mutants: .venv/ready-dev
 	$(BIN)/python tests/mutants.py $(ARGS)
