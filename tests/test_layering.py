@@ -19,7 +19,8 @@ LAYERS = {
     "moekit.ops": 2,
     "moekit.routing": 2,  # what the operators on rows take: built by ops.tables
     "moekit.nn": 3,
-    "moekit._megatron": 4,
+    "moekit._moe_utils_router": 4,
+    "moekit.megatron": 4,
     "moekit.moe_utils": 4,
     "moekit.compat": 4,
     "moekit.ep": 4,
