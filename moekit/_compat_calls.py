@@ -42,7 +42,7 @@ DIFFERENCES = {
     "topk_routing_with_score_function": "expert_bias acts with softmax as well; scaling_factor=0.0 is zero; ties go to the"
     " lowest expert; float64 is computed in float64",
     "compute_routing_scores_for_aux_loss": "ties go to the lowest expert",
-    "group_limited_topk": "ties go to the lowest group and expert; group_topk above topk ranks groups by their best expert",
+    "group_limited_topk": "ties go to the lowest group and expert; a group_topk above topk ranks groups by their best",
     "switch_load_balancing_loss_func": "the loss is float32 whatever the dtype of probs; a call with a padding_mask (True for"
     " valid tokens there) goes to the framework",
     "z_loss_func": "the loss is float32 whatever the dtype of logits",
@@ -69,8 +69,8 @@ DIFFERENCES = {
 
 # Values of parameters, by name, that moekit answers; others go to the framework.
 _NUMBERS = (
-    "topk router_topk k num_tokens num_experts num_groups group_topk pad_multiple align_size min_capacity alpha capacity_factor"
-    " scaling_factor moe_aux_loss_coeff z_loss_coeff tol expert_bias_update_rate"
+    "topk router_topk k num_tokens num_experts num_groups group_topk pad_multiple align_size min_capacity alpha"
+    " capacity_factor scaling_factor moe_aux_loss_coeff z_loss_coeff tol expert_bias_update_rate"
 ).split()
 _KNOWN_VALUES: dict[str, Callable[[Any], bool]] = {
     "score_function": lambda value: value in SCORE_FUNCTIONS,
@@ -199,7 +199,7 @@ def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signatu
 
 
 def _refuse_foreign_reader(given: dict[str, Any]) -> None:
-    """moekit's row indices must not reach TransformerEngine, which reads them as a map."""
+    """Row indices of moekit's must not reach TransformerEngine, which reads them as a map."""
     indices = given.get("sorted_indices")
     if given.get("fused") and isinstance(indices, Tensor) and indices.dim() == 1:
         arguments = ", ".join(key for key in given)

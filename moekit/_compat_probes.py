@@ -72,7 +72,7 @@ ARGUMENTS: dict[str, Callable[[], _Arguments]] = {
     "get_capacity": lambda: ((10, 4, 1.25), {}),
     "apply_router_token_dropping": lambda: ((_probs(), _map(), 2, 0.75), {}),
     "pad_routing_map": lambda: ((_map(), 2), {}),
-    "qb_dual_update": lambda: ((_numbers(6, 4), 2, _numbers(4)), {}),
+    "qb_dual_update": lambda: ((_numbers(6, 4), 2, _numbers(4).mul(0.3)), {}),
 }
 
 

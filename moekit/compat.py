@@ -122,8 +122,13 @@ def uninstall() -> Substitution:
             setattr(module, name, theirs)
             names.append(f"{module.__name__}.{name}")
     _bindings.clear()
-    for ours, theirs, package in _replacements:  # modules that were imported in the meantime
-        names += [f"{m.__name__}.{n}" for m, n, _ in _rebind(ours, theirs, _holder(ours, package))]
+    # Modules that were imported in the meantime. A class of moekit's may also be used under its own name.
+    old = {id(ours): theirs for ours, theirs, _ in _replacements if not inspect.isclass(ours)}
+    found = _rebind(old, lambda module: _top_level(module) != "moekit")
+    for package in dict.fromkeys(package for _, _, package in _replacements):
+        old = {id(ours): theirs for ours, theirs, holder in _replacements if inspect.isclass(ours) and holder == package}
+        found += _rebind(old, lambda module, package=package: _top_level(module) == package)
+    names += [f"{m.__name__}.{n}" for m, n, _ in found]
     _replacements.clear()
     if _scale_before:
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = _scale_before.pop()
@@ -135,6 +140,7 @@ _NOT_INSTALLED = "is not installed"
 
 def _import(package: str, target: str, done: Substitution) -> ModuleType | None:
     try:
+        importlib.import_module(package)
         return importlib.import_module(target)
     except ModuleNotFoundError as error:
         if error.name and f"{package}.".startswith(f"{error.name}."):
@@ -147,7 +153,7 @@ def _import(package: str, target: str, done: Substitution) -> ModuleType | None:
 
 
 def _substitute(module: ModuleType, done: Substitution) -> None:
-    package = _top_level(module)
+    package, new = _top_level(module), {}
     for name, (theirs, ours) in _plan(module, package).items():
         full_name = f"{module.__name__}.{name}"
         if isinstance(ours, str):
@@ -159,9 +165,10 @@ def _substitute(module: ModuleType, done: Substitution) -> None:
                 _take_over_scale(theirs)
         if name in _compat_calls.DIFFERENCES:
             done.differences[full_name] = _compat_calls.DIFFERENCES[name]
-        found = _rebind(theirs, ours, lambda m: _top_level(m) != "moekit")
-        _bindings.extend(found)
-        done.names += [f"{m.__name__}.{n}" for m, n, _ in found]
+        new[id(theirs)] = ours
+    found = _rebind(new, lambda other: _top_level(other) != "moekit")
+    _bindings.extend(found)
+    done.names += [f"{m.__name__}.{n}" for m, n, _ in found]
 
 
 def _plan(module: ModuleType, package: str) -> dict[str, tuple[Any, Any]]:
@@ -189,23 +196,20 @@ def _take_over_scale(theirs: Any) -> None:
         ours.main_loss_backward_scale = theirs.main_loss_backward_scale
 
 
-def _holder(ours: Any, package: str) -> Callable[[ModuleType], bool]:
-    """Which modules got ``ours`` through a substitution: a class of moekit's may also be used under its own name."""
-    if inspect.isclass(ours):
-        return lambda module: _top_level(module) == package
-    return lambda module: _top_level(module) != "moekit"
+def _rebind(new: dict[int, Any], wanted: Callable[[ModuleType], bool]) -> list[_Binding]:
+    """Bind ``new`` in the place of the objects of these ids, in each loaded module that is ``wanted``.
 
-
-def _rebind(old: Any, new: Any, wanted: Callable[[ModuleType], bool]) -> list[_Binding]:
-    """Bind ``new`` wherever a loaded module that is ``wanted`` holds ``old``; returns what was bound before."""
+    Returns:
+        what was bound before.
+    """
     found: list[_Binding] = []
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType) or not wanted(module):
             continue
         for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)
-                found.append((module, name, old))
+            if id(value) in new:
+                setattr(module, name, new[id(value)])
+                found.append((module, name, value))
     return found
 
 
