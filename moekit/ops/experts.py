@@ -24,7 +24,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.gemm import DIFFERENTIABLE, PLAIN, Products, autocast
+from moekit.ops.gemm import DIFFERENTIABLE, PLAIN, Products, autocast, within
 from moekit.routing import Routing
 
 SAVES = ("recompute", "fp8", "all")
@@ -186,7 +186,7 @@ class _Rows(NamedTuple):
     @staticmethod
     def of(weights: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> _Rows:
         found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
-        return _Rows(found, tables.take(weights, order), offsets, inverse)
+        return _Rows(found, tables.take(weights, order), within(offsets, len(order)), inverse)
 
     def slots(self) -> Tensor:
         """Where each row's weight stands in a flat ``[T, E]`` matrix, -1 for none."""
@@ -216,6 +216,7 @@ def _experts_reference(
     """``(out, projected, scale, gathered, activation)``: the output and what is kept, empty where it is not."""
     options = _Options.of(constants)
     routed = _Rows.of(weights, order, inverse, offsets)
+    offsets = routed.offsets
     gathered = rows.move_rows(x, *routed.tables)
     projected = products.rows(gathered, options.matrices(gate_up), offsets)
     before = None if options.weight_after_down else routed.weights
@@ -278,6 +279,7 @@ def _backward_reference(
     """Gradients of x, weights, gate_up, down and the biases; those that ``wanted`` (the last) leaves out are empty."""
     options, wanted = _Options.of(constants[:-1]), _Wanted(*constants[-1])
     routed = _Rows.of(weights, order, inverse, offsets)
+    offsets = routed.offsets
     result = _Wanted(*(grad.new_empty(0) for _ in range(6)))
     g = rows.move_rows(grad, *routed.tables)
     d_projected, d_weights, d_bias, act = _gate_backward(

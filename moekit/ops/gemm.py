@@ -40,7 +40,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
         return product
     if _looped(rows):
         out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
-        for expert, block in _blocks(offsets):
+        for expert, block in _blocks(offsets, rows.shape[0]):
             torch.mm(rows[block], matrices[expert], out=out[block])
         return out
     width = matrices.shape[2]
@@ -63,7 +63,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     if _looped(left):
         out = left.new_empty(num_experts, height, width)
         filled = set()
-        for expert, block in _blocks(offsets):
+        for expert, block in _blocks(offsets, left.shape[0]):
             torch.mm(left[block].T, right[block], out=out[expert])
             filled.add(expert)
         for expert in set(range(num_experts)) - filled:
@@ -85,13 +85,19 @@ def _looped(rows: Tensor) -> bool:
     return rows.device.type == "cpu" or rows.dtype not in (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+def _blocks(offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, with its rows."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
+    ends, start = offsets.tolist(), 0
+    _check.ends("grouped_linear", ends, num_rows)
+    for expert, end in enumerate(ends):
         if end > start:
             yield expert, slice(start, end)
             start = end
+
+
+def within(offsets: Tensor, num_rows: int) -> Tensor:
+    """Offsets as PyTorch's products may follow them: on a GPU, where these do not look, ascending within the rows."""
+    return offsets if offsets.device.type == "cpu" else offsets.clamp(0, num_rows).cummax(0).values
 
 
 def _aligned(matrix: Tensor, *dims: int) -> Tensor:
@@ -130,31 +136,46 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
     _check.tensor_dim(op, "weight", weight, 3)
     rows, weight = autocast(rows, weight)
     matrices = weight if transposed else weight.mT
+    _check.integer(op, "offsets", offsets)
     _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
     if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
         wanted = f"{rows.dtype} with {rows.shape[1]} inputs"
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
     _check.same_device(op, rows=rows, weight=weight, offsets=offsets)
-    return _grouped_linear(rows, matrices, offsets.int())
+    return _grouped_linear(rows, matrices, _int32(offsets, rows.shape[0]))
+
+
+def _int32(offsets: Tensor, num_rows: int) -> Tensor:
+    """The offsets as products take them: what is past the rows stays past them."""
+    if offsets.dtype is torch.int32:
+        return offsets
+    return offsets.clamp(-1, min(num_rows + 1, 2**31 - 1)).int()
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
     """What autocast would do to the inputs of a matrix product."""
+    tensors = [first, *others]
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = first.device.type
-    tensors = (first, *others)
     if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
 
 
 def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    offsets = within(offsets, rows.shape[0])
     out = grouped_rows(rows, matrices, offsets)
     if _looped(rows):
         out[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
         return out
     inside = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(inside.unsqueeze(1), out, 0)
+
+
+def _outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_outer(left, right, within(offsets, left.shape[0]))
 
 
 def _linear_fake(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -189,7 +210,7 @@ def _outer_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
 
 _grouped_outer = _library.define(
     "grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor",
-    reference=grouped_outer,
+    reference=_outer_reference,
     fake=_outer_fake,
     save=_save,
     backward=_outer_backward,
