@@ -42,17 +42,17 @@ DIFFERENCES = {
     "topk_routing_with_score_function": "expert_bias acts with softmax as well; scaling_factor=0.0 is zero; ties go to the"
     " lowest expert; float64 is computed in float64",
     "compute_routing_scores_for_aux_loss": "ties go to the lowest expert",
-    "group_limited_topk": "ties go to the lowest group and expert; a group_topk above topk ranks groups by their best",
-    "switch_load_balancing_loss_func": "the loss is float32 whatever the dtype of probs; a call with a padding_mask (True for"
-    " valid tokens there) goes to the framework",
+    "group_limited_topk": "ties go to the lowest group and expert; group_topk may be above topk",
+    "switch_load_balancing_loss_func": "the loss is float32 whatever the dtype of probs; a padding_mask (True for valid"
+    " tokens there) takes the call to the framework",
     "z_loss_func": "the loss is float32 whatever the dtype of logits",
     "sinkhorn": "finite for large logits; a token whose logits are all below -10 keeps its share",
     "apply_router_token_dropping": "ties, and drop_policy='position', keep the earliest tokens",
     "pad_routing_map": "returns a new map and does not write into its argument",
     "get_updated_expert_bias": "tokens_per_expert is not written; without a group the call goes to the framework",
     "qb_dual_update": "ties go to the lowest expert; T*k that is no multiple of E raises ValueError",
-    "MoEAuxLossAutoScaler": "backward writes no scale; set_loss_scale keeps a copy, so a tensor that is written into later,"
-    " or that a captured CUDA graph holds, does not change the scale",
+    "MoEAuxLossAutoScaler": "backward writes no scale; set_loss_scale keeps a copy: writing into the tensor it was given"
+    " does not change the scale",
     **dict.fromkeys(
         (
             "weighted_swiglu",
@@ -69,9 +69,24 @@ DIFFERENCES = {
 
 # Values of parameters, by name, that moekit answers; others go to the framework.
 _NUMBERS = (
-    "topk router_topk k num_tokens num_experts num_groups group_topk pad_multiple align_size min_capacity alpha"
-    " capacity_factor scaling_factor moe_aux_loss_coeff z_loss_coeff tol expert_bias_update_rate"
-).split()
+    "topk",
+    "router_topk",
+    "k",
+    "num_tokens",
+    "num_experts",
+    "num_groups",
+    "group_topk",
+    "pad_multiple",
+    "align_size",
+    "min_capacity",
+    "alpha",
+    "capacity_factor",
+    "scaling_factor",
+    "moe_aux_loss_coeff",
+    "z_loss_coeff",
+    "tol",
+    "expert_bias_update_rate",
+)
 _KNOWN_VALUES: dict[str, Callable[[Any], bool]] = {
     "score_function": lambda value: value in SCORE_FUNCTIONS,
     "drop_policy": lambda value: value in DROP_POLICIES,
@@ -171,6 +186,7 @@ def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signatu
     # What the framework takes where nothing is given, if moekit would take something else.
     implied = {key: value for key, value in defaults.items() if key not in other and not _same(value, known[key].default)}
     checks = {key: check for key, check in _KNOWN_VALUES.items() if key in keywords and key not in other}
+    to_be_given = [key for key, check in checks.items() if key in defaults and not check(defaults[key])]
     plain = not (other or implied or checks or mode) and order == list(known)[: len(order)] and keywords == set(order)
 
     def is_ours(args: tuple, given: dict[str, Any], count: int) -> bool:
@@ -181,6 +197,9 @@ def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signatu
                 return False
         for key, check in checks.items():
             if key in given and not check(given[key]):
+                return False
+        for key in to_be_given:
+            if key not in given:
                 return False
         return mode is None or not mode()
 

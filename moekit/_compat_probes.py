@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import moekit
+from moekit import _backend
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -84,7 +84,12 @@ def call(function: Callable, arguments: _Arguments, names: list[str], order: lis
     args, kwargs = arguments
     if order[: len(args)] != names[: len(args)]:
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
-    with torch.compiler.set_stance("force_eager"), moekit.backend("torch"), torch.no_grad():
+    with (
+        torch.compiler.set_stance("force_eager"),
+        _backend.backend("torch"),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
         return function(*args, **kwargs)
 
 

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from moekit import _compat_calls, moe_utils
 
 # Each module to substitute in, by the package whose absence means that the framework is not installed.
@@ -194,6 +196,8 @@ def _take_over_scale(theirs: Any) -> None:
         _scale_before.append(ours.main_loss_backward_scale)
     if theirs.main_loss_backward_scale is not None:
         ours.main_loss_backward_scale = theirs.main_loss_backward_scale
+    elif isinstance(ours.main_loss_backward_scale, Tensor):  # the one to come back must not be written into
+        ours.main_loss_backward_scale = ours.main_loss_backward_scale.clone()
 
 
 def _rebind(new: dict[int, Any], wanted: Callable[[ModuleType], bool]) -> list[_Binding]:

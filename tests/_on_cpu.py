@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def _on_cpu(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("cuda") or isinstance(value, torch.device) and value.type == "cuda":
-        return torch.device("cpu")
-    return value
+    asked = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+    return torch.device("cpu") if asked else value
 
 
 class _Cpu(TorchFunctionMode):

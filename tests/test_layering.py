@@ -23,6 +23,8 @@ LAYERS = {
     "moekit.megatron": 4,
     "moekit.moe_utils": 4,
     "moekit.compat": 4,
+    "moekit._compat_calls": 4,
+    "moekit._compat_probes": 4,
     "moekit.ep": 4,
     "moekit.hf": 4,
     "moekit": 5,  # the public names, and what is not listed: demo, cli

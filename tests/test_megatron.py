@@ -115,9 +115,7 @@ def test_the_inverse_map(backend, name, spare):
     tokens, routing_map, probs, _ = routing(name)
     slots = int(routing_map.sum(1).max()) + spare
     total = slots * tokens.shape[0]
-    rows, row_probs, index, inverse, _ = megatron.permute(
-        tokens, routing_map, probs, total, return_batch_invariant_inverse_map=True
-    )
+    rows, _, index, inverse, _ = megatron.permute(tokens, routing_map, probs, total, return_batch_invariant_inverse_map=True)
     assert inverse.shape == (2, tokens.shape[0], slots) and inverse.dtype is torch.int64
     order = [(t, e) for e in range(routing_map.shape[1]) for t in range(routing_map.shape[0]) if routing_map[t, e]]
     for token, experts in enumerate(routing_map):
