@@ -1,7 +1,7 @@
 """A pytest plugin for tests/frameworks.py: the frameworks' tests on a CPU, and with ``MOEKIT_INSTALL=1`` on moekit.
 
-Their tests ask for a GPU in many ways; here everything that asks for one gets the CPU, and NCCL is Gloo. What still
-needs a GPU fails alike with moekit and without it.
+Megatron's tests ask for a GPU in many ways: with ``PRETEND_A_GPU=1`` everything that asks for one gets the CPU, and NCCL
+is Gloo. What still needs a GPU fails alike with moekit and without it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _pretend() -> None:
     _Cpu().__enter__()
 
 
-_pretend()
+if os.environ.get("PRETEND_A_GPU") == "1":
+    _pretend()
 vars(typing).setdefault("override", lambda function: function)  # in Python from 3.12 on, which the checkouts may ask for
 
 

@@ -458,6 +458,7 @@ def test_no_scale_of_theirs_keeps_ours(folder):
 
 
 # --- the real ones, where they are installed ------------------------------------------------------------------------
+# In an environment that has one, or with a checkout on PYTHONPATH. tests/frameworks.py runs their own tests.
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -467,11 +468,14 @@ def test_the_real_framework(target):
     before = dict(vars(module))
     x = draw(0, 5, 8, dtype=torch.float32)
     routing_map = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 0, 0], [0, 1, 0]]).bool()
-    rows, _, index = module.permute(x, routing_map)
+    theirs = module.permute(x, routing_map, num_out_tokens=6)
     with compat.install() as done:
-        assert any(name == f"{target}.permute" for name in done.names)
-        assert module.permute is not before["permute"]
-        assert_same(module.permute(x, routing_map)[0], rows)
-        assert_same(module.permute(x, routing_map, fused=True)[2], index)
-        assert_same(module.unpermute(rows, index, x.shape), x * routing_map.sum(1, keepdim=True))
+        assert {f"{target}.permute", f"{target}.unpermute"} <= set(done.names)
+        assert {name.rsplit(".", 1)[1] for name in done.left_alone} <= {"get_updated_expert_bias"}
+        for fused in (False, True):
+            ours = module.permute(x, routing_map, num_out_tokens=6, fused=fused)
+            assert len(ours) == len(theirs)
+            assert_same(ours[0], theirs[0])
+            assert_same(ours[2], theirs[2])
+        assert_same(module.unpermute(ours[0], ours[2], x.shape), x * routing_map.sum(1, keepdim=True))
     assert all(vars(module)[name] is value for name, value in before.items())
