@@ -165,10 +165,20 @@ def _contradiction(name: str, form: Callable, original: Callable, signature: ins
         return None
     names = list(_parameters(form))
     try:
-        found = _compat_probes.call(original, make(), names, list(signature.parameters))
+        found = _compat_probes.call(original, make(), names, list(signature.parameters), {})
     except Exception:  # for want of a GPU, a process group, another package
         return None
-    return _compat_probes.difference(found, _compat_probes.call(form, make(), names, names))
+    return _compat_probes.difference(found, _compat_probes.call(form, make(), names, names, _implied(form, signature)))
+
+
+def _implied(form: Callable, signature: inspect.Signature) -> dict[str, Any]:
+    """What the framework takes where nothing is given, if moekit would take something else."""
+    ours, empty = _parameters(form), inspect.Parameter.empty
+    return {
+        key: p.default
+        for key, p in signature.parameters.items()
+        if key in ours and p.default is not empty and not _same(p.default, ours[key].default)
+    }
 
 
 def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signature, mode: Callable | None) -> Callable:
@@ -183,8 +193,7 @@ def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signatu
     other = set(keywords) - set(known) | _OTHER_MEANING.get(name, set())
     required = {key for key in keywords if signature.parameters[key].default is inspect.Parameter.empty}
     defaults = {key: signature.parameters[key].default for key in keywords - required}
-    # What the framework takes where nothing is given, if moekit would take something else.
-    implied = {key: value for key, value in defaults.items() if key not in other and not _same(value, known[key].default)}
+    implied = {key: value for key, value in _implied(ours, signature).items() if key not in other}
     checks = {key: check for key, check in _KNOWN_VALUES.items() if key in keywords and key not in other}
     to_be_given = [key for key, check in checks.items() if key in defaults and not check(defaults[key])]
     plain = not (other or implied or checks or mode) and order == list(known)[: len(order)] and keywords == set(order)

@@ -76,12 +76,14 @@ ARGUMENTS: dict[str, Callable[[], _Arguments]] = {
 }
 
 
-def call(function: Callable, arguments: _Arguments, names: list[str], order: list[str]) -> Any:
+def call(function: Callable, arguments: _Arguments, names: list[str], order: list[str], implied: dict[str, Any]) -> Any:
     """``function`` on the arguments of a probe, on moekit's reference and without compiling anything.
 
     ``names`` are moekit's parameters: positional arguments go by their names if ``order``, the function's own, differs.
+    ``implied`` is given where the probe gives nothing.
     """
     args, kwargs = arguments
+    kwargs = {**{key: value for key, value in implied.items() if key not in names[: len(args)]}, **kwargs}
     if order[: len(args)] != names[: len(args)]:
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     with (
