@@ -132,6 +132,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
     """
     op = "grouped_linear"
     _library.announce_flops()
+    _check.computable(op, "rows", rows)
+    _check.computable(op, "weight", weight)
     _check.tensor_dim(op, "rows", rows, 2)
     _check.tensor_dim(op, "weight", weight, 3)
     rows, weight = autocast(rows, weight)
