@@ -84,6 +84,24 @@ def _without_transformer_engine() -> None:
     if utils.get_te_version() is None:
         utils.get_te_version = lambda: Version("0")
     vars(moe_utils).setdefault("te_general_gemm", None)
+    _destroy_groups_too()
+
+
+def _destroy_groups_too() -> None:
+    """Megatron only forgets its process groups, and each of Gloo's keeps threads: thousands after a hundred tests."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d as c10d
+
+    forget = parallel_state.destroy_model_parallel
+
+    def destroy() -> None:
+        forget()
+        if c10d.is_initialized():
+            default = c10d._get_default_group()
+            for group in [group for group in c10d._world.pg_map if group is not default]:
+                c10d.destroy_process_group(group)
+
+    parallel_state.destroy_model_parallel = destroy
 
 
 def pytest_configure(config: Any) -> None:
