@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit._megatron import (
+from moekit._moe_utils_router import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
     get_capacity,
@@ -162,6 +162,22 @@ def unpermute(
             range.
         TypeError: indices that are not integers.
     """
+    check_unpermute(permuted_tokens, sorted_indices, restore_shape, probs, routing_map)
+    weights = None
+    if probs is not None and routing_map is not None:
+        weights = _row_probs(sorted_indices, probs, routing_map, drop_and_pad)
+    found = tables.rows_of_tokens(sorted_indices, restore_shape[0])
+    return rows.sum_rows(permuted_tokens, weights, sorted_indices, *found)
+
+
+def check_unpermute(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    restore_shape: torch.Size | Sequence[int],
+    probs: Tensor | None,
+    routing_map: Tensor | None,
+) -> None:
+    """Refuse shapes, dtypes and devices that do not fit each other."""
     _check.tensor_dim("unpermute", "permuted_tokens", permuted_tokens, 2)
     _check.tensor_dim("unpermute", "sorted_indices", sorted_indices, 1)
     _check.integer("unpermute", "sorted_indices", sorted_indices)
@@ -171,27 +187,21 @@ def unpermute(
         raise _check.fail("unpermute", "sorted_indices", wanted, f"shape {list(sorted_indices.shape)}")
     if len(restore_shape) != 2 or restore_shape[1] != hidden:
         raise _check.fail("unpermute", "restore_shape", f"(tokens, {hidden})", tuple(restore_shape))
-    weights = None
     if probs is not None:
-        weights = _row_probs(sorted_indices, restore_shape[0], probs, routing_map, drop_and_pad)
+        if routing_map is None:
+            raise _check.fail("unpermute", "routing_map", "given together with probs", None)
+        _check.floating("unpermute", "probs", probs)
+        _check.routing_map("unpermute", "routing_map", routing_map)
+        expected = (restore_shape[0], routing_map.shape[1])
+        _check.shape("unpermute", "routing_map", routing_map, expected, "[tokens, experts]")
+        _check.shape("unpermute", "probs", probs, routing_map.shape, "[tokens, experts]")
+        _check.same_device("unpermute", sorted_indices=sorted_indices, routing_map=routing_map, probs=probs)
     _check.same_device("unpermute", permuted_tokens=permuted_tokens, sorted_indices=sorted_indices, probs=probs)
-    found = tables.rows_of_tokens(sorted_indices, restore_shape[0])
-    return rows.sum_rows(permuted_tokens, weights, sorted_indices, *found)
 
 
-def _row_probs(
-    sorted_indices: Tensor, num_tokens: int, probs: Tensor, routing_map: Tensor | None, drop_and_pad: bool
-) -> Tensor:
+def _row_probs(sorted_indices: Tensor, probs: Tensor, routing_map: Tensor, drop_and_pad: bool) -> Tensor:
     """The routing weight of each row: the map's entries in expert-major order, or by capacity."""
-    if routing_map is None:
-        raise _check.fail("unpermute", "routing_map", "given together with probs", None)
-    _check.floating("unpermute", "probs", probs)
-    _check.routing_map("unpermute", "routing_map", routing_map)
-    num_experts = routing_map.shape[1]
-    _check.shape("unpermute", "routing_map", routing_map, (num_tokens, num_experts), "[tokens, experts]")
-    _check.shape("unpermute", "probs", probs, routing_map.shape, "[tokens, experts]")
-    _check.same_device("unpermute", sorted_indices=sorted_indices, routing_map=routing_map, probs=probs)
-    num_rows = sorted_indices.shape[0]
+    num_rows, num_experts = sorted_indices.shape[0], routing_map.shape[1]
     if drop_and_pad:
         capacity = num_rows // max(num_experts, 1)
         if capacity * num_experts != num_rows:

@@ -14,6 +14,7 @@ import torch
 from _reference import assert_same, draw
 
 from moekit import compat, moe_utils
+from moekit import megatron as today
 
 NEMO = "nemo_automodel.components.moe.megatron.moe_utils"
 MEGATRON = "megatron.core.transformer.moe.moe_utils"
@@ -55,12 +56,12 @@ FILES = {
         import torch
 
         def permute(tokens, routing_map, probs=None, num_out_tokens=None, fused=False, drop_and_pad=False,
-                    tokens_per_expert=None, align_size=-1):
-            return "megatron permute", tokens_per_expert, align_size
+                    tokens_per_expert=None, align_size=-1, future=None):
+            return "megatron permute", future
 
-        def unpermute(permuted_tokens, sorted_indices, restore_shape, pad_offsets=None, probs=None, routing_map=None,
+        def unpermute(permuted_tokens, sorted_indices, restore_shape, future=None, probs=None, routing_map=None,
                       fused=False, drop_and_pad=False):
-            return "megatron unpermute", pad_offsets
+            return "megatron unpermute", future
 
         def z_loss_func(z_loss_coeff, logits):
             return "megatron z_loss_func"
@@ -161,7 +162,7 @@ def test_install_reaches_every_module_that_holds_a_name(frameworks):
         assert_same(function(x), expected)
     args = draw(1, 3, 4), torch.tensor([[1, 0], [0, 1], [1, 1]])
     for function in (nemo.permute, layers.permute, user.permute, megatron.permute, user.megatron_permute):
-        for actual, wanted in zip(function(*args)[::2], moe_utils.permute(*args)[::2], strict=True):
+        for actual, wanted in zip(function(*args)[:3:2], moe_utils.permute(*args)[::2], strict=True):
             assert_same(actual, wanted)
     for module in (nemo, layers, megatron):
         assert module.MoEAuxLossAutoScaler is moe_utils.MoEAuxLossAutoScaler
@@ -169,7 +170,7 @@ def test_install_reaches_every_module_that_holds_a_name(frameworks):
     assert {f"{NEMO}.{n}" for n in ("permute", "swiglu", "also_swiglu", "quick_gelu", "MoEAuxLossAutoScaler")} | {
         f"{layers.__name__}.{n}" for n in ("permute", "activation", "MoEAuxLossAutoScaler")
     } | {"somebody.model.permute", "somebody.model.megatron_permute"} <= set(done.names)
-    assert len(done.names) == len(set(done.names)) and repr(done) == f"Substitution({len(done.names)} names)"
+    assert len(done.names) == len(set(done.names)) and repr(done).startswith(f"Substitution({len(done.names)} names)")
     with pytest.raises(TypeError):
         nemo.own_business()  # its swiglu is ours now, and 1 is no tensor
 
@@ -285,28 +286,61 @@ def test_users_of_moekits_own_names_are_untouched(frameworks):
         assert user.MoEAuxLossAutoScaler is moe_utils.MoEAuxLossAutoScaler
 
 
-@pytest.mark.parametrize("present", ["nemo", "megatron", "neither"])
-def test_a_framework_that_is_not_installed_is_passed_over(folder, present):
-    # Empty packages, so that none that is really installed is found.
-    for name in ("nemo_automodel", "megatron"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").touch()
+def without(monkeypatch, *packages: str) -> None:
+    """Make the import system find no such package, even if it is installed."""
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize("present", ["nemo_automodel", "megatron"])
+def test_one_framework_is_enough(folder, monkeypatch, present):
+    """No warning about the other one: a warning is a failure in this suite."""
+    absent = {"nemo_automodel": "megatron", "megatron": "nemo_automodel"}[present]
+    without(monkeypatch, absent)
     write(folder, *(file for file in FILES if file.startswith(present) and "late" not in file))
-    importlib.invalidate_caches()
     with compat.install() as done:
-        assert {name.split(".")[0] for name in done.names} == {
-            "nemo": {"nemo_automodel"}, "megatron": {"megatron"}, "neither": set()
-        }[present]  # fmt: skip
+        assert {name.split(".")[0] for name in done.names} == {present}
+        (cause,) = done.missing.values()
+        assert cause.startswith(absent) and cause.endswith("is not installed") and cause in repr(done)
+
+
+def test_no_framework_at_all_is_said(folder, monkeypatch):
+    without(monkeypatch, "nemo_automodel", "megatron")
+    with pytest.warns(UserWarning, match="nemo_automodel is not installed; megatron.core is not installed") as said:
+        done = compat.install()
+    assert done.names == [] and len(done.missing) == 2
+    assert said[0].filename == __file__
     assert compat.uninstall().names == []
 
 
-def test_a_framework_that_lacks_a_requirement_is_passed_over(folder):
+def test_a_framework_whose_import_fails_is_said(folder):
+    """Even if the other one is there: whoever installed both would not notice."""
     write(folder, *(file for file in FILES if file.startswith("megatron")))
     path = folder / "nemo_automodel/components/moe/megatron/moe_utils.py"
     write(folder, "nemo_automodel/components/moe/megatron/moe_utils.py")
     path.write_text("import a_package_that_nobody_has\n")
-    with compat.install() as done:
-        assert {name.split(".")[0] for name in done.names} == {"megatron"}
+    with pytest.warns(UserWarning, match=f"{NEMO} cannot be imported: .*a_package_that_nobody_has"):
+        done = compat.install()
+    assert {name.split(".")[0] for name in done.names} == {"megatron"}
+    assert list(done.missing) == [NEMO] and "a_package_that_nobody_has" in repr(done)
+
+
+@pytest.mark.parametrize("broken", ["raise RuntimeError('no driver')", "from torch import nothing_of_this_name", "1 +"])
+def test_an_import_may_fail_in_any_way(folder, monkeypatch, broken):
+    without(monkeypatch, "nemo_automodel")
+    write(folder, "megatron/core/transformer/moe/moe_utils.py")
+    (folder / "megatron/core/transformer/moe/moe_utils.py").write_text(broken)
+    wanted = {"r": "RuntimeError: no driver", "f": "nothing_of_this_name", "1": "SyntaxError"}[broken[0]]
+    with pytest.warns(UserWarning, match=f"cannot be imported: .*{wanted}"):
+        assert compat.install().names == []
+
+
+def test_a_release_without_the_module_is_said(folder, monkeypatch):
+    without(monkeypatch, "megatron")
+    (folder / "nemo_automodel").mkdir()
+    (folder / "nemo_automodel/__init__.py").touch()
+    with pytest.warns(UserWarning, match="cannot be imported: No module named 'nemo_automodel.components'"):
+        compat.install()
 
 
 # --- releases with other signatures ---------------------------------------------------------------------------------
@@ -321,18 +355,16 @@ def megatron(frameworks):
 
 def test_an_argument_that_only_theirs_knows_goes_there(megatron):
     tokens, routing_map = draw(0, 3, 4), torch.tensor([[1, 0], [0, 1], [1, 1]])
-    counts = torch.tensor([2, 2])
-    assert megatron.permute(tokens, routing_map, tokens_per_expert=counts) == ("megatron permute", counts, -1)
-    assert megatron.permute(tokens, routing_map, align_size=16) == ("megatron permute", None, 16)
-    positional = (tokens, routing_map, None, None, False, False, None, 32)
-    assert megatron.permute(*positional) == ("megatron permute", None, 32)
+    assert megatron.permute(tokens, routing_map, future=16) == ("megatron permute", 16)
+    positional = (tokens, routing_map, None, None, False, False, None, -1, 32)
+    assert megatron.permute(*positional) == ("megatron permute", 32)
     ours = moe_utils.permute(tokens, routing_map, num_out_tokens=5)
     for args, kwargs in (
         ((tokens, routing_map), {"num_out_tokens": 5}),
-        ((tokens, routing_map, None, 5, True, False, None, -1), {}),  # the defaults, spelled out
-        ((tokens, routing_map), {"num_out_tokens": 5, "tokens_per_expert": None, "align_size": -1}),
+        ((tokens, routing_map, None, 5, True, False, None, -1, None), {}),  # the defaults, spelled out
+        ((tokens, routing_map), {"num_out_tokens": 5, "tokens_per_expert": None, "align_size": -1, "future": None}),
     ):
-        for actual, wanted in zip(megatron.permute(*args, **kwargs)[::2], ours[::2], strict=True):
+        for actual, wanted in zip(megatron.permute(*args, **kwargs)[:3:2], ours[::2], strict=True):
             assert_same(actual, wanted)
 
 
@@ -385,7 +417,7 @@ def test_what_depends_on_their_global_state_is_left_alone(megatron):
 
 
 def test_replacements_look_like_the_functions_they_run(megatron):
-    assert inspect.getdoc(megatron.permute) == inspect.getdoc(moe_utils.permute)
+    assert inspect.getdoc(megatron.permute) == inspect.getdoc(today.permute)
     assert megatron.permute.__name__ == "permute"
 
 
@@ -426,6 +458,7 @@ def test_no_scale_of_theirs_keeps_ours(folder):
 
 
 # --- the real ones, where they are installed ------------------------------------------------------------------------
+# In an environment that has one, or with a checkout on PYTHONPATH. tests/frameworks.py runs their own tests.
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -435,11 +468,14 @@ def test_the_real_framework(target):
     before = dict(vars(module))
     x = draw(0, 5, 8, dtype=torch.float32)
     routing_map = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 0, 0], [0, 1, 0]]).bool()
-    rows, _, index = module.permute(x, routing_map)
+    theirs = module.permute(x, routing_map, num_out_tokens=6)
     with compat.install() as done:
-        assert any(name == f"{target}.permute" for name in done.names)
-        assert module.permute is not before["permute"]
-        assert_same(module.permute(x, routing_map)[0], rows)
-        assert_same(module.permute(x, routing_map, fused=True)[2], index)
-        assert_same(module.unpermute(rows, index, x.shape), x * routing_map.sum(1, keepdim=True))
+        assert {f"{target}.permute", f"{target}.unpermute"} <= set(done.names)
+        assert {name.rsplit(".", 1)[1] for name in done.left_alone} <= {"get_updated_expert_bias"}
+        for fused in (False, True):
+            ours = module.permute(x, routing_map, num_out_tokens=6, fused=fused)
+            assert len(ours) == len(theirs)
+            assert_same(ours[0], theirs[0])
+            assert_same(ours[2], theirs[2])
+        assert_same(module.unpermute(ours[0], ours[2], x.shape), x * routing_map.sum(1, keepdim=True))
     assert all(vars(module)[name] is value for name, value in before.items())

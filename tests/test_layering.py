@@ -18,9 +18,12 @@ LAYERS = {
     "moekit.kernels": 1,
     "moekit.ops": 2,
     "moekit.routing": 2,  # what the operators on rows take: built by ops.tables
-    "moekit._megatron": 3,
+    "moekit._moe_utils_router": 3,
+    "moekit.megatron": 3,
     "moekit.moe_utils": 3,
     "moekit.compat": 3,
+    "moekit._compat_calls": 3,
+    "moekit._compat_probes": 3,
     "moekit.hf": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli
 }

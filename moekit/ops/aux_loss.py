@@ -105,6 +105,7 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     """
 
     main_loss_backward_scale: float | Tensor | None = None
+    _copy: Tensor | None = None  # of the last tensor that set_loss_scale was given
 
     @classmethod
     def apply(cls, *args: Tensor) -> Any:
@@ -124,8 +125,22 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
 
     @staticmethod
     def set_loss_scale(scale: float | Tensor) -> None:
-        """Set the factor to a number or a tensor of one element, which is copied and never written."""
-        MoEAuxLossAutoScaler.main_loss_backward_scale = scale.detach().clone() if isinstance(scale, Tensor) else scale
+        """Set the factor to a number or a tensor of one element, which is copied and never written.
+
+        A tensor is copied into the copy of the last one, if that is of its kind: a captured CUDA graph reads it there.
+        """
+        cls = MoEAuxLossAutoScaler
+        if isinstance(scale, Tensor):
+            held, scale = cls._copy, scale.detach()
+            if held is not None and held is cls.main_loss_backward_scale and _alike(held, scale):
+                held.copy_(scale)
+                return
+            scale = cls._copy = scale.clone()
+        cls.main_loss_backward_scale = scale
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _aux_loss_grad_reference(

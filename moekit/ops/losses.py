@@ -244,13 +244,19 @@ def updated_expert_bias(
     if load.dtype.is_floating_point:
         load = load.to(torch.promote_types(load.dtype, torch.float32))
     if group is not None:
-        from torch.distributed import all_reduce
-
-        load = load.clone(memory_format=torch.contiguous_format)
-        all_reduce(load, group=group)
+        load = summed_over(load, group)
     # sum - E * load has the sign of mean - load, and is exact in integers.
     below_mean = (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
     return expert_bias.detach() + below_mean.to(expert_bias.dtype) * update_rate
+
+
+def summed_over(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """``counts`` summed over the processes of ``group``, on a copy."""
+    from torch.distributed import all_reduce
+
+    counts = counts.detach().clone(memory_format=torch.contiguous_format)
+    all_reduce(counts, group=group)
+    return counts
 
 
 # --- capacity and padding -----------------------------------------------------------------------------------
@@ -348,13 +354,19 @@ def pad_routing_map(routing_map: Tensor, pad_multiple: int) -> Tensor:
             there are tokens. The last is checked on a CPU or under ``moekit.debug()``: on a GPU it would cost
             a sync, and such an expert takes every token.
     """
+    padded = fill_routing_map(routing_map, pad_multiple)
+    if _backend.checks_values(routing_map):
+        counts = (routing_map != 0).sum(0)
+        _check_room(counts + -counts % pad_multiple, routing_map.shape[0], pad_multiple)
+    return padded
+
+
+def fill_routing_map(routing_map: Tensor, pad_multiple: int) -> Tensor:
+    """:func:`pad_routing_map` as far as the tokens go: an expert that would need more of them takes every one."""
     _check.routing_map("pad_routing_map", "routing_map", routing_map)
     pad_multiple = _check.positive("pad_routing_map", "pad_multiple", pad_multiple)
     free = routing_map == 0
-    counts = (~free).sum(0)
-    missing = -counts % pad_multiple
-    if _backend.checks_values(routing_map):
-        _check_room(counts + missing, routing_map.shape[0], pad_multiple)
+    missing = -(~free).sum(0) % pad_multiple
     return routing_map.masked_fill(free & (free.cumsum(0) <= missing), 1)
 
 

@@ -1,7 +1,8 @@
-"""The framework-free part of Megatron-core's ``moe_utils``, with its argument names (release 0.16).
+"""The router's half of :mod:`moekit.moe_utils`: Megatron-core's functions that need no process state.
 
-Part of :mod:`moekit.moe_utils`, which names these functions; the work is done by :mod:`moekit.ops`. ``fused`` is
-accepted and changes nothing. A ``padding_mask`` is True for padding in every function.
+Their argument names and order are those of release 0.16 and stay so; what later releases added is in
+:mod:`moekit.megatron`. The work is done by :mod:`moekit.ops`. ``fused`` is accepted and changes nothing. A
+``padding_mask`` is True for padding in every function.
 """
 
 from __future__ import annotations
@@ -36,24 +37,41 @@ def topk_routing_with_score_function(
     Returns:
         ``(routing_probs [T, E] in the dtype of logits, routing_map [T, E] bool)``, zero where a token is not routed.
     """
+    weights, indices = choose_experts(
+        logits,
+        topk,
+        router_replay,
+        scaling_factor=scaling_factor,
+        selection={"num_groups": num_groups, "group_topk": group_topk, "expert_bias": expert_bias},
+        scoring={"score_function": score_function, "pre_softmax": use_pre_softmax},
+    )
+    return as_tables(logits, weights, indices)
+
+
+def choose_experts(
+    logits: Tensor,
+    topk: int,
+    router_replay: Any,
+    *,
+    scaling_factor: float | None,
+    selection: dict[str, Any],
+    scoring: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """``(weights [T, K], indices [T, K])``: :func:`moekit.topk_router`, or what a replay supplies or records."""
     # As there: only a softmax can come before the choice, and groups are switched on by ``group_topk``.
-    scoring = {"score_function": score_function, "pre_softmax": use_pre_softmax and score_function == "softmax"}
-    if not group_topk:
-        num_groups = None
+    scoring = {**scoring, "pre_softmax": scoring["pre_softmax"] and scoring["score_function"] == "softmax"}
+    if not selection["group_topk"]:
+        selection = {**selection, "num_groups": None}
     if router_replay is None:
-        weights, indices = topk_ops.topk_router(
-            logits,
-            topk,
-            num_groups=num_groups,
-            group_topk=group_topk,
-            scaling_factor=scaling_factor,
-            expert_bias=expert_bias,
-            **scoring,
-        )
-    else:
-        scores = topk_ops.selection_scores(logits, expert_bias=expert_bias, **scoring)
-        _, indices = router_replay.get_replay_topk(scores, topk, num_groups, group_topk, _select)
-        weights = topk_ops.router_weights(logits, indices, scaling_factor=scaling_factor, **scoring)
+        return topk_ops.topk_router(logits, topk, scaling_factor=scaling_factor, **selection, **scoring)
+    scores = topk_ops.selection_scores(logits, expert_bias=selection["expert_bias"], **scoring)
+    groups = selection["num_groups"], selection["group_topk"]
+    _, indices = router_replay.get_replay_topk(scores, topk, *groups, _select)
+    return topk_ops.router_weights(logits, indices, scaling_factor=scaling_factor, **scoring), indices
+
+
+def as_tables(logits: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """A choice of experts as ``(probs [T, E], map [T, E] bool)``."""
     routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, indices, True)
     return torch.zeros_like(logits).scatter(1, indices, weights), routing_map
 
