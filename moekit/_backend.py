@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 CHOICES = ("auto", "torch", "numba", "triton")
 _KERNEL_PACKAGES = {"numba": "moekit.kernels.numba", "triton": "moekit.kernels.triton"}
@@ -68,7 +69,12 @@ def debug_enabled() -> bool:
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether an operator may look at the values of ``tensor`` to validate them."""
+    """Whether an operator may look at the values of ``tensor`` to validate them.
+
+    Within ``torch.func`` a tensor may stand for many; there the operators look, at one sample after the other.
+    """
+    if is_functorch_wrapped_tensor(tensor):
+        return False
     return tensor.device.type == "cpu" or (_debug.get() and tensor.device.type != "meta")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from moekit._megatron import (
     topk_routing_with_score_function,
     z_loss_func,
 )
-from moekit.ops import rows, tables
+from moekit.ops import _library, rows, tables
 from moekit.ops.aux_loss import MoEAuxLossAutoScaler
 from moekit.ops.glu import Glu, apply_glu, apply_glu_backward, glu_and_store, make_glu
 
@@ -477,6 +477,13 @@ def _weighted_back(
 class _WeightedFunction(torch.autograd.Function):
     """What the four published functions share: each names its constants and the order of its arguments."""
 
+    as_operator: Callable[..., Tensor]
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """``forward``; within ``torch.func`` and forward-mode AD as an operator, which these know."""
+        return cls.as_operator(*args) if _library.transformed() else super().apply(*args)
+
     @staticmethod
     def run(ctx: Any, op: str, input: Tensor, bias: Tensor | None, weights: Tensor, fp8: bool, offset: Any) -> Tensor:
         """Forward: ``offset`` is None for SwiGLU and GEGLU, which have none."""
@@ -519,6 +526,8 @@ class _WeightedFunction(torch.autograd.Function):
 class WeightedSwiGLUFunction(_WeightedFunction):
     """Autograd function of :func:`weighted_swiglu`."""
 
+    as_operator = staticmethod(weighted_bias_swiglu_impl)
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool) -> Tensor:
         """``input [N, 2I]``, ``weights [N, 1]`` to ``[N, I]``; ``fp8_input_store`` keeps the input in float8."""
@@ -533,6 +542,8 @@ class WeightedSwiGLUFunction(_WeightedFunction):
 
 class WeightedGEGLUFunction(_WeightedFunction):
     """Autograd function of :func:`weighted_geglu`."""
+
+    as_operator = staticmethod(weighted_bias_geglu_impl)
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool) -> Tensor:
@@ -550,6 +561,11 @@ class WeightedQuickGeGLUFunction(_WeightedFunction):
     """Autograd function of :func:`weighted_quick_geglu`."""
 
     @staticmethod
+    def as_operator(input: Tensor, weights: Tensor, fp8_input_store: bool, linear_offset: float | Tensor) -> Tensor:
+        """``forward`` without a context."""
+        return weighted_bias_quick_geglu_impl(input, None, weights, fp8_input_store, linear_offset)
+
+    @staticmethod
     def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool, linear_offset: float | Tensor) -> Tensor:
         """``input [N, 2I]``, ``weights [N, 1]`` to ``[N, I]``; the offset is a number or a tensor of one element."""
         op = "WeightedQuickGeGLUFunction"
@@ -564,6 +580,8 @@ class WeightedQuickGeGLUFunction(_WeightedFunction):
 
 class WeightedBiasQuickGeGLUFunction(_WeightedFunction):
     """Autograd function of :func:`weighted_bias_quick_geglu`."""
+
+    as_operator = staticmethod(weighted_bias_quick_geglu_impl)
 
     @staticmethod
     def forward(

@@ -449,3 +449,9 @@ def test_the_drop_in_never_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MoEAuxLossAutoScaler.apply(torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True))
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(torch.tensor(2.0), None), (None, 3.0), (None, None)])
+def test_opcheck_of_the_operator_for_transforms(scale, factor):
+    output, loss = torch.ones(2, 3, requires_grad=True), torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    torch.library.opcheck(ops.attach_aux_loss.default, (output, loss, scale, factor))

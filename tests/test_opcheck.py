@@ -45,7 +45,7 @@ def test_item38_experts_backward():
     inputs = (weights, gate_up, down, None, None, *tables)
     _, *kept = OPS.experts(x, *inputs, *constants)
     wanted = [True, True, True, True, False, False]
-    torch.library.opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, kept, *constants, wanted))
+    torch.library.opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, *kept, *constants, wanted))
 
 
 def test_item38_no_operator_is_left_out():

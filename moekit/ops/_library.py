@@ -3,20 +3,33 @@
 An operator is a schema, a readable reference in PyTorch, a fake kernel (shapes and dtypes only, for tracing) and,
 where it has a gradient, what to save and how to go back. Kernels of other backends are found by name at the call
 (:mod:`moekit._backend`), so they can be added without touching an operator or its callers.
+
+What PyTorch's transforms do to an operator is decided here, once for all of them:
+
+- reverse mode (autograd, ``torch.func.grad``, ``vjp``, ``jacrev``): its own backward, on every level;
+- forward mode (``torch.func.jvp``, ``jacfwd``, dual numbers): the reference runs, as PyTorch can differentiate it;
+- ``torch.vmap`` (per-sample gradients, ``is_grads_batched``): one call for each sample, the results stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moekit import _backend
 
 _LIBRARY = torch.library.Library("moekit", "DEF")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_FLOPS: dict[Any, Callable] = {}
 
 
 def define(
@@ -26,6 +39,9 @@ def define(
     fake: Callable,
     save: Callable | None = None,
     backward: Callable | None = None,
+    composed: Callable | None = None,
+    tangent: Callable | None = None,
+    flops: Callable | None = None,
 ) -> Any:
     """Define ``torch.ops.moekit.<name>`` and return it.
 
@@ -36,14 +52,24 @@ def define(
         save: ``save(ctx, args, outputs)`` keeps what backward needs.
         backward: ``backward(ctx, needs, *grads)`` to a tuple with a gradient (or None) for each argument;
             ``needs`` says for each argument whether its gradient is wanted.
+        composed: what forward-mode differentiation runs in place of a ``reference`` that is not made of
+            differentiable operations.
+        tangent: or ``tangent(args, tangents)``, the output's tangent from those of the arguments (None: zero).
+        flops: the shapes of the arguments (``None`` and other arguments as they are) to floating-point operations.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _with_kernels(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.moekit, name).default
+    torch.library.register_vmap(f"moekit::{name}", _sample_by_sample(op), lib=_LIBRARY)
+    if flops is not None:
+        _FLOPS[op.overloadpacket] = flops
     if save is not None and backward is not None:
-        _LIBRARY.impl(name, _with_autograd(name, op, save, backward), "Autograd", with_keyset=True)
+        derivatives = _with_autograd(name, op, save, backward, composed or reference, tangent)
+        _LIBRARY.impl(name, derivatives, "Autograd", with_keyset=True)
+    else:  # its results have no derivative: tables of integers, and constants
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return op
 
 
@@ -61,14 +87,19 @@ def _with_kernels(name: str, reference: Callable) -> Callable:
     return run
 
 
-def _with_autograd(name: str, op: Any, save: Callable, backward: Callable) -> Callable:
+def _with_autograd(
+    name: str, op: Any, save: Callable, backward: Callable, composed: Callable, tangent: Callable | None
+) -> Callable:
     """The operator at the autograd key. Leaner than ``register_autograd`` (about 7 us a call less)."""
 
     def forward_node(ctx: Any, keyset: Any, *args: Any) -> Any:
-        outputs = op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
+        with _next_level() if in_transforms() else nullcontext():
+            outputs = op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
         # Backward may run in a thread of the autograd engine, where the context variable has its default.
         ctx.backend = _backend.current()
         save(ctx, args, outputs)
+        if tangent is not None and _within_levels():
+            ctx.inputs = args
         return outputs
 
     def backward_node(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -77,23 +108,117 @@ def _with_autograd(name: str, op: Any, save: Callable, backward: Callable) -> Ca
         with _backend.backend(ctx.backend):
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 
+    def tangent_node(ctx: Any, _: Any, *tangents: Tensor | None) -> Tensor | None:
+        inputs = [forward_ad.unpack_dual(arg, level=0).primal if isinstance(arg, Tensor) else arg for arg in ctx.inputs]
+        del ctx.inputs
+        with _next_level() if in_transforms() else nullcontext():
+            return tangent and tangent(inputs, tangents)
+
     title = "".join(part.capitalize() for part in name.split("_"))
-    node = type(
-        f"Moekit{title}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward_node), "backward": staticmethod(backward_node)},
-    )
+    methods = {"forward": forward_node, "backward": backward_node, "jvp": tangent_node}
+    node = type(f"Moekit{title}", (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
 
     def run(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return node.apply(keyset, *args)
+        dual = _within_levels() and any(map(_has_tangent, _tensors(args)))
+        if dual and tangent is None:
+            return composed(*args)
+        if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return apply_in_transforms(node, keyset, *args) if in_transforms() else node.apply(keyset, *args)
         return op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
 
     return run
 
 
+in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of ``torch.func`` is at work."""
+
+
+def transformed() -> bool:
+    """Whether a function that is called now may have to do with ``torch.func`` or with dual numbers."""
+    return not torch.compiler.is_compiling() and _within_levels()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call on these will be differentiated; in a transform or a compiler, which hide it, perhaps."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if _within_levels():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _within_levels() -> bool:
+    """Whether ``torch.func`` is at work or dual numbers may be about."""
+    return in_transforms() or forward_ad._current_level >= 0
+
+
+@contextmanager
+def _next_level() -> Iterator[None]:
+    """Let the next level record what it wants to: PyTorch turns that off inside a function's forward and tangent."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def apply_in_transforms(node: Any, *args: Any) -> Any:
+    """``node.apply`` within the level of ``torch.func`` that is at work, below which forward finds the next one.
+
+    The dispatcher has taken care of the level: the arguments belong to it, and what ``forward`` calls below the autograd
+    key goes on to the next. All that ``torch.autograd.Function`` asks for, a context that is set up apart, is for
+    functions that are called above the dispatcher.
+    """
+    with enable_single_level_autograd_function():
+        below: Any = super(torch.autograd.Function, node)  # the form without the question
+        return below.apply(*args)
+
+
+def _sample_by_sample(op: Any) -> Callable:
+    """The batching rule: a call for each sample. Its tables differ from the others', so there is nothing to share."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        flat, spec = _pytree.tree_flatten(args)
+        dims = _pytree.tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
+        calls = []
+        for i in range(info.batch_size):
+            sample = [arg if dim is None else arg.select(dim, i) for arg, dim in zip(flat, dims, strict=True)]
+            calls.append(op(*_pytree.tree_unflatten(sample, spec)))
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
+
+
+def _tensors(args: Iterable) -> list[Tensor]:
+    """The tensors among the arguments of an operator, those in lists included."""
+    return [leaf for leaf in _pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    # The one level there is: compiled code enters it without telling ``forward_ad``.
+    return forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
 def _first_tensor(args: tuple) -> Tensor:
     return next(arg for arg in args if isinstance(arg, Tensor))
+
+
+def announce_flops() -> None:
+    """Give the formulas to the ``FlopCounterMode`` that is watching, if any is: before the first operator it could count.
+
+    Not at definition, because the module of PyTorch that they are registered in loads triton.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    for operator, formula in _FLOPS.items():
+        if operator not in counting.flop_registry:
+            counting.register_flop_formula(operator)(formula)
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    for mode in modes:
+        if isinstance(mode, counting._FlopCounterMode):
+            mode.counter.flop_registry.update({operator: counting.flop_registry[operator] for operator in _FLOPS})
 
 
 def require_reference(op: str, tensor: Tensor) -> None:
@@ -109,19 +234,27 @@ def require_reference(op: str, tensor: Tensor) -> None:
 
 
 def differentiate(reference: Callable, args: tuple, needs: tuple, grads: tuple) -> tuple:
-    """The gradients of ``reference(*args)``'s outputs, for each argument that ``needs`` one.
+    """The gradients of ``reference(*args)``'s outputs, for each argument that ``needs`` one; differentiable themselves."""
+    places = [place for place, need in enumerate(needs) if need]
 
-    Outputs that the reference left empty (nobody wanted them) do not require a gradient and are passed over.
-    """
-    with torch.enable_grad():
-        leaves = [
-            arg.detach().requires_grad_(need) if isinstance(arg, Tensor) else arg
-            for arg, need in zip(args, needs, strict=True)
-        ]
-        outputs = reference(*leaves)
-    reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    sources = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    if not reached:
-        return (None,) * len(needs)
-    found = iter(torch.autograd.grad([out for out, _ in reached], sources, [grad for _, grad in reached], allow_unused=True))
+    def of_needed(*values: Tensor) -> tuple:
+        whole = list(args)
+        for place, value in zip(places, values, strict=True):
+            whole[place] = value
+        return tuple(reference(*whole))
+
+    pull_back = torch.func.vjp(of_needed, *(args[place] for place in places))[1]
+    found = iter(pull_back(tuple(grads)))
     return tuple(next(found) if need else None for need in needs)
+
+
+def product_rule(product: Callable) -> Callable:
+    """The ``tangent`` of an operator that is linear in each of its first two arguments."""
+
+    def tangent(args: list, tangents: tuple) -> Tensor:
+        (left, right, *others), (d_left, d_right, *_) = args, tangents
+        terms = [] if d_left is None else [product(d_left, right, *others)]
+        terms += [] if d_right is None else [product(left, d_right, *others)]
+        return sum(terms[1:], terms[0])
+
+    return tangent

@@ -48,6 +48,8 @@ def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tenso
             raise _check.fail("aux_loss", "scale", "a scalar", f"shape {list(scale.shape)}")
     else:
         scale = _check.real("aux_loss", "scale", scale)
+    if _library.transformed():
+        return _attach(output, loss, *((scale, 1.0) if isinstance(scale, Tensor) else (None, scale)))
     attached = AttachAuxLoss.apply(output, loss, scale)
     wanted = loss.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if wanted and _is_discarded(sys._getframe(1)):
@@ -72,7 +74,7 @@ class AttachAuxLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """``grad`` for the output, ``scale`` for the loss."""
         if isinstance(ctx.scale, Tensor):
-            return grad, _aux_loss_grad(grad.detach(), ctx.scale, *ctx.like), None
+            return grad, _aux_loss_grad(grad, ctx.scale, *ctx.like), None
         return grad, scaled_ones(ctx.scale, *ctx.like), None
 
 
@@ -104,6 +106,11 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
 
     main_loss_backward_scale: float | Tensor | None = None
 
+    @classmethod
+    def apply(cls, *args: Tensor) -> Any:
+        """``forward``; within ``torch.func`` and forward-mode AD as an operator, which these know."""
+        return _attach(*args, None, None) if _library.transformed() else super().apply(*args)
+
     @staticmethod
     def forward(ctx: Any, output: Tensor, aux_loss: Tensor) -> Tensor:
         """Return ``output`` unchanged; ``aux_loss`` (any shape) joins its graph."""
@@ -113,7 +120,7 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """``(grad_output, ones_like(aux_loss) * main_loss_backward_scale)``."""
-        return grad_output, _aux_loss_grad(grad_output.detach(), None, *ctx.like)
+        return grad_output, _aux_loss_grad(grad_output, None, *ctx.like)
 
     @staticmethod
     def set_loss_scale(scale: float | Tensor) -> None:
@@ -140,4 +147,39 @@ _aux_loss_grad = _library.define(
     "aux_loss_grad(Tensor grad, Tensor? scale, SymInt[] shape, ScalarType dtype, Device device) -> Tensor",
     reference=_aux_loss_grad_reference,
     fake=_aux_loss_grad_fake,
+)
+
+
+def _attach_reference(output: Tensor, loss: Tensor, scale: Tensor | None, factor: float | None) -> Tensor:
+    """A copy of ``output``: the form of the autograd functions above that PyTorch's transforms can take.
+
+    ``loss`` gets the gradient ``scale``, or ``factor`` if that is None, or the process-wide factor if both are.
+    """
+    return output.clone()
+
+
+def _attach_fake(output: Tensor, loss: Tensor, scale: Tensor | None, factor: float | None) -> Tensor:
+    return torch.empty_like(output)
+
+
+def _attach_save(ctx: Any, args: tuple, output: Tensor) -> None:
+    _, loss, scale, ctx.factor = args
+    ctx.like = loss.shape, loss.dtype, loss.device
+    ctx.save_for_backward(scale)
+
+
+def _attach_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    (scale,) = ctx.saved_tensors
+    if scale is None and ctx.factor is not None:
+        return grad, scaled_ones(ctx.factor, *ctx.like), None, None
+    return grad, _aux_loss_grad(grad, scale, *ctx.like), None, None
+
+
+_attach = _library.define(
+    "attach_aux_loss(Tensor output, Tensor loss, Tensor? scale, float? factor) -> Tensor",
+    reference=_attach_reference,
+    fake=_attach_fake,
+    save=_attach_save,
+    backward=_attach_backward,
+    tangent=lambda args, tangents: None if tangents[0] is None else tangents[0].clone(),
 )

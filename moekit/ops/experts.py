@@ -14,6 +14,8 @@ arXiv 2403.08245 (ScatterMoE).
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.gemm import grouped_outer, grouped_rows
+from moekit.ops.gemm import DIFFERENTIABLE, PLAIN, Products, autocast
 from moekit.routing import Routing
 
 SAVES = ("recompute", "fp8", "all")
@@ -75,11 +77,12 @@ def experts(
     Gradients are computed only for what needs one, and nothing is kept for the others.
     """
     op = "experts"
+    _library.announce_flops()
     spec = glu.make_glu(
         activation, alpha=alpha, linear_offset=linear_offset, clamp=clamp, clamp_after_bias=True, layout=layout
     )
     _check.one_of(op, "save", save, SAVES)
-    hidden_states, gate_up, down, gate_up_bias, down_bias = _autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
+    hidden_states, gate_up, down, gate_up_bias, down_bias = autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     routing = _as_routing(routing, gate_up.shape[0])
     _check.same_device(
@@ -95,20 +98,10 @@ def experts(
         wanted = f"of {hidden_states.shape[0]} tokens, as hidden_states"
         raise _check.fail(op, "routing", wanted, f"{routing.num_tokens} tokens")
     inputs = (hidden_states, routing.weights, gate_up, down, gate_up_bias, down_bias)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+    if not _library.needs_grad(*inputs):
         save = "nothing"
     found = (routing.order, routing.inverse, routing.offsets)
     return _experts(*inputs, *found, *spec, transposed, weight_after_down, save)[0]
-
-
-def _autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
-    """What autocast would do to the inputs of a matrix product."""
-    device = first.device.type
-    tensors = (first, *others)
-    if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> Routing:
@@ -177,6 +170,10 @@ class _Options(NamedTuple):
         """The stored weights as ``[E, in, out]``."""
         return weight if self.transposed else weight.mT
 
+    def stored(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of a weight's gradient, in the order in which the weight is stored."""
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
 
 class _Rows(NamedTuple):
     """The routing of one call in row order."""
@@ -214,12 +211,13 @@ def _experts_reference(
     inverse: Tensor,
     offsets: Tensor,
     *constants: Any,
+    products: Products = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(out, projected, scale, gathered, activation)``: the output and what is kept, empty where it is not."""
     options = _Options.of(constants)
     routed = _Rows.of(weights, order, inverse, offsets)
     gathered = rows.move_rows(x, *routed.tables)
-    projected = grouped_rows(gathered, options.matrices(gate_up), offsets)
+    projected = products.rows(gathered, options.matrices(gate_up), offsets)
     before = None if options.weight_after_down else routed.weights
     scale = x.new_empty(0)
     if options.save == "fp8":
@@ -227,7 +225,7 @@ def _experts_reference(
     else:
         act = glu.forward(projected, before, gate_up_bias, offsets, *options.spec)
     keep_all = options.save == "all"
-    result = grouped_rows(act, options.matrices(down), offsets, out=None if keep_all else gathered)
+    result = products.rows(act, options.matrices(down), offsets, out=None if keep_all else gathered)
     after = routed.weights if options.weight_after_down else None
     out = rows.sum_rows(result, after, *routed.tables)
     if down_bias is not None:
@@ -270,37 +268,38 @@ def _backward_reference(
     order: Tensor,
     inverse: Tensor,
     offsets: Tensor,
-    kept: list[Tensor],
+    projected: Tensor,
+    scale: Tensor,
+    kept_rows: Tensor,
+    kept_act: Tensor,
     *constants: Any,
+    products: Products = PLAIN,
 ) -> tuple:
     """Gradients of x, weights, gate_up, down and the biases; those that ``wanted`` (the last) leaves out are empty."""
     options, wanted = _Options.of(constants[:-1]), _Wanted(*constants[-1])
     routed = _Rows.of(weights, order, inverse, offsets)
     result = _Wanted(*(grad.new_empty(0) for _ in range(6)))
     g = rows.move_rows(grad, *routed.tables)
-    d_projected, d_weights, d_bias, act = _gate_backward(g, down, gate_up_bias, kept, routed, options, wanted)
+    d_projected, d_weights, d_bias, act = _gate_backward(
+        g, down, gate_up_bias, (projected, scale, kept_act), routed, options, wanted, products
+    )
     # What is of row size goes as soon as it has served: one [R, H] and one [R, 2I] at a time.
     if wanted.down:
-        result = result._replace(down=_outer(act, g, offsets, options))
+        result = result._replace(down=products.outer(*options.stored(act, g), offsets))
     del act
     if wanted.x:
-        moved = grouped_rows(d_projected, options.matrices(gate_up).mT, offsets, out=g)
+        moved = products.rows(d_projected, options.matrices(gate_up).mT, offsets, out=g)
         result = result._replace(x=rows.sum_rows(moved, None, *routed.tables))
         del moved
     del g
     if wanted.gate_up:
-        gathered = kept[2] if kept[2].numel() or x is None else rows.move_rows(x, *routed.tables)
-        result = result._replace(gate_up=_outer(gathered, d_projected, offsets, options))
+        gathered = kept_rows if kept_rows.numel() or x is None else rows.move_rows(x, *routed.tables)
+        result = result._replace(gate_up=products.outer(*options.stored(gathered, d_projected), offsets))
     if wanted.gate_up_bias:
         result = result._replace(gate_up_bias=d_bias)
     if wanted.weights:
         result = result._replace(weights=tables.take(d_weights, inverse))
     return tuple(_down_bias_backward(result, grad, weights, down_bias, routed, wanted))
-
-
-def _outer(inputs: Tensor, outputs: Tensor, offsets: Tensor, options: _Options) -> Tensor:
-    """The gradient of a weight as it is stored, from its inputs and the gradient of its outputs."""
-    return grouped_outer(*((inputs, outputs) if options.transposed else (outputs, inputs)), offsets)
 
 
 class _Wanted(NamedTuple):
@@ -318,18 +317,19 @@ def _gate_backward(
     g: Tensor,
     down: Tensor,
     gate_up_bias: Tensor | None,
-    kept: list[Tensor],
+    kept: tuple[Tensor, Tensor, Tensor],
     routed: _Rows,
     options: _Options,
     wanted: _Wanted,
+    products: Products,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Back through the gate: gradients of the projection, weights and bias, and the activation."""
-    projected, scale, _, act = kept
+    projected, scale, act = kept
     scale = scale if scale.numel() else None
     masks = [bool(wanted.x or wanted.gate_up), wanted.weights, wanted.gate_up_bias, wanted.down and not act.numel()]
     if not any(masks):
         return act, act, act, act
-    d_act = grouped_rows(g, options.matrices(down).mT, routed.offsets)
+    d_act = products.rows(g, options.matrices(down).mT, routed.offsets)
     d_projected, d_weights, d_bias, again = glu.backward(
         d_act, projected, scale, routed.weights, gate_up_bias, routed.offsets, *options.spec, masks
     )
@@ -377,7 +377,7 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
 def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
     saved = ctx.saved_tensors
     wanted = list(needs[:6])
-    grads = _experts_backward(grad, *saved[:9], saved[9:], *ctx.constants, wanted)
+    grads = _experts_backward(grad, *saved, *ctx.constants, wanted)
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *[None] * (len(needs) - 6))
 
 
@@ -392,8 +392,29 @@ def _double_backward(ctx: Any, needs: tuple, *grads: Tensor) -> tuple:
     )
 
 
+def _experts_composed(*args: Any) -> tuple:
+    """The reference on operators that forward mode knows. What it keeps it keeps exactly: float8 has no tangent."""
+    *others, save = args
+    return _experts_reference(*others, "recompute" if save == "fp8" else save, products=DIFFERENTIABLE)
+
+
+def _flops(*args: Any, **_: Any) -> int:
+    """Of the two products; a row of no expert counts as any other."""
+    gate_up, down, order = args[2], args[3], args[6]
+    return 2 * order[0] * (math.prod(gate_up[1:]) + math.prod(down[1:]))
+
+
+def _backward_flops(*args: Any, **_: Any) -> int:
+    """Of the products that the wanted gradients take."""
+    gate_up, down, order, wanted = args[3], args[4], args[7], args[-1]
+    through_down = any(wanted[:3]) or wanted[4]
+    into_gate_up = wanted[0] + wanted[2]
+    return 2 * order[0] * (into_gate_up * math.prod(gate_up[1:]) + (through_down + wanted[3]) * math.prod(down[1:]))
+
+
 _INPUTS = "Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
 _TABLES = "Tensor order, Tensor inverse, Tensor offsets"
+_KEPT = "Tensor projected, Tensor scale, Tensor kept_rows, Tensor kept_act"
 _CONSTANTS = f"{glu.CONSTANTS}, bool transposed, bool weight_after_down, str save"
 
 _experts = _library.define(
@@ -402,12 +423,16 @@ _experts = _library.define(
     fake=_experts_fake,
     save=_save,
     backward=_backward,
+    composed=_experts_composed,
+    flops=_flops,
 )
 _experts_backward = _library.define(
-    f"experts_backward(Tensor grad, Tensor? x, {_INPUTS}, {_TABLES}, Tensor[] kept, {_CONSTANTS}, bool[] wanted)"
+    f"experts_backward(Tensor grad, Tensor? x, {_INPUTS}, {_TABLES}, {_KEPT}, {_CONSTANTS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     save=_save_backward,
     backward=_double_backward,
+    composed=functools.partial(_backward_reference, products=DIFFERENTIABLE),
+    flops=_backward_flops,
 )

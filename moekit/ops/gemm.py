@@ -9,8 +9,8 @@ at or past the last offset, which belong to no expert, are left as they are: who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from moekit import _backend, _check
 from moekit.ops import _library
 
 _ALIGNMENT = 16  # bytes
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
@@ -72,6 +73,13 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
 
 
+class Products(NamedTuple):
+    """The two products as :func:`grouped_rows` and :func:`grouped_outer` have them: as they are, or as operators."""
+
+    rows: Callable[..., Tensor]
+    outer: Callable[..., Tensor]
+
+
 def _looped(rows: Tensor) -> bool:
     """Whether to run expert by expert: on a CPU nothing is lost by it; elsewhere it costs a sync for the offsets."""
     return rows.device.type == "cpu" or rows.dtype not in (torch.bfloat16, torch.float16, torch.float32)
@@ -110,14 +118,17 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
         transposed: how the weight is stored.
 
     Returns:
-        ``[R, out]``; rows at or past ``offsets[-1]`` are zero, and so are their gradients.
+        ``[R, out]`` in the dtype of ``rows`` (of autocast, where it is on, as a ``torch.nn.functional.linear`` has);
+        rows at or past ``offsets[-1]`` are zero, and so are their gradients.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     op = "grouped_linear"
+    _library.announce_flops()
     _check.tensor_dim(op, "rows", rows, 2)
     _check.tensor_dim(op, "weight", weight, 3)
+    rows, weight = autocast(rows, weight)
     matrices = weight if transposed else weight.mT
     _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
     if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
@@ -125,6 +136,16 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
     _check.same_device(op, rows=rows, weight=weight, offsets=offsets)
     return _grouped_linear(rows, matrices, offsets.int())
+
+
+def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
+    """What autocast would do to the inputs of a matrix product."""
+    device = first.device.type
+    tensors = (first, *others)
+    if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
 
 
 def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -172,6 +193,8 @@ _grouped_outer = _library.define(
     fake=_outer_fake,
     save=_save,
     backward=_outer_backward,
+    tangent=_library.product_rule(lambda *args: _grouped_outer(*args)),
+    flops=lambda left, right, offsets, **_: 2 * left[0] * left[1] * right[1],
 )
 _grouped_linear = _library.define(
     "grouped_linear(Tensor rows, Tensor matrices, Tensor offsets) -> Tensor",
@@ -179,4 +202,8 @@ _grouped_linear = _library.define(
     fake=_linear_fake,
     save=_save,
     backward=_linear_backward,
+    tangent=_library.product_rule(lambda *args: _grouped_linear(*args)),
+    flops=lambda rows, matrices, offsets, **_: 2 * rows[0] * rows[1] * matrices[2],
 )
+PLAIN = Products(grouped_rows, grouped_outer)
+DIFFERENTIABLE = Products(lambda rows, matrices, offsets, out=None: _grouped_linear(rows, matrices, offsets), _grouped_outer)
