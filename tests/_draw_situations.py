@@ -119,14 +119,17 @@ def settle(s: Situation, only: dict[str, str]) -> None:
         give_up(size, max(8, s[size] // 8 * 8), mixed)
     give_up("frozen", "none", s["frozen"] == "bias" and "bias" not in of)
     give_up("K", min(s["K"], s["E"]), s["routing"] not in CRAMPED)
-    # These need leaves that are dense, and PEFT's wrapper no transform.
+    # Forward mode needs dense leaves; PEFT's wrapper and PyTorch's backward hooks stand no transform.
     give_up("input_layout", "plain", s["input_layout"] == "expanded" and s["mode"] in ("func_jvp", "dual"))
-    give_up("mode", "backward", s["patch"] == "lora" and s["mode"] in FUNCTIONAL)
+    transformed = s["mode"] in FUNCTIONAL
+    give_up("mode", "backward", transformed and (s["patch"] == "lora" or "backward" in s["patch"]))
+    give_up("needs", "x", transformed and s["needs"] == "none" and s["frozen"] != "none")
     execution, mode = s["execution"], s["mode"]
     give_up("mode", "backward", execution in ("meta", "trace", "compile") and mode not in ("backward", "no_grad"))
     reentrant = execution == "checkpoint_reentrant" and mode in ("partial", "batched", "double")  # it refuses autograd.grad
     give_up("execution", "checkpoint", reentrant)
     give_up("execution", "eager", s["mode"] in FUNCTIONAL and execution in (*CHECKPOINTS, "functional"))
+    give_up("execution", "eager", execution == "trace" and "backward" in s["patch"])
     give_up("execution", "eager", execution == "pickle" and (s["patch"] != "none" or s["act"] == "lambda"))
     give_up("execution", "eager", s["patch"] == "lora" and execution not in ("eager", *CHECKPOINTS))
     give_up("execution", "eager", s["patch"] == "weight_is_tensor" and execution in ("deepcopy", "meta"))
