@@ -66,7 +66,7 @@ def axes() -> dict[str, Axis | Callable[[random.Random], Any]]:
         },
         "index_dtype": {"int64": 92, "int32": 8},
         "save": {"recompute": 60, "all": 25, "fp8": 15},
-        "backend": {"auto": 75, "torch": 25},
+        "backend": {"auto": 60, "torch": 40},
         "train": {True: 50, False: 50},
         "warm": {True: 25, False: 75},
         "again": {True: 10, False: 90},
@@ -109,6 +109,9 @@ def settle(s: Situation, only: dict[str, str]) -> None:
 
     of = traits(s["class"])
     give_up("act", "default", "act_fn" not in of)
+    # Kernels are compiled for a dtype, an activation and a set of gradients, a second each: here in common ones only.
+    common = (s["act"], s["needs"], s["frozen"]) == ("default", "all", "none") and s["dtype"] in ("float32", "bfloat16")
+    give_up("backend", "torch", not common)
     give_up("patch", "none", s["patch"] != "none" and not _applies(s, of))
     give_up("dtype", "bfloat16", s["dtype"] == "mixed_other" and not {"bias", "norm"} & of)
     main = s["dtype"] if s["dtype"] in DTYPES else "bfloat16"

@@ -18,7 +18,7 @@ import differential
 from _draw_classes import transformers_classes
 from _draw_situations import axes, draw
 
-SEED, DRAWS, CHUNKS = 11, 2400, 12
+SEED, DRAWS, CHUNKS = 11, 2160, 12
 CHUNK = DRAWS // CHUNKS
 
 
@@ -29,7 +29,9 @@ def unregistered():
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning:torch"
+)
 def test_equal_or_refused(chunk):
     kinds, wrong = collections.Counter(), []
     for situation, outcome, command in differential.judged(SEED, range(chunk * CHUNK, (chunk + 1) * CHUNK), {}):
