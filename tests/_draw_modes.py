@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _draw_modules import values
+from _draw_modules import DTYPES, parameter_dtype, rounded, values
 from _draw_patches import Case
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -81,7 +81,10 @@ class Runner:
         return function, point
 
     def direction(self, name: str, like: Tensor) -> Tensor:
-        return values(self.case.situation, name, tuple(like.shape), "direction").to(like.dtype)
+        situation = self.case.situation
+        given = {"x": "hidden_dtype", "weights": "router_dtype"}.get(name)
+        dtype = DTYPES[situation[given]] if given else parameter_dtype(situation, name, like)
+        return rounded(self.case, values(situation, name, tuple(like.shape), "direction"), dtype, f"to {name}")
 
 
 def _described(out: Tensor) -> Results:

@@ -24,13 +24,13 @@ def values(situation: Situation, name: str, shape: tuple[int, ...], stream: str 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rounded(case: Case, value: Tensor, dtype: torch.dtype, name: str, noise: float) -> Tensor:
-    """In the drawn dtype; in the exact case the same number in float64, moved by about ``noise`` of itself."""
+def rounded(case: Case, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """In the drawn dtype; in the exact case the same number in float64, moved by about the noise's share."""
     value = value.to(dtype)
     if not case.exact:
         return value
     value = value.double()
-    return value * (1 + noise * values(case.situation, name, value.shape, f"noise {noise}")) if noise else value
+    return value * (1 + case.noise * values(case.situation, name, value.shape, f"{case.noise}")) if case.noise else value
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
@@ -54,7 +54,7 @@ def parameter_dtype(situation: Situation, name: str, value: Tensor) -> torch.dty
     return torch.float32 if wide[dtype] else torch.bfloat16
 
 
-def fill(case: Case, noise: float) -> None:
+def fill(case: Case) -> None:
     """Every parameter and buffer in its dtype and layout; some frozen."""
     situation, frozen = case.situation, case.situation["frozen"]
     named = {**dict(case.module.named_parameters()), **case.extra}
@@ -64,7 +64,7 @@ def fill(case: Case, noise: float) -> None:
         value = values(situation, name, shape)
         value = value * 1.2 / size**0.5 if len(shape) > 1 and "bias" not in name else 0.5 * value
         value = 0.8 + 0.2 * value.tanh() if len(shape) < 2 else value
-        value = rounded(case, value, parameter_dtype(situation, name, parameter), name, noise)
+        value = rounded(case, value, parameter_dtype(situation, name, parameter), name)
         parameter.data = laid_out(value, situation["weight_layout"])
         if name in case.extra or frozen != "none":
             parameter.requires_grad_(not (frozen == "all" or frozen in name or (frozen == "odd" and number % 2)))
@@ -77,16 +77,16 @@ def build(situation: Situation, exact: bool = False, noise: float = 0.0) -> Case
     """The module of a situation; the exact one is in float64, with the same values."""
     act = situation["act"]
     config = settings(*(situation[key] for key in "EHI"), act if act in ACT2CLS else None)
-    case = Case(situation, exact, class_of(situation["class"])(config))
-    if act in REPLACED:
-        del case.module.act_fn  # a module's place takes no function
-        case.module.act_fn = REPLACED[act]()
+    case = Case(situation, exact, noise, class_of(situation["class"])(config))
     case.module._is_expert_parallel = situation["routing"] in ("sentinels", "all_sentinels", "no_sentinels")
     if situation["warm"] and not exact:
         warm_up(case.module, situation["H"])
+    if act in REPLACED:
+        del case.module.act_fn  # a module's place takes no function
+        case.module.act_fn = REPLACED[act]()
     if situation["patch"] != "none":
         PATCHES[situation["patch"]][1](case)
-    fill(case, noise)
+    fill(case)
     case.module.train(situation["train"])
     return case
 
@@ -98,23 +98,22 @@ def warm_up(module: Any, hidden: int) -> None:
         module(torch.zeros(2, hidden), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
 
 
-def inputs(case: Case, noise: float = 0.0) -> dict[str, Tensor]:
+def inputs(case: Case) -> dict[str, Tensor]:
     """Tokens, routing weights and indices, a gradient of the output and directions for derivatives, of B samples."""
     s = case.situation
     shape = (3, s["T"], s["H"])
     dtype = DTYPES[s["hidden_dtype"]]
-    x = rounded(case, s["scale"] * values(s, "x", shape), dtype, "x", noise)
+    x = rounded(case, s["scale"] * values(s, "x", shape), dtype, "x")
     if s["poison"] == "token":
         x[:, :1] = float("nan")
     indices, raw = indices_of(s), values(s, "weights", (3, s["T"], s["K"])).sigmoid()
     if s["routing"] == "sentinels" and s["values"] % 2:
         raw = raw.masked_fill(indices == s["E"], 0.0)
-    weights = rounded(case, raw, DTYPES[s["router_dtype"]], "weights", noise)
-    cotangent = values(s, "cotangent", shape).to(dtype)
+    weights = rounded(case, raw, DTYPES[s["router_dtype"]], "weights")
+    cotangent = rounded(case, values(s, "cotangent", shape), dtype, "cotangent")
     if s["input_layout"] == "expanded":
         x, cotangent = x[:, :, :1].expand(shape), cotangent[:, :1, :1].expand(shape)
     found = {"x": x, "weights": weights, "indices": indices, "cotangent": cotangent}
-    found["cotangent"] = found["cotangent"].double() if case.exact else found["cotangent"]
     return {name: laid_out(value, s["input_layout"]) for name, value in found.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from _draw_classes import CONSTANTS, Situation, halves
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # --- what users hook and patch ----------------------------------------------------------------------------------------
 
@@ -20,6 +21,7 @@ class Case:
 
     situation: Situation
     exact: bool
+    noise: float
     module: Any
     calls: list[str] = field(default_factory=list)
     extra: dict[str, Tensor] = field(default_factory=dict)
@@ -78,10 +80,24 @@ def _global_hook(case: Case) -> None:
     case.undo.append(nn.modules.module.register_module_forward_hook(hook).remove)
 
 
+def _bent_forward(self: Any, x: Tensor) -> Tensor:
+    return _bend(type(self).forward(self, x))
+
+
 def _act_forward(case: Case) -> None:
-    act = case.experts.act_fn
-    before = act.forward
-    act.forward = lambda x: _bend(before(x))
+    case.experts.act_fn.forward = types.MethodType(_bent_forward, case.experts.act_fn)
+
+
+def _act_subclass(name: str) -> Callable[[Case], None]:
+    def patch(case: Case) -> None:
+        act = case.experts.act_fn
+        act.__class__ = type(type(act).__name__, (type(act),), {name: lambda self, x: torch.tanh(x)})
+
+    return patch
+
+
+def _functional(case: Case) -> None:
+    case.replace(F, "silu", lambda x, inplace=False: torch.tanh(x))
 
 
 def _act_class_forward(case: Case) -> None:
@@ -99,9 +115,12 @@ def _gate_instance(case: Case) -> None:
     case.experts._apply_gate = types.MethodType(_patched_gate, case.experts)
 
 
-def _gate_lambda(case: Case) -> None:
-    before = case.experts._apply_gate
-    case.experts._apply_gate = lambda gate_up: 2 * before(gate_up)
+def _doubled_gate(self: Any, gate_up: Tensor) -> Tensor:
+    return 2 * type(self)._apply_gate(self, gate_up)
+
+
+def _gate_around(case: Case) -> None:
+    case.experts._apply_gate = types.MethodType(_doubled_gate, case.experts)
 
 
 def _gate_class(case: Case) -> None:
@@ -134,6 +153,10 @@ def _parametrize(name: str) -> Callable[[Case], None]:
         nn.utils.parametrize.register_parametrization(case.experts, of, Scaled(), unsafe=True)
 
     return patch
+
+
+def _weight_replaced(case: Case) -> None:
+    case.experts.down_proj = nn.Parameter(torch.empty_like(case.experts.down_proj))
 
 
 def _weight_is_tensor(case: Case) -> None:
@@ -173,12 +196,15 @@ PATCHES: dict[str, tuple[str, Callable[[Case], None]]] = {
     "global_hook": ("act", _global_hook),
     "act_forward": ("act", _act_forward),
     "act_class_forward": ("act", _act_class_forward),
+    "act_class": ("act", _act_subclass("forward")),
+    "act_class_call": ("act", _act_subclass("__call__")),
+    "functional_silu": ("", _functional),
     "act_inner": ("act", _act_inner),
     "experts_forward_hook": ("", _hook("experts", "register_forward_hook", lambda m, a, out: _bend(out))),
     "experts_pre_hook": ("", _hook("experts", "register_forward_pre_hook", _bend_first)),
     "experts_backward_hook": ("", _hook("experts", "register_full_backward_hook", _grad_halved)),
     "gate_instance": ("gate", _gate_instance),
-    "gate_lambda": ("gate", _gate_lambda),
+    "gate_around": ("gate", _gate_around),
     "gate_class": ("gate", _gate_class),
     "gate_subclass": ("gate", _subclass(False, _apply_gate=_patched_gate)),
     "gate_subclass_same_name": ("gate", _subclass(True, _apply_gate=_patched_gate)),
@@ -186,6 +212,7 @@ PATCHES: dict[str, tuple[str, Callable[[Case], None]]] = {
     "subclass_plain": ("", _subclass(False)),
     "parametrize_gate_up": ("", _parametrize("gate_up_proj")),
     "parametrize_down": ("", _parametrize("down_proj")),
+    "weight_replaced": ("", _weight_replaced),
     "weight_is_tensor": ("", _weight_is_tensor),
     "constant_changed": ("constants", _constants(float)),
     "constant_tensor": ("constants", _constants(torch.tensor)),

@@ -127,6 +127,9 @@ def settle(s: Situation, only: dict[str, str]) -> None:
     transformed = s["mode"] in FUNCTIONAL
     give_up("mode", "backward", transformed and (s["patch"] == "lora" or "backward" in s["patch"]))
     give_up("needs", "x", transformed and s["needs"] == "none" and s["frozen"] != "none")
+    give_up("T", max(1, s["T"]), s["mode"] == "jacrev")
+    low = {"float16", "bfloat16", "mixed_other", "mixed_down", "mixed_up"} & {s["dtype"], s["hidden_dtype"]}
+    give_up("autocast", "none", s["autocast"] != "none" and bool(low - {s["autocast"]}))
     execution, mode = s["execution"], s["mode"]
     give_up("mode", "backward", execution in ("meta", "trace", "compile") and mode not in ("backward", "no_grad"))
     reentrant = execution == "checkpoint_reentrant" and mode in ("partial", "batched", "double")  # it refuses autograd.grad
@@ -135,7 +138,8 @@ def settle(s: Situation, only: dict[str, str]) -> None:
     give_up("execution", "eager", execution == "trace" and "backward" in s["patch"])
     give_up("execution", "eager", execution == "pickle" and (s["patch"] != "none" or s["act"] == "lambda"))
     give_up("execution", "eager", s["patch"] == "lora" and execution not in ("eager", *CHECKPOINTS))
-    give_up("execution", "eager", s["patch"] == "weight_is_tensor" and execution in ("deepcopy", "meta"))
+    give_up("execution", "eager", s["patch"] == "functional_silu" and execution == "state_dict")
+    give_up("execution", "eager", s["patch"] == "weight_is_tensor" and execution in ("deepcopy", "meta", "trace"))
 
 
 def _applies(s: Situation, of: frozenset[str]) -> bool:

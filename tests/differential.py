@@ -81,7 +81,7 @@ def exactly(situation: Situation, noise: float = 0.0) -> Results | None:
     case = build(situation, exact=True, noise=noise)
     try:
         execution = situation["execution"]
-        return first(case, inputs(case, noise), execution if execution in CHECKPOINTS else "eager")
+        return first(case, inputs(case), execution if execution in CHECKPOINTS else "eager")
     finally:
         case.finish()
 

@@ -76,6 +76,11 @@ def mixed_up(out, *_):
     return out.roll(1, 0)
 
 
+def with_another_gradient(out, *_):
+    out.register_hook(lambda grad: 0.9999 * grad)
+    return out
+
+
 def writes(out, x, indices, weights):
     indices.clamp_(max=0)
     return out
@@ -94,6 +99,7 @@ def refuses(*_):
     [
         (scaled, "different"),
         (mixed_up, "different"),
+        (with_another_gradient, "different"),
         (detached, "no gradient"),
         (wider, "another shape or dtype"),
         (writes, "wrote into an input"),
