@@ -17,10 +17,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
 Situation = dict[str, Any]
-FLAGS = ("interleaved", "transposed", "bias", "ungated", "norm", "owngate")
+FLAGS = ["interleaved", "transposed", "bias", "ungated", "norm", "owngate"]
+if "has_post_expert_norm" not in inspect.signature(use_experts_implementation).parameters:  # an older Transformers
+    FLAGS.remove("norm")
+# Older releases compute with a slot of another rank, relying on a weight of zero: nothing to compare with.
+SENTINELS = "sentinel_mask" in inspect.getsource(batched_mm_experts_forward)
 CONSTANTS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
 # xIELU warns at construction and mixes dtypes in a way that its own code refuses.
 ACTIVATIONS = sorted(set(ACT2CLS) - {"xielu"})
@@ -110,12 +114,13 @@ def _own_gate(self: Any, gate_up: Tensor) -> Tensor:
 def _own_class(chosen: tuple[str, ...]) -> type:
     flags = frozenset(chosen)
     space = {"flags": flags, "__module__": __name__, **({"_apply_gate": _own_gate} if "owngate" in flags else {})}
+    norm = {"has_post_expert_norm": True} if "norm" in flags else {}
     decorate = use_experts_implementation(
         is_concatenated="interleaved" not in flags,
         is_transposed="transposed" in flags,
         has_bias="bias" in flags,
         has_gate="ungated" not in flags,
-        has_post_expert_norm="norm" in flags,
+        **norm,
     )
     made = decorate(type("_".join(("Own", *chosen)), (Own,), space))
     globals()[made.__name__] = made  # where pickle looks for it
@@ -154,9 +159,9 @@ def traits(name: str) -> frozenset[str]:
     has["act"] = has["act_fn"] and isinstance(act, nn.Module)
     has["constants"] = any(hasattr(module, constant) for constant in CONSTANTS)
     plain_gate = type(module)._apply_gate.__module__ == "transformers.integrations.moe"
-    flags = (module.is_transposed, module.has_bias, not module.has_gate, module.has_post_expert_norm)
+    has["norm"] = getattr(module, "has_post_expert_norm", False)
+    flags = (module.is_transposed, module.has_bias, not module.has_gate, has["norm"])
     has["special"] = not plain_gate or any(flags) or not module.is_concatenated
-    has["norm"] = module.has_post_expert_norm
     sources = [
         inspect.getsource(type(part)) for part in module.modules() if type(part).__module__.startswith("transformers")
     ]

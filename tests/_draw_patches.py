@@ -12,7 +12,10 @@ from _draw_classes import CONSTANTS, Situation, halves
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# --- what users hook and patch ----------------------------------------------------------------------------------------
+try:
+    import peft
+except ImportError:  # its adapters are not drawn then
+    peft = None
 
 
 @dataclass
@@ -174,8 +177,6 @@ def _constants(make: Callable[[float], Any]) -> Callable[[Case], None]:
 
 
 def _lora(case: Case) -> None:
-    import peft
-
     case.module.config._experts_implementation = "eager"
     net = nn.Module()
     net.experts, net.forward = case.module, lambda *args: case.module(*args)
@@ -217,5 +218,5 @@ PATCHES: dict[str, tuple[str, Callable[[Case], None]]] = {
     "constant_changed": ("constants", _constants(float)),
     "constant_tensor": ("constants", _constants(torch.tensor)),
     "constant_parameter": ("constants", _constants(lambda value: nn.Parameter(torch.tensor(value)))),
-    "lora": ("", _lora),
+    **({} if peft is None else {"lora": ("", _lora)}),
 }

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from _draw_classes import ACTIVATIONS, OWN, REPLACED, Situation, traits, transformers_classes
+from _draw_classes import ACTIVATIONS, OWN, REPLACED, SENTINELS, Situation, traits, transformers_classes
 from _draw_modes import CHECKPOINTS, FUNCTIONAL, MODES
 from _draw_modules import DTYPES
 from _draw_patches import PATCHES
@@ -59,8 +59,7 @@ def axes() -> dict[str, Axis | Callable[[random.Random], Any]]:
         "routing": {
             "random": 52,
             "no_sentinels": 8,
-            "sentinels": 20,
-            "all_sentinels": 5,
+            **({"sentinels": 20, "all_sentinels": 5} if SENTINELS else {}),
             "one_expert": 7,
             "duplicates": 8,
         },

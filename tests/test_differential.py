@@ -13,7 +13,6 @@ import pytest
 import moekit.hf
 
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
 import differential
 from _draw_classes import transformers_classes
 from _draw_situations import axes, draw
