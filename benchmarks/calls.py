@@ -13,6 +13,7 @@ kernels are all that matters.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -23,10 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 HERE = Path(__file__).resolve().parent.parent
 
 
-def functions(large: bool) -> dict[str, Callable[[], Any]]:
+def functions(large: bool, device: str) -> dict[str, Callable[[], Any]]:
     """What is timed: forward, and forward with backward, of every public function that has one."""
     import torch
 
@@ -34,6 +36,7 @@ def functions(large: bool) -> dict[str, Callable[[], Any]]:
     from moekit import moe_utils
 
     torch.manual_seed(0)
+    torch.set_default_device(device)
     tokens, hidden, inner, num_experts, topk = (2048, 2048, 768, 128, 8) if large else (6, 16, 24, 4, 2)
     dtype = torch.bfloat16 if large else torch.float32
 
@@ -62,7 +65,7 @@ def functions(large: bool) -> dict[str, Callable[[], Any]]:
         "grouped_linear": lambda: moekit.grouped_linear(rows, gate_up, routing.offsets),
         "experts": lambda: moekit.experts(x, (indices, weights), gate_up, down),
     }
-    if not large:  # where products are all that would be timed
+    if not large or device != "cpu":  # or the products would be all that is timed
         forward |= products
     timed: dict[str, Callable[[], Any]] = {
         "Routing.from_topk": lambda: moekit.Routing.from_topk(indices, weights, num_experts=num_experts),
@@ -74,30 +77,37 @@ def functions(large: bool) -> dict[str, Callable[[], Any]]:
     return timed
 
 
-def times(large: bool) -> dict[str, float]:
+def times(large: bool, device: str) -> dict[str, float]:
     """Seconds a call."""
     import torch
 
     torch.set_num_threads(2 if large else 1)
-    calls, found = (1 if large else 40), {}
-    for name, call in functions(large).items():
+    if large and device == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    calls, found = (1 if large and device == "cpu" else 20), {}
+    for name, call in functions(large, device).items():
         for _ in range(3 if large else 100):
             call()
         samples = []
-        for _ in range(15 if large else 20):
+        for _ in range(15 if large else 30):
+            wait()
             start = time.perf_counter()
             for _ in range(calls):
                 call()
+            wait()
             samples.append((time.perf_counter() - start) / calls)
         found[name] = min(samples)
     return found
 
 
-def measure(checkout: Path, large: bool) -> dict[str, float]:
+def measure(checkout: Path, large: bool, device: str) -> dict[str, float]:
     """:func:`times` in a process that imports moekit from ``checkout``."""
-    command = [sys.executable, __file__, "--worker", *(["--large"] if large else [])]
+    command = [sys.executable, __file__, "--worker", "--device", device, *(["--large"] if large else [])]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def main() -> int:
@@ -106,16 +116,17 @@ def main() -> int:
     parser.add_argument("--against", type=Path, nargs="*", default=[], metavar="DIR", help="other checkouts")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true", help="a whole layer's sizes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(times(options.large)))
+        print(json.dumps(times(options.large, options.device)))
         return 0
     checkouts = [HERE, *(path.resolve() for path in options.against)]
     rounds: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
     for number in range(options.rounds):
         for checkout in checkouts if number % 2 == 0 else checkouts[::-1]:
-            rounds[checkout].append(measure(checkout, options.large))
+            rounds[checkout].append(measure(checkout, options.large, options.device))
     for name in rounds[HERE][0]:
         medians = [statistics.median(found[name] for found in rounds[checkout]) for checkout in checkouts]
         others = "".join(f"{median / medians[0]:8.3f}" for median in medians[1:])

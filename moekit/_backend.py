@@ -19,6 +19,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import Parameter
 
 CHOICES = ("auto", "torch", "numba", "triton")
 _KERNEL_PACKAGES = {"numba": "moekit.kernels.numba", "triton": "moekit.kernels.triton"}
@@ -71,9 +72,10 @@ def debug_enabled() -> bool:
 def checks_values(tensor: Tensor) -> bool:
     """Whether an operator may look at the values of ``tensor`` to validate them.
 
-    Within ``torch.func`` a tensor may stand for many; there the operators look, at one sample after the other.
+    Within ``torch.func`` a tensor may stand for many, while code is traced for none yet, and other classes keep their values
+    to themselves: there the operators look, at the plain tensors that come to them in the end.
     """
-    if is_functorch_wrapped_tensor(tensor):
+    if type(tensor) not in (Tensor, Parameter) or is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.device.type == "cpu" or (_debug.get() and tensor.device.type != "meta")
 

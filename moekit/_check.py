@@ -117,7 +117,51 @@ def route_indices(indices: Tensor, num_experts: int) -> None:
 
 def row_tokens(row_token: Tensor, num_tokens: int) -> None:
     """Refuse tokens out of range."""
+    integer("unpermute", "sorted_indices", row_token)
     in_range("unpermute", "sorted_indices", row_token, num_tokens, "the number of tokens")
+
+
+def offsets(op: str, value: Tensor, num_rows: int, num_experts: int | None = None) -> None:
+    """``value`` holds the row ends of experts: int32 or int64, one an expert, ascending within the rows."""
+    tensor_dim(op, "offsets", value, 1)
+    integer(op, "offsets", value)
+    if num_experts is not None and len(value) != num_experts:
+        raise fail(op, "offsets", f"of shape [experts] = [{num_experts}]", f"shape {list(value.shape)}")
+    if _backend.checks_values(value):
+        ends(op, value.tolist(), num_rows)
+
+
+def ends(op: str, values: Sequence[int], num_rows: int) -> None:
+    """Row ends that were read already: see :func:`offsets`."""
+    before = 0
+    for end in values:
+        if end < before or end > num_rows:
+            wanted = f"ascending row ends from 0 to {num_rows}, the number of rows (counts? take their cumulative sum)"
+            raise fail(op, "offsets", wanted, list(values))
+        before = end
+
+
+def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor, num_tokens: int) -> None:
+    """The tables say twice, and the same, which row is which token's: by row, and by token."""
+    for name, value in (("row_token", row_token), ("token_offsets", token_offsets), ("token_rows", token_rows)):
+        tensor_dim(op, name, value, 1)
+        integer(op, name, value)
+    if len(token_offsets) != num_tokens + 1:
+        raise fail(op, "token_offsets", f"of shape [tokens + 1] = [{num_tokens + 1}]", f"shape {list(token_offsets.shape)}")
+    if not _backend.checks_values(row_token):
+        return
+    in_range(op, "row_token", row_token, num_tokens, "the number of tokens")
+    in_range(op, "token_rows", token_rows, len(row_token), "the number of rows")
+    lengths = token_offsets.diff()
+    if int(token_offsets[0]) < 0 or int(token_offsets[-1]) > len(token_rows) or (lengths < 0).any():
+        wanted = f"ascending from 0 to {len(token_rows)}, the length of token_rows"
+        raise fail(op, "token_offsets", wanted, token_offsets.tolist())
+    named = token_rows[int(token_offsets[0]) : int(token_offsets[-1])].long()
+    owner = torch.arange(num_tokens).repeat_interleave(lengths)[named >= 0]
+    named = named[named >= 0]
+    claimed = torch.full_like(row_token, -1).scatter(0, named, owner.to(row_token.dtype))
+    if len(named) != int((row_token >= 0).sum()) or not claimed.equal(row_token):
+        raise fail(op, "token_rows", "the rows of each token as row_token has them, each once", token_rows.tolist())
 
 
 def chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> None:
@@ -125,9 +169,11 @@ def chunks(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int |
     if not _backend.checks_values(split_sizes):
         return
     chunks = split_sizes.shape[0]
+    if chunks and not 0 <= int(split_sizes.min()) <= int(split_sizes.max()) <= num_in:  # before a sum can overflow
+        raise fail("sort_chunks", "split_sizes", f"sizes that sum to the {num_in} rows", split_sizes.tolist())
     if sorted_idxs.numel() and not 0 <= int(sorted_idxs.min()) <= int(sorted_idxs.max()) < chunks:
         raise fail("sort_chunks", "sorted_idxs", f"chunk numbers in [0, {chunks})", sorted_idxs.tolist())
-    if int(split_sizes.sum()) != num_in or (chunks and int(split_sizes.min()) < 0):
+    if int(split_sizes.sum()) != num_in:
         raise fail("sort_chunks", "split_sizes", f"sizes that sum to the {num_in} rows", split_sizes.tolist())
     if num_out is not None and int(split_sizes[sorted_idxs.long()].sum()) != num_out:
         raise fail("sort_chunks", "sorted_idxs", "a permutation of the chunks", sorted_idxs.tolist())

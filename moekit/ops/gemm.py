@@ -40,7 +40,7 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
         return product
     if _looped(rows):
         out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
-        for expert, block in _blocks(offsets):
+        for expert, block in _blocks(offsets, rows.shape[0]):
             torch.mm(rows[block], matrices[expert], out=out[block])
         return out
     width = matrices.shape[2]
@@ -63,7 +63,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     if _looped(left):
         out = left.new_empty(num_experts, height, width)
         filled = set()
-        for expert, block in _blocks(offsets):
+        for expert, block in _blocks(offsets, left.shape[0]):
             torch.mm(left[block].T, right[block], out=out[expert])
             filled.add(expert)
         for expert in set(range(num_experts)) - filled:
@@ -85,10 +85,11 @@ def _looped(rows: Tensor) -> bool:
     return rows.device.type == "cpu" or rows.dtype not in (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+def _blocks(offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, with its rows."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
+    ends, start = offsets.tolist(), 0
+    _check.ends("grouped_linear", ends, num_rows)
+    for expert, end in enumerate(ends):
         if end > start:
             yield expert, slice(start, end)
             start = end
@@ -130,12 +131,22 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
     _check.tensor_dim(op, "weight", weight, 3)
     rows, weight = autocast(rows, weight)
     matrices = weight if transposed else weight.mT
-    _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
+    _check.tensor_dim(op, "offsets", offsets, 1)
+    _check.integer(op, "offsets", offsets)
+    if len(offsets) != len(matrices):
+        raise _check.fail(op, "offsets", f"of shape [experts] = [{len(matrices)}]", f"shape {list(offsets.shape)}")
     if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
         wanted = f"{rows.dtype} with {rows.shape[1]} inputs"
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
     _check.same_device(op, rows=rows, weight=weight, offsets=offsets)
-    return _grouped_linear(rows, matrices, offsets.int())
+    return _grouped_linear(rows, matrices, _int32(offsets, rows.shape[0]))
+
+
+def _int32(offsets: Tensor, num_rows: int) -> Tensor:
+    """The offsets as products take them: what is past the rows stays past them."""
+    if offsets.dtype is torch.int32:
+        return offsets
+    return offsets.clamp(-1, min(num_rows + 1, 2**31 - 1)).int()
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:

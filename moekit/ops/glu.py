@@ -205,7 +205,7 @@ def as_rows(op: str, y: Tensor, weights: Tensor | None, spec: Glu) -> tuple[Tens
 
 
 def _check_bias(op: str, rows: Tensor, bias: Tensor | None, offsets: Tensor | None) -> None:
-    if offsets is not None:
+    if offsets is not None:  # their values are looked at where the rows are
         _check.tensor_dim(op, "offsets", offsets, 1)
         _check.integer(op, "offsets", offsets)
     if bias is None:
@@ -310,6 +310,8 @@ def _in_range(offsets: Tensor | None, num_rows: int) -> Tensor | None:
 def glu_reference(y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, *constants: Any) -> Tensor:
     """``y [N, 2I]``, ``weights [N]`` to ``[N, I]`` in y's dtype."""
     spec = Glu(*constants)
+    if offsets is not None:
+        _check.offsets("glu", offsets, y.shape[0])
     dtype = _compute_dtype(y, weights, bias)
     halves = _halves(y.to(dtype).contiguous(), _row_bias(bias, offsets, y.shape[0], dtype), spec)
     up = None if halves.up is None else halves.up + spec.linear_offset
@@ -334,6 +336,8 @@ def glu_backward_reference(
     callers that did not keep it.
     """
     spec, wanted = Glu(*constants[:-1]), constants[-1]
+    if offsets is not None:
+        _check.offsets("glu", offsets, y.shape[0])
     out_dtype = y.dtype if scale is None else grad.dtype
     dtype = _compute_dtype(grad, y, scale, weights, bias)
     x = y.to(dtype) if scale is None else load_fp8(y, scale).to(dtype)

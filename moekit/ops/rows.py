@@ -127,7 +127,8 @@ def _gather(tokens: Tensor, row_token: Tensor) -> Tensor:
     if tokens.shape[0] == 0:
         return tokens.new_zeros(row_token.shape[0], tokens.shape[1])
     zero = tokens.new_zeros(())  # a plain 0 would turn bool into int64
-    return torch.where((row_token >= 0).unsqueeze(1), tokens.index_select(0, row_token.clamp(min=0)), zero)
+    known = (row_token >= 0) & (row_token < tokens.shape[0])
+    return torch.where(known.unsqueeze(1), tokens.index_select(0, torch.where(known, row_token, 0)), zero)
 
 
 def _weights_of_rows(weights: Tensor, token_rows: Tensor, num_rows: int) -> Tensor:
@@ -136,6 +137,7 @@ def _weights_of_rows(weights: Tensor, token_rows: Tensor, num_rows: int) -> Tens
 
 
 def _permute_reference(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
+    _check.row_tables("permute", row_token, token_offsets, token_rows, tokens.shape[0])
     return _gather(tokens, row_token)
 
 
@@ -151,9 +153,22 @@ def _permute_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     return sum_rows(grad, None, *ctx.saved_tensors), None, None, None
 
 
+def _check_rows(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> None:
+    _check.row_tables("unpermute", row_token, token_offsets, token_rows, token_offsets.shape[0] - 1)
+    _check.shape("unpermute", "row_token", row_token, rows.shape[:1], "[rows]")
+    if (
+        weights is not None
+        and weights.shape != row_token.shape
+        and (weights.dim() != 2 or weights.numel() != len(token_rows))
+    ):
+        wanted = f"one a row, of shape {list(row_token.shape)}, or one a slot, {len(token_rows)} in all"
+        raise _check.fail("unpermute", "weights", wanted, f"shape {list(weights.shape)}")
+
+
 def _unpermute_reference(
     rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor
 ) -> Tensor:
+    _check_rows(rows, weights, row_token, token_offsets, token_rows)
     dtype = _dtype(rows, weights)
     values = rows.to(dtype)
     if weights is not None:
@@ -191,6 +206,8 @@ def _weighted_backward_reference(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """``(drows [S, H], dweights)``, the latter as the weights are; those that ``wanted`` leaves out are empty."""
+    _check_rows(rows, weights, row_token, token_offsets, token_rows)
+    _check.shape("unpermute", "grad", grad, (token_offsets.shape[0] - 1, rows.shape[1]), "[tokens, features]")
     dtype = _dtype(rows, weights, grad)
     g = _gather(grad, row_token).to(dtype)
     drows, dweights = grad.new_empty(0), grad.new_empty(0)

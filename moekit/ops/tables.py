@@ -37,6 +37,7 @@ def _ends(counts: Tensor) -> Tensor:
 
 def _route_indices_reference(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``indices [T, K]`` to counts ``[E]``, offsets ``[E]``, order ``[T*K]``, inverse ``[T, K]``."""
+    _check.integer("Routing.from_topk", "indices", indices)
     _check.route_indices(indices, num_experts)
     flat = indices.reshape(-1).long()
     expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -191,8 +192,10 @@ rows_of_tokens = _library.define(
 
 def _sort_chunks_reference(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
     """The source row of each row after the chunks are put into the order ``sorted_idxs``, int64."""
+    _check.integer("sort_chunks", "split_sizes", split_sizes)
+    _check.integer("sort_chunks", "sorted_idxs", sorted_idxs)
     _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
-    chosen = sorted_idxs.long()
+    chosen = sorted_idxs.long().clamp(0, max(split_sizes.shape[0] - 1, 0))
     sizes = split_sizes.long()
     starts = (sizes.cumsum(0) - sizes)[chosen]
     ends = sizes[chosen].cumsum(0)
@@ -223,6 +226,12 @@ def padded_size(num_rows: int, num_experts: int, multiple: int) -> int:
 def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tables in which each expert starts at a multiple of ``multiple`` rows; the rows in between are -1."""
     num_experts, num_rows = offsets.shape[0], order.shape[0]
+    _check.positive("Routing.pad_to_multiple", "multiple", multiple)
+    _check.offsets("Routing.pad_to_multiple", offsets, num_rows)
+    _check.integer("Routing.pad_to_multiple", "order", order)
+    _check.in_range("Routing.pad_to_multiple", "order", order, inverse.numel(), "the number of slots")
+    _check.integer("Routing.pad_to_multiple", "inverse", inverse)
+    _check.in_range("Routing.pad_to_multiple", "inverse", inverse, num_rows, "the number of rows")
     size = padded_size(num_rows, num_experts, multiple)
     starts = torch.nn.functional.pad(offsets, (1, 0))[:-1]
     padded = -(-(offsets - starts) // multiple) * multiple
@@ -230,11 +239,11 @@ def _pad_rows_reference(offsets: Tensor, order: Tensor, inverse: Tensor, multipl
     shift = torch.nn.functional.pad(new_offsets - padded - starts, (0, 1))  # how far each expert's rows move
     rows = torch.arange(num_rows, device=offsets.device, dtype=torch.int32)
     moved = rows + shift[torch.searchsorted(offsets.contiguous(), rows, right=True)]
-    target = torch.where(order >= 0, moved, size).long()
+    target = torch.where((order >= 0) & (moved >= 0) & (moved < size), moved, size).long()
     new_order = order.new_full((size + 1,), -1).scatter(0, target, order)[:size]
     if num_rows == 0:
         return new_offsets, new_order, inverse.clone()
-    new_inverse = torch.where(inverse >= 0, moved[inverse.clamp(min=0).long()], -1)
+    new_inverse = torch.where(inverse >= 0, moved[inverse.clamp(min=0, max=num_rows - 1).long()], -1)
     return new_offsets, new_order, new_inverse
 
 
@@ -258,6 +267,7 @@ def _row_tables_reference(order: Tensor, num_tokens: int, topk: int) -> tuple[Te
 
     ``order [R]`` holds the slot ``token * topk + k`` of each row, -1 for none.
     """
+    _check.integer("Routing", "order", order)
     starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=order.device) * topk
     return torch.div(order, max(topk, 1), rounding_mode="floor"), starts
 
@@ -284,6 +294,7 @@ def _take_reference(values: Tensor, index: Tensor, back: Tensor | None) -> Tenso
     No entry is taken twice. ``back``, if given, says for each entry of ``values`` where it went (-1: nowhere): the
     gradient is then gathered, too.
     """
+    _check.integer("take", "index", index)
     flat = values.reshape(-1)
     if flat.shape[0] == 0:  # nothing to take from, so no index is in range
         return flat.new_zeros(index.shape)
@@ -328,6 +339,9 @@ def take(values: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
 
 def _put_reference(values: Tensor, index: Tensor, size: int) -> Tensor:
     """``out[index] = values`` in zeros ``[size]``, for an index that names no place twice; -1 goes nowhere."""
+    _check.integer("put", "index", index)
+    if index.numel() != values.numel():
+        raise _check.fail("put", "index", f"one entry a value ({values.numel()})", f"shape {list(index.shape)}")
     inside = (index >= 0) & (index < size)
     target = torch.where(inside, index, size).reshape(-1).long()
     return values.new_zeros(size + 1).scatter(0, target, values.reshape(-1))[:size].clone()

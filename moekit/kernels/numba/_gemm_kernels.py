@@ -25,6 +25,7 @@ from moekit.kernels.numba._bits import (
 )
 from moekit.kernels.numba._elements import BF16, SIZES, load, store
 from moekit.kernels.numba._jit import inline, kernel
+from moekit.kernels.numba._launch import Nonsense
 
 # By feature: outputs computed at a time. Ranges start at multiples of it.
 FEATURES = 4
@@ -44,6 +45,17 @@ def ahead_of(read, step):
 
 
 @inline
+def check(offsets, experts, total):
+    """The offsets ascend within the ``total`` rows."""
+    before = 0
+    for expert in range(experts):
+        end = read_i32(offsets, expert)
+        if end < before or end > total:
+            raise Nonsense
+        before = end
+
+
+@inline
 def lane_of(element, j):
     """Where the sum of column j is kept: bfloat16 is widened as even and odd elements."""
     return j // TILE * TILE + j % 2 * (TILE // 2) + j % TILE // 2 if element == BF16 else j
@@ -56,9 +68,10 @@ def by_feature_kernel(element: int) -> Callable:
 
     @kernel(element)
     def by_feature(
-        start: int, stop: int, rows: int, rows_step: int, matrices: int, expert_step: int, feature_step: int,
+        start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, feature_step: int,
         offsets: int, experts: int, out: int, out_step: int, width: int,
     ):  # fmt: skip
+        check(offsets, experts, total)
         sums, whole = scratch(_DOTS), width // TILE * TILE
 
         def multiply(source, taken, matrix, features, ahead):
@@ -107,9 +120,10 @@ def by_input_kernel(element: int) -> Callable:
 
     @kernel(element)
     def by_input(
-        start: int, stop: int, rows: int, rows_step: int, matrices: int, expert_step: int, input_step: int,
+        start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, input_step: int,
         offsets: int, experts: int, out: int, out_step: int, width: int,
     ):  # fmt: skip
+        check(offsets, experts, total)
         sums = scratch(_SUMS)
 
         def add(source, taken, matrix, columns, k, ahead):

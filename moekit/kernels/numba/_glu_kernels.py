@@ -29,6 +29,7 @@ from moekit.kernels.numba._bits import (
 )
 from moekit.kernels.numba._elements import E4M3, F32, NONE, SIZES, load, store
 from moekit.kernels.numba._jit import inline, kernel
+from moekit.kernels.numba._launch import Nonsense
 
 CONCATENATED, INTERLEAVED, UNGATED = range(3)
 NO_CLAMP, CLAMP_BEFORE_BIAS, CLAMP_AFTER_BIAS = range(3)
@@ -79,11 +80,17 @@ def clear(address, first, stop, size):
 
 
 @inline
-def expert_rows(offsets, experts, stop):
-    """Where the rows that belong to an expert end."""
+def expert_rows(offsets, experts, stop, rows):
+    """Where the rows that belong to an expert end, if the offsets ascend within the ``rows`` there are."""
     if offsets == 0:
         return stop
-    return min(stop, read_i64(offsets, experts - 1)) if experts > 0 else 0
+    before = 0
+    for expert in range(experts):
+        end = read_i64(offsets, expert)
+        if end < before or end > rows:
+            raise Nonsense
+        before = end
+    return min(stop, before)
 
 
 @inline
@@ -133,12 +140,12 @@ def forward_kernel(element: int, bias_element: int, kind: int, order: int, layou
 
     @kernel(element, bias_element, kind, order, layout)
     def forward(
-        start: int, stop: int, y: int, weights: int, bias: int, bias_step: int, offsets: int, experts: int,
+        start: int, stop: int, rows: int, y: int, weights: int, bias: int, bias_step: int, offsets: int, experts: int,
         out: int, width: int, c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
         features, to_up = width * halves, 1 if step == 2 else width
         turn = turn_of(width, halves, step)
-        expert, end = 0, expert_rows(offsets, experts, stop)
+        expert, end = 0, expert_rows(offsets, experts, stop, rows)
         tile = scratch(_TILE)
         if element == F32:  # LLVM takes them by itself where elements are half as wide
             wide_vectors()
@@ -200,13 +207,13 @@ def backward_kernel(
 
     @kernel(element, grad_element, bias_element, kind, order, layout, bias_sum, emit)
     def backward(
-        start: int, stop: int, grad: int, y: int, scales: int, weights: int, bias: int, bias_step: int,
+        start: int, stop: int, rows: int, grad: int, y: int, scales: int, weights: int, bias: int, bias_step: int,
         offsets: int, experts: int, dy: int, dweights: int, dbias: int, again: int, width: int,
         c1: float, c3: float, shift: float, limit: float, streaming: int,
     ):  # fmt: skip
         features, to_up = width * halves, 1 if step == 2 else width
         turn = turn_of(width, halves, step)
-        expert, sum_row, end = 0, 0, expert_rows(offsets, experts, stop)
+        expert, sum_row, end = 0, 0, expert_rows(offsets, experts, stop, rows)
         tile = scratch(_TILE)
         wide_vectors()
         in_tile = 1 if step == 2 else strip  # elements from the gate's gradient to the up half's

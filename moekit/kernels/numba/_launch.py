@@ -7,9 +7,14 @@ from typing import overload
 import torch
 from torch import Tensor
 
+INDICES = (torch.int32, torch.int64)
 _LINE = 64  # bytes; streaming writes whole cache lines
 # Smaller results are likely to be read again while they are still in the cache.
 _OUTGROWS_CACHE = 1 << 22
+
+
+class Nonsense(ValueError):
+    """Raised by a kernel that meets a number which cannot be, before it becomes an address: the reference says which."""
 
 
 def address(tensor: Tensor | None) -> int:

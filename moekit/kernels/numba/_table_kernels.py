@@ -31,6 +31,7 @@ from moekit.kernels.numba._bits import (
     zero,
 )
 from moekit.kernels.numba._jit import INLINE, inline, kernel
+from moekit.kernels.numba._launch import Nonsense
 
 _READ = {1: read_u8, 2: read_u16, 4: read_i32, 8: read_i64}
 _WRITE = {1: write_u8, 2: write_u16, 4: write_i32, 8: write_i64}
@@ -304,15 +305,19 @@ def pad_rows_kernel() -> Callable:
 
     @kernel()
     def pad_rows(
-        offsets: int, experts: int, order: int, multiple: int, slots: int,
+        offsets: int, experts: int, order: int, rows: int, multiple: int, slots: int,
         new_offsets: int, new_order: int, new_inverse: int,
     ):  # fmt: skip
         begin, target = 0, 0
         for expert in range(experts):
             end = read_i32(offsets, expert)
+            if end < begin or end > rows:
+                raise Nonsense
             for row in range(begin, end):
                 slot = read_i32(order, row)
-                if 0 <= slot < slots:
+                if slot < -1 or slot >= slots:
+                    raise Nonsense
+                if slot >= 0:
                     write_i32(new_order, target + row - begin, slot)
                     write_i32(new_inverse, slot, target + row - begin)
             target += (end - begin + multiple - 1) // multiple * multiple

@@ -48,16 +48,13 @@ def _usual() -> Iterator[Callable[[], Any]]:
         yield lambda element=element: _gemm_kernels.by_feature_kernel(element)
         yield lambda element=element: _gemm_kernels.by_input_kernel(element)
         yield lambda element=element: _row_kernels.unpermute_kernel(element)
-        for wide in (False, True):
-            yield lambda element=element, wide=wide: _row_kernels.unpermute_backward_kernel(
-                element, element, wide, True, True
-            )
+        yield lambda element=element: _row_kernels.unpermute_backward_kernel(element, element, True, True)
         for scoring in (_router_kernels.SOFTMAX, _router_kernels.PRE_SOFTMAX, _router_kernels.SIGMOID):
             yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(element, element, scoring)
             for has_bias, grouped in itertools.product((False, True), repeat=2):
                 yield lambda args=(element, scoring, has_bias, grouped): _router_kernels.router_kernel(*args)
+    yield _row_kernels.permute_kernel
     for wide in (False, True):
-        yield lambda wide=wide: _row_kernels.permute_kernel(wide)
         yield lambda wide=wide: _table_kernels.count_keys_kernel(wide)
         yield lambda wide=wide: _table_kernels.place_keys_kernel(wide)
     yield _table_kernels.total_kernel

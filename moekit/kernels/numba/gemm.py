@@ -10,7 +10,7 @@ from torch import Tensor, get_num_threads
 from moekit.kernels.numba import _gemm_kernels as kernels
 from moekit.kernels.numba._bits import HARDWARE_F16
 from moekit.kernels.numba._elements import E4M3, F16, KINDS, SIZES
-from moekit.kernels.numba._launch import dense
+from moekit.kernels.numba._launch import Nonsense, dense
 from moekit.kernels.numba._threads import run
 
 # Up to here reading an expert's matrix takes longer than multiplying it, beyond PyTorch's products are faster.
@@ -24,23 +24,28 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
     num_experts, width, features = matrices.shape
     if element == E4M3 or (element == F16 and not HARDWARE_F16) or matrices.dtype is not rows.dtype:
         return NotImplemented
+    if offsets.dtype is not torch.int32 or len(offsets) != num_experts or rows.shape[1] != width:
+        return NotImplemented
     by_feature = matrices.stride(1) == 1
     if not (by_feature or matrices.stride(2) == 1) or (out is not None and out.stride(1) != 1) or not _few(rows, offsets):
         return NotImplemented
     out = torch.empty((rows.shape[0], features), dtype=rows.dtype) if out is None else out
-    rows, offsets, size = rows if rows.stride(1) == 1 else rows.contiguous(), dense(offsets, torch.int32), SIZES[element]
+    offsets, rows, size = dense(offsets), rows if rows.stride(1) == 1 else rows.contiguous(), SIZES[element]
     if by_feature:
         kernel, step, block = kernels.by_feature_kernel(element), matrices.stride(2), kernels.FEATURES
     else:
         # As wide a part of each row of the matrix as can be: short pieces a page apart are slower to read.
         kernel, step = kernels.by_input_kernel(element), matrices.stride(1)
         block = -(-features // (get_num_threads() * _COLUMNS)) * _COLUMNS
-    run(
-        kernel, features, min(rows.shape[0], num_experts) * width * features * size,
-        rows.data_ptr(), rows.stride(0) * size,
-        matrices.data_ptr(), matrices.stride(0) * size, step * size, offsets.data_ptr(), num_experts,
-        out.data_ptr(), out.stride(0) * size, width, block=block,
-    )  # fmt: skip
+    try:
+        run(
+            kernel, features, min(rows.shape[0], num_experts) * width * features * size,
+            rows.shape[0], rows.data_ptr(), rows.stride(0) * size,
+            matrices.data_ptr(), matrices.stride(0) * size, step * size, offsets.data_ptr(), num_experts,
+            out.data_ptr(), out.stride(0) * size, width, block=block,
+        )  # fmt: skip
+    except Nonsense:
+        return NotImplemented
     return out
 
 

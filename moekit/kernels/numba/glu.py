@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from moekit.kernels.numba import _activations, _glu_kernels
 from moekit.kernels.numba._elements import E4M3, KINDS, NONE, SIZES
-from moekit.kernels.numba._launch import address, dense, streams
+from moekit.kernels.numba._launch import INDICES, Nonsense, address, dense, streams
 from moekit.kernels.numba._threads import run
 
 _LAYOUTS = {
@@ -43,10 +44,22 @@ def _spec(act: str, c1: float, c3: float, offset: float, clamp: float | None, cl
     return _Spec(kind, order, _LAYOUTS[layout], halves, (c1, c3, offset, clamp or 0.0))
 
 
-def _leaves(offsets: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether the reference has to do it: float64 anywhere, or no experts at all."""
-    no_experts = offsets is not None and len(offsets) == 0
-    return no_experts or any(t is not None and t.dtype is torch.float64 for t in tensors)
+def _leaves(
+    y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, scale: Tensor | None = None
+) -> bool:
+    """Whether the reference has to do it, or to refuse it: float64 anywhere, no experts at all, or sizes that do not fit."""
+    if offsets is not None and (len(offsets) == 0 or offsets.dtype not in INDICES):
+        return True
+    if bias is not None and (bias.dtype is torch.float64 or not _one_for_all(y, bias, offsets)):
+        return True
+    return any(t is not None and (t.dtype is torch.float64 or len(t) != len(y)) for t in (weights, scale))
+
+
+def _one_for_all(y: Tensor, bias: Tensor, offsets: Tensor | None) -> bool:
+    """Whether there is a bias for all rows, for each row or for each expert."""
+    if bias.shape[-1] != y.shape[1]:
+        return False
+    return (bias.dim() == 1 and offsets is None) or len(bias) == len(y if offsets is None else offsets)
 
 
 def _length(offsets: Tensor | None) -> int:
@@ -76,7 +89,7 @@ def _forward(
     y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, constants: tuple, *, keep: bool
 ) -> Any:
     element = KINDS.get(y.dtype, E4M3)
-    if element == E4M3 or _leaves(offsets, weights, bias):
+    if element == E4M3 or _leaves(y, weights, bias, offsets):
         return NotImplemented
     spec = _spec(*constants)
     y, weights, offsets = dense(y), dense(weights, torch.float32), dense(offsets, torch.int64)
@@ -86,12 +99,11 @@ def _forward(
     out = torch.empty((rows, width), dtype=y.dtype)
     kernel = _glu_kernels.forward_kernel(element, bias_kind, spec.kind, spec.order, spec.layout)
     args = (
-        y.data_ptr(), address(weights), address(bias), bias_step, address(offsets), _length(offsets),
+        rows, y.data_ptr(), address(weights), address(bias), bias_step, address(offsets), _length(offsets),
         out.data_ptr(), width, *spec.constants, streams(out, width * SIZES[element]),
     )  # fmt: skip
     if not keep:
-        run(kernel, rows, y.nbytes + out.nbytes, *args)
-        return out
+        return out if _ran(kernel, rows, y.nbytes + out.nbytes, *args) else NotImplemented
     kept, scales = torch.empty(y.shape, dtype=torch.float8_e4m3fn), torch.empty(rows)
     keeping = _glu_kernels.store_fp8_kernel(element)
     kept_args = (y.data_ptr(), kept.data_ptr(), scales.data_ptr(), features)
@@ -103,8 +115,16 @@ def _forward(
             kernel(first, last, *args)
             keeping(first, last, *kept_args)
 
-    run(both, rows, y.nbytes + out.nbytes + kept.nbytes)
-    return out, kept, scales
+    return (out, kept, scales) if _ran(both, rows, y.nbytes + out.nbytes + kept.nbytes) else NotImplemented
+
+
+def _ran(kernel: Callable, rows: int, *args: Any, **options: Any) -> bool:
+    """Run a kernel; False if it found offsets that cannot be."""
+    try:
+        run(kernel, rows, *args, **options)
+    except Nonsense:
+        return False
+    return True
 
 
 def glu_backward(
@@ -120,7 +140,7 @@ def glu_backward(
     element, grad_kind = KINDS.get(y.dtype), KINDS.get(grad.dtype, E4M3)
     if element is None or grad_kind == E4M3 or (element == E4M3) != (scale is not None):
         return NotImplemented
-    if _leaves(offsets, scale, weights, bias):
+    if _leaves(y, weights, bias, offsets, scale) or len(grad) != len(y):
         return NotImplemented
     want_y, want_weights, want_bias, want_out = constants[-1]
     spec = _spec(*constants[:-1])
@@ -128,6 +148,8 @@ def glu_backward(
     grad, y, scale, offsets = dense(grad), dense(y), dense(scale), dense(offsets, torch.int64)
     rows, features = y.shape
     width = features // spec.halves
+    if grad.shape[1] != width:
+        return NotImplemented
     ready, bias_kind, bias_step = _bias_arguments(bias, features)
     scaled = dense(weights, torch.float32)
 
@@ -140,14 +162,16 @@ def glu_backward(
     kernel = _glu_kernels.backward_kernel(
         element, grad_kind, bias_kind, spec.kind, spec.order, spec.layout, bias_sum, bool(want_out)
     )
-    run(
+    ran = _ran(
         kernel, rows, grad.nbytes + y.nbytes + dy.nbytes + again.nbytes,
-        grad.data_ptr(), y.data_ptr(), address(scale), address(scaled), address(ready), bias_step,
+        rows, grad.data_ptr(), y.data_ptr(), address(scale), address(scaled), address(ready), bias_step,
         address(offsets), _length(offsets),
         dy.data_ptr(), dweights.data_ptr(), dbias.data_ptr(), again.data_ptr(), width, *spec.constants,
         streams(dy, width * SIZES[KINDS[dtype]]) if want_y else 0,
         block=_glu_kernels.BLOCK if bias_sum == _glu_kernels.SUM_ROWS else 1,
     )  # fmt: skip
+    if not ran:
+        return NotImplemented
     if bias_sum == _glu_kernels.SUM_ROWS and bias is not None:
         dbias = _sum_blocks(dbias, bias, offsets, rows)
     return (

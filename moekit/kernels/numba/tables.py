@@ -12,13 +12,12 @@ from torch import Tensor, get_num_threads
 
 from moekit import _check
 from moekit.kernels.numba import _table_kernels as kernels
-from moekit.kernels.numba._launch import address, dense
+from moekit.kernels.numba._launch import INDICES, Nonsense, address, dense
 from moekit.kernels.numba._threads import run
 
 # A piece below this many elements is not worth a table of its own.
 _PIECE = 1 << 12
 _ANY_BIT, _NOT_SIGN = -1, {1: 0x7F, 2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}
-_INDICES = (torch.int32, torch.int64)
 _ONE_BYTE_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -31,8 +30,10 @@ def _sort(
 ) -> Tensor | None:
     """Positions of the keys in sorted order, -1 after the last; fills ``counts``, ``ends[first:]`` and ``inverse``.
 
-    None if there are keys out of range.
+    None if there are keys out of range, or what no keys are.
     """
+    if keys.dtype not in INDICES:
+        return None
     keys = dense(keys)
     length, wide = keys.numel(), keys.dtype is torch.int64
     pieces = _pieces(length)
@@ -153,21 +154,29 @@ def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_o
     return out
 
 
-def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> Any:
     """The tables with each expert's rows padded to a multiple."""
+    int32 = offsets.dtype is order.dtype is inverse.dtype is torch.int32
+    if not (int32 and multiple >= 1 and inverse.is_contiguous()):  # the new inverse has the strides of the old
+        return NotImplemented
     offsets, order, experts = dense(offsets), dense(order), len(offsets)
     size = -(-(len(order) + experts * (multiple - 1)) // multiple) * multiple
     new_offsets, new_inverse = torch.empty_like(offsets), torch.full_like(inverse, -1)
     new_order = torch.full((size,), -1, dtype=torch.int32)
-    kernels.pad_rows_kernel()(
-        offsets.data_ptr(), experts, order.data_ptr(), multiple, inverse.numel(),
-        new_offsets.data_ptr(), new_order.data_ptr(), new_inverse.data_ptr(),
-    )  # fmt: skip
+    try:
+        kernels.pad_rows_kernel()(
+            offsets.data_ptr(), experts, order.data_ptr(), len(order), multiple, inverse.numel(),
+            new_offsets.data_ptr(), new_order.data_ptr(), new_inverse.data_ptr(),
+        )  # fmt: skip
+    except Nonsense:
+        return NotImplemented
     return new_offsets, new_order, new_inverse
 
 
-def row_tables(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
     """The token of each row and where each token's slots begin."""
+    if order.dtype is not torch.int32:
+        return NotImplemented
     order = dense(order)
     row_token = torch.empty_like(order)
     run(kernels.row_tables_kernel(), len(order), 2 * order.nbytes, order.data_ptr(), max(topk, 1), row_token.data_ptr())
@@ -176,7 +185,7 @@ def row_tables(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tenso
 
 def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
     """``values.flatten()[index]``, zero where the index is out of range."""
-    if values.dtype.is_complex or index.dtype not in _INDICES:
+    if values.dtype.is_complex or index.dtype not in INDICES:
         return NotImplemented
     values, index = dense(values), dense(index)
     out = torch.empty(index.shape, dtype=values.dtype)
@@ -188,7 +197,7 @@ def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
 
 def put(values: Tensor, index: Tensor, size: int) -> Any:
     """``out[index] = values`` in zeros ``[size]``."""
-    if values.dtype.is_complex or index.dtype not in _INDICES:
+    if values.dtype.is_complex or index.dtype not in INDICES or values.numel() != index.numel():
         return NotImplemented
     values, index = dense(values), dense(index)
     out = torch.zeros(size, dtype=values.dtype)
