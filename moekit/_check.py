@@ -6,12 +6,24 @@ devices only, so they never wait for a GPU; the checks of values at the end do n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from moekit import _backend
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Subclasses that stand for a plain tensor while it is traced, or until a collective has delivered it.
+_TRANSPARENT = (
+    "torch._subclasses.fake_tensor",
+    "torch._subclasses.functional_tensor",
+    "torch.distributed._functional_collectives",
+)
 
 
 def fail(op: str, argument: str, wanted: str, got: object) -> ValueError:
@@ -51,6 +63,30 @@ def floating(op: str, name: str, value: Tensor) -> None:
         raise wrong_type(op, name, "a floating-point tensor", value.dtype)
 
 
+def transparent(value: Tensor) -> bool:
+    """Whether a tensor is what it seems: not a subclass that computes by a dispatch of its own, but tracing's."""
+    kind: Any = type(value)
+    plain: Any = Tensor
+    return kind.__torch_dispatch__ is plain.__torch_dispatch__ or kind.__module__ in _TRANSPARENT
+
+
+def computable(op: str, name: str, value: Tensor) -> None:
+    """``value`` is a plain tensor of a dtype that products are computed in."""
+    if type(value) not in _PLAIN:
+        tensor(op, name, value)
+        if not transparent(value):
+            got = f"a {type(value).__name__} of dtype {value.dtype}; unwrap (to_local, full_tensor) or dequantise it first"
+            raise wrong_type(op, name, f"a plain tensor of {names_of(FLOATS)}", got)
+    if value.dtype not in FLOATS:
+        raise wrong_type(op, name, f"a floating-point tensor ({names_of(FLOATS)})", value.dtype)
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes in words."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def integer(op: str, name: str, value: Tensor) -> None:
     """``value`` is an int32 or int64 tensor."""
     tensor(op, name, value)
@@ -65,12 +101,15 @@ def real(op: str, name: str, value: object) -> float:
     return float(value)
 
 
-def positive(op: str, name: str, value: object, *, at_least: int = 1) -> None:
-    """``value`` is a Python integer (or a symbolic one) not below ``at_least``."""
+def positive(op: str, name: str, value: Any, *, at_least: int = 1) -> Any:
+    """``value`` is a Python integer (or a symbolic one) not below ``at_least``; returned as such."""
+    if isinstance(value, Tensor) and is_tracing():  # where a size is a tensor
+        value = operator.index(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise wrong_type(op, name, "an integer", type(value).__name__)
     if value < at_least:
         raise fail(op, name, f"at least {at_least}", value)
+    return value
 
 
 def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:
@@ -111,8 +150,16 @@ def in_range(op: str, name: str, index: Tensor, end: int, what: str) -> None:
 
 
 def route_indices(indices: Tensor, num_experts: int) -> None:
-    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
-    in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
+    """Refuse indices out of range, and a token with more of them than experts.
+
+    Kernels that meet one leave the call to the reference, which starts with this.
+    """
+    op = "Routing.from_topk"
+    in_range(op, "indices", indices, num_experts, "num_experts")
+    if indices.shape[1] > num_experts and indices.numel() and _backend.checks_values(indices):
+        slots = int((indices >= 0).sum(1).max())
+        if slots > num_experts:
+            raise fail(op, "indices", f"at most num_experts ({num_experts}) a token", slots)
 
 
 def row_tokens(row_token: Tensor, num_tokens: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from moekit import _check
 from moekit.ops import tables
@@ -44,19 +45,19 @@ class Routing:
 
         Args:
             indices: ``[T, K]`` int32 or int64 expert numbers; -1 routes nowhere; the same expert twice counts twice.
+                K may exceed E (expert parallel, with few experts a rank) if no token has more than E experts.
             weights: ``[T, K]`` floating routing weights, or None.
             num_experts: E.
 
         Raises:
-            ValueError: K > E, a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)``.
+            ValueError: a shape or device that does not fit, or (on a CPU) an index outside ``[-1, E)`` or a token with
+                more than E experts.
             TypeError: indices that are not integers, weights that are not floating.
         """
         op = "Routing.from_topk"
         _check.tensor_dim(op, "indices", indices, 2)
         _check.integer(op, "indices", indices)
-        _check.positive(op, "num_experts", num_experts)
-        if indices.shape[1] > num_experts:
-            raise _check.fail(op, "indices", f"at most num_experts ({num_experts}) a token", indices.shape[1])
+        num_experts = _check.positive(op, "num_experts", num_experts)
         if weights is not None:
             _check.floating(op, "weights", weights)
             _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
@@ -146,5 +147,9 @@ class Routing:
 
     def row_tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """``row_token [R]``, ``token_offsets [T + 1]``, ``token_rows [T * K]``: what the row movers work from."""
-        found = tables.row_tables(self.order, self.num_tokens, self.topk)
-        return *found, self.inverse.reshape(-1)
+        token_rows = self.inverse.reshape(-1)
+        if is_tracing():  # which would make a constant of the number of tokens
+            topk = max(int(self.topk), 1)
+            starts = torch.arange(self.num_tokens + 1, dtype=torch.int32, device=self.order.device) * int(self.topk)
+            return self.order // topk, starts, token_rows
+        return *tables.row_tables(self.order, self.num_tokens, self.topk), token_rows

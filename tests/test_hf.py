@@ -115,7 +115,9 @@ def test_gates_of_their_own_say_so_once(caplog):
     with caplog.at_level(logging.INFO, logger="moekit.hf"):
         for _ in range(3):
             module(torch.randn(T, 16), chosen(False), torch.rand(T, K))
-    assert [r.message for r in caplog.records] == ["MuseSparkExperts has a gate or norm of its own: its experts run unfused"]
+    assert [r.message for r in caplog.records] == [
+        "MuseSparkExperts has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused"
+    ]
 
 
 def test_a_users_subclass_with_another_gate_is_not_fused():

@@ -24,7 +24,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.gemm import DIFFERENTIABLE, PLAIN, Products, autocast
+from moekit.ops.gemm import DIFFERENTIABLE, PLAIN, Products, autocast, within
 from moekit.routing import Routing
 
 SAVES = ("recompute", "fp8", "all")
@@ -55,7 +55,7 @@ def experts(
             of -1, or of E and above, is a slot of no expert here (of another expert-parallel rank, say).
         gate_up: ``[E, 2I, H]``, or ``[E, H, 2I]`` with ``transposed``; ``I`` in the place of ``2I`` without a gate.
         down: ``[E, H, I]``, or ``[E, I, H]`` with ``transposed``.
-        gate_up_bias: ``[E, 2I]``, or None; the clamp comes after it.
+        gate_up_bias: ``[E, 2I]``, or None; the clamp comes after it. A bias may be float32 whatever the rest is.
         down_bias: ``[E, H]``, or None; multiplied by the routing weight as the rest.
         activation: as in :func:`moekit.glu`, like ``alpha``, ``linear_offset``, ``clamp`` and ``layout``.
         alpha: the constant of ``quick_gelu``.
@@ -72,15 +72,15 @@ def experts(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
+        TypeError: what is no tensor, or a tensor of codes: float8, integers, a sharded or quantised subclass.
         RuntimeError: a double backward, which this operator does not have.
 
     Gradients are computed only for what needs one, and nothing is kept for the others.
     """
     op = "experts"
     _library.announce_flops()
-    spec = glu.make_glu(
-        activation, alpha=alpha, linear_offset=linear_offset, clamp=clamp, clamp_after_bias=True, layout=layout
-    )
+    clamps = {"clamp": clamp, "clamp_after_bias": True}
+    spec = glu.make_glu(activation, alpha=alpha, linear_offset=linear_offset, layout=layout, op=op, **clamps)
     _check.one_of(op, "save", save, SAVES)
     hidden_states, gate_up, down, gate_up_bias, down_bias = autocast(hidden_states, gate_up, down, gate_up_bias, down_bias)
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
@@ -106,14 +106,30 @@ def experts(
 
 def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> Routing:
     if not isinstance(routing, Routing):
+        if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not _is_integer(routing[0]):
+            raise _no_routing(routing)
         indices, weights = routing
-        _check.integer("experts", "indices", indices)
         routing = Routing.from_topk(indices.masked_fill(indices >= num_experts, -1), weights, num_experts=num_experts)
     if routing.weights is None:
         raise _check.fail("experts", "routing", "built with weights", "none")
     if routing.num_experts != num_experts:
         raise _check.fail("experts", "routing", f"of the {num_experts} experts of gate_up", routing.num_experts)
     return routing
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+
+
+def _no_routing(routing: Any) -> TypeError:
+    """The error that says what was given in the place of a routing."""
+    wanted, found = "a Routing or (indices [tokens, topk], weights [tokens, topk])", type(routing).__name__
+    if isinstance(routing, (tuple, list)):
+        if len(routing) == 2 and _is_integer(routing[1]):
+            wanted = f"{wanted}, in this order"
+        found = ", ".join(str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in routing)
+        found = f"({found})"
+    return _check.wrong_type("experts", "routing (its indices int32 or int64)", wanted, found)
 
 
 def _check_shapes(
@@ -126,29 +142,38 @@ def _check_shapes(
     transposed: bool,
 ) -> None:
     op = "experts"
-    _check.tensor_dim(op, "hidden_states", hidden_states, 2)
-    _check.floating(op, "hidden_states", hidden_states)
-    _check.tensor_dim(op, "gate_up", gate_up, 3)
-    _check.tensor_dim(op, "down", down, 3)
-    num_experts, hidden = gate_up.shape[0], hidden_states.shape[1]
-    width = gate_up.shape[2 if transposed else 1]
-    gates = 1 if spec.layout == "ungated" else 2
-    if width % gates:
+    for name, value, ndim in (("hidden_states", hidden_states, 2), ("gate_up", gate_up, 3), ("down", down, 3)):
+        _check.computable(op, name, value)
+        _check.tensor_dim(op, name, value, ndim)
+    (num_experts, *sides), hidden = gate_up.shape, hidden_states.shape[1]
+    width, inputs = reversed(sides) if transposed else sides
+    if inputs != hidden:
+        raise _check.fail(op, "gate_up", *_storage(gate_up, hidden, transposed, turned=width == hidden))
+    if spec.layout == "ungated":
+        inner = width
+    elif width % 2:
         raise _check.fail(op, "gate_up", "of an even width (gate and up halves)", f"shape {list(gate_up.shape)}")
-    wanted = {
-        "gate_up": (gate_up, (num_experts, width, hidden)),
-        "down": (down, (num_experts, hidden, width // gates)),
-        "gate_up_bias": (gate_up_bias, (num_experts, width)),
-        "down_bias": (down_bias, (num_experts, hidden)),
-    }
-    for name, (value, shape) in wanted.items():
-        if value is None:
-            continue
-        if transposed and len(shape) == 3:
-            shape = (shape[0], shape[2], shape[1])
-        _check.shape(op, name, value, shape, "[experts, in, out]" if transposed else "[experts, out, in]")
-        if value.dtype != hidden_states.dtype:
+    else:
+        inner = width // 2
+    shape, legend = ((inner, hidden), "[experts, in, out]") if transposed else ((hidden, inner), "[experts, out, in]")
+    _check.shape(op, "down", down, (num_experts, *shape), legend)
+    for name, value in (("gate_up", gate_up), ("down", down)):
+        if value.dtype is not hidden_states.dtype:
             raise _check.fail(op, name, f"of the dtype of hidden_states ({hidden_states.dtype})", value.dtype)
+    for name, value, size in (("gate_up_bias", gate_up_bias, width), ("down_bias", down_bias, hidden)):
+        if value is not None:
+            _check.computable(op, name, value)
+            _check.shape(op, name, value, (num_experts, size), "[experts, out]")
+            if value.dtype not in (hidden_states.dtype, torch.float32):
+                wanted = f"of the dtype of hidden_states ({hidden_states.dtype}) or float32"
+                raise _check.fail(op, name, wanted, value.dtype)
+
+
+def _storage(gate_up: Tensor, hidden: int, transposed: bool, *, turned: bool) -> tuple[str, str]:
+    """What was wanted of ``gate_up`` and what came; ``turned``: it would fit if it were stored the other way round."""
+    order, other = ("in, out", "out, in") if transposed else ("out, in", "in, out")
+    hint = f"; if it is stored [experts, {other}], pass transposed={not transposed}" if turned else ""
+    return f"of shape [experts, {order}] with {hidden} inputs", f"shape {list(gate_up.shape)}{hint}"
 
 
 # --- the operators ------------------------------------------------------------------------------------------------
@@ -186,7 +211,7 @@ class _Rows(NamedTuple):
     @staticmethod
     def of(weights: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> _Rows:
         found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
-        return _Rows(found, tables.take(weights, order), offsets, inverse)
+        return _Rows(found, tables.take(weights, order), within(offsets, len(order)), inverse)
 
     def slots(self) -> Tensor:
         """Where each row's weight stands in a flat ``[T, E]`` matrix, -1 for none."""
@@ -216,6 +241,7 @@ def _experts_reference(
     """``(out, projected, scale, gathered, activation)``: the output and what is kept, empty where it is not."""
     options = _Options.of(constants)
     routed = _Rows.of(weights, order, inverse, offsets)
+    offsets = routed.offsets
     gathered = rows.move_rows(x, *routed.tables)
     projected = products.rows(gathered, options.matrices(gate_up), offsets)
     before = None if options.weight_after_down else routed.weights
@@ -278,6 +304,7 @@ def _backward_reference(
     """Gradients of x, weights, gate_up, down and the biases; those that ``wanted`` (the last) leaves out are empty."""
     options, wanted = _Options.of(constants[:-1]), _Wanted(*constants[-1])
     routed = _Rows.of(weights, order, inverse, offsets)
+    offsets = routed.offsets
     result = _Wanted(*(grad.new_empty(0) for _ in range(6)))
     g = rows.move_rows(grad, *routed.tables)
     d_projected, d_weights, d_bias, act = _gate_backward(

@@ -95,6 +95,11 @@ def _blocks(offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
             start = end
 
 
+def within(offsets: Tensor, num_rows: int) -> Tensor:
+    """Offsets as PyTorch's products may follow them: on a GPU, where these do not look, ascending within the rows."""
+    return offsets if offsets.device.type == "cpu" else offsets.clamp(0, num_rows).cummax(0).values
+
+
 def _aligned(matrix: Tensor, *dims: int) -> Tensor:
     """``matrix`` with the sizes ``dims`` padded by zeros so that its strides are multiples of 16 bytes."""
     multiple = _ALIGNMENT // matrix.element_size()
@@ -127,14 +132,14 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, transposed:
     """
     op = "grouped_linear"
     _library.announce_flops()
+    _check.computable(op, "rows", rows)
+    _check.computable(op, "weight", weight)
     _check.tensor_dim(op, "rows", rows, 2)
     _check.tensor_dim(op, "weight", weight, 3)
     rows, weight = autocast(rows, weight)
     matrices = weight if transposed else weight.mT
-    _check.tensor_dim(op, "offsets", offsets, 1)
     _check.integer(op, "offsets", offsets)
-    if len(offsets) != len(matrices):
-        raise _check.fail(op, "offsets", f"of shape [experts] = [{len(matrices)}]", f"shape {list(offsets.shape)}")
+    _check.shape(op, "offsets", offsets, matrices.shape[:1], "[experts]")
     if matrices.shape[1] != rows.shape[1] or weight.dtype != rows.dtype:
         wanted = f"{rows.dtype} with {rows.shape[1]} inputs"
         raise _check.fail(op, "weight", wanted, f"{weight.dtype} of shape {list(weight.shape)}")
@@ -151,21 +156,28 @@ def _int32(offsets: Tensor, num_rows: int) -> Tensor:
 
 def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:
     """What autocast would do to the inputs of a matrix product."""
+    tensors = [first, *others]
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = first.device.type
-    tensors = (first, *others)
     if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype is torch.float64:
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.dtype in _AUTOCAST else t for t in tensors]
 
 
 def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    offsets = within(offsets, rows.shape[0])
     out = grouped_rows(rows, matrices, offsets)
     if _looped(rows):
         out[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
         return out
     inside = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(inside.unsqueeze(1), out, 0)
+
+
+def _outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_outer(left, right, within(offsets, left.shape[0]))
 
 
 def _linear_fake(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -200,7 +212,7 @@ def _outer_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
 
 _grouped_outer = _library.define(
     "grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor",
-    reference=grouped_outer,
+    reference=_outer_reference,
     fake=_outer_fake,
     save=_save,
     backward=_outer_backward,

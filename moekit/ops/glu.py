@@ -66,18 +66,19 @@ def make_glu(
     clamp: float | None = None,
     clamp_after_bias: bool = False,
     layout: str = "concatenated",
+    op: str = "glu",
 ) -> Glu:
-    """Validate the parameters of :func:`glu` and look up the activation's constants."""
-    _check.one_of("glu", "activation", activation, ACTIVATIONS)
-    _check.one_of("glu", "layout", layout, LAYOUTS)
-    linear_offset = _check.real("glu", "linear_offset", linear_offset)
-    alpha = _check.real("glu", "alpha", alpha)
+    """Validate the parameters of :func:`glu` and look up the activation's constants; ``op`` names the caller in errors."""
+    _check.one_of(op, "activation", activation, ACTIVATIONS)
+    _check.one_of(op, "layout", layout, LAYOUTS)
+    linear_offset = _check.real(op, "linear_offset", linear_offset)
+    alpha = _check.real(op, "alpha", alpha)
     if clamp is not None:
-        clamp = _check.real("glu", "clamp", clamp)
+        clamp = _check.real(op, "clamp", clamp)
         if not clamp >= 0:
-            raise _check.fail("glu", "clamp", "None or at least 0", clamp)
+            raise _check.fail(op, "clamp", "None or at least 0", clamp)
     if layout == "ungated" and (linear_offset != 0.0 or clamp is not None):
-        raise _check.fail("glu", "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
+        raise _check.fail(op, "linear_offset and clamp", "left out for an ungated activation", (linear_offset, clamp))
     kind, c1, c3 = _ACTIVATIONS[activation]
     return Glu(kind, alpha if c1 is None else c1, c3, linear_offset, clamp, bool(clamp_after_bias), layout)
 

@@ -48,11 +48,13 @@ def _leaves(
     y: Tensor, weights: Tensor | None, bias: Tensor | None, offsets: Tensor | None, scale: Tensor | None = None
 ) -> bool:
     """Whether the reference has to do it, or to refuse it: float64 anywhere, no experts at all, or sizes that do not fit."""
-    if offsets is not None and (len(offsets) == 0 or offsets.dtype not in INDICES):
+    if offsets is not None and (offsets.numel() == 0 or offsets.dtype not in INDICES):
         return True
     if bias is not None and (bias.dtype is torch.float64 or not _one_for_all(y, bias, offsets)):
         return True
-    return any(t is not None and (t.dtype is torch.float64 or len(t) != len(y)) for t in (weights, scale))
+    if weights is not None and (weights.dtype is torch.float64 or weights.numel() != y.shape[0]):
+        return True
+    return scale is not None and (scale.dtype is torch.float64 or scale.numel() != y.shape[0])
 
 
 def _one_for_all(y: Tensor, bias: Tensor, offsets: Tensor | None) -> bool:
@@ -140,7 +142,7 @@ def glu_backward(
     element, grad_kind = KINDS.get(y.dtype), KINDS.get(grad.dtype, E4M3)
     if element is None or grad_kind == E4M3 or (element == E4M3) != (scale is not None):
         return NotImplemented
-    if _leaves(y, weights, bias, offsets, scale) or len(grad) != len(y):
+    if _leaves(y, weights, bias, offsets, scale) or grad.shape[0] != y.shape[0]:
         return NotImplemented
     want_y, want_weights, want_bias, want_out = constants[-1]
     spec = _spec(*constants[:-1])

@@ -10,34 +10,25 @@ from torch import Tensor
 
 from moekit.kernels.numba import _row_kernels
 from moekit.kernels.numba._elements import E4M3, KINDS, SIZES
-from moekit.kernels.numba._launch import INDICES, address, dense, streams
+from moekit.kernels.numba._launch import address, dense, streams
 from moekit.kernels.numba._threads import run
 from moekit.kernels.numba.tables import put, take
 
 
-class _Tables:
-    """The tables of one call as the kernels take them, and what the kernels found when they compared them.
+def _tables(
+    row_token: Tensor, token_offsets: Tensor, token_rows: Tensor, num_tokens: int, num_rows: int
+) -> tuple[tuple, tuple, c_int64] | None:
+    """The tables as the kernels take them, what has to live as long, and where these leave how the tables differ.
 
-    ``usable`` is False for those that only the reference takes, or refuses: of other dtypes or sizes.
+    None for those that only the reference takes, or refuses: of other dtypes or sizes.
     """
-
-    def __init__(self, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor, num_tokens: int, num_rows: int) -> None:
-        self.usable = (
-            row_token.dtype in INDICES
-            and token_offsets.dtype is token_rows.dtype is torch.int32
-            and len(row_token) == num_rows
-            and len(token_offsets) == num_tokens + 1
-        )
-        self._kept = (dense(row_token), dense(token_offsets), dense(token_rows))
-        self._difference = c_int64()
-        self.check = addressof(self._difference)
-        rows, offsets, found = self._kept
-        wide = row_token.dtype is torch.int64
-        self.arguments = (rows.data_ptr(), wide, offsets.data_ptr(), found.data_ptr(), len(found))
-
-    def disagree(self) -> bool:
-        """Whether a kernel found that the tables do not say the same."""
-        return self._difference.value != 0
+    wide = row_token.dtype is torch.int64
+    if not (wide or row_token.dtype is torch.int32) or not token_offsets.dtype is token_rows.dtype is torch.int32:
+        return None
+    if row_token.numel() != num_rows or token_offsets.numel() != num_tokens + 1:
+        return None
+    tables = rows, offsets, found = row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous()
+    return (rows.data_ptr(), wide, offsets.data_ptr(), found.data_ptr(), found.numel()), tables, c_int64()
 
 
 @overload
@@ -55,19 +46,20 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     """``tokens [T, H]`` of any dtype to ``[S, H]``; zero rows where there is no token."""
     num_tokens, width = tokens.shape
     num_rows = row_token.shape[0]
-    tables = _Tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
-    if not tables.usable or num_tokens == 0 or num_rows * width == 0:
+    tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
+    if tables is None or num_tokens == 0 or num_rows * width == 0:
         return NotImplemented
+    arguments, _, difference = tables
     out = torch.empty((num_rows, width), dtype=tokens.dtype)
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     size = width * tokens.element_size()
     run(
         _row_kernels.permute_kernel(), num_tokens, num_tokens * size + out.nbytes,
-        tokens.data_ptr(), tokens.stride(0) * tokens.element_size(), *tables.arguments,
-        out.data_ptr(), num_tokens, num_rows, size, streams(out, size), tables.check,
+        tokens.data_ptr(), tokens.stride(0) * tokens.element_size(), *arguments,
+        out.data_ptr(), num_tokens, num_rows, size, streams(out, size), addressof(difference),
     )  # fmt: skip
-    return NotImplemented if tables.disagree() else out
+    return NotImplemented if difference.value else out
 
 
 def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
@@ -76,9 +68,10 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     if element == E4M3 or (weights is not None and weights.dtype is torch.float64):
         return NotImplemented
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
-    tables = _Tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
-    if not tables.usable or num_tokens == 0 or not _weighs(weights, token_rows, num_rows):
+    tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
+    if tables is None or num_tokens == 0 or not _weighs(weights, token_rows, num_rows):
         return NotImplemented
+    arguments, _, difference = tables
     out = torch.empty((num_tokens, width), dtype=rows.dtype)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -86,15 +79,17 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     size = SIZES[element]
     run(
         _row_kernels.unpermute_kernel(element), num_tokens, rows.nbytes + out.nbytes,
-        rows.data_ptr(), rows.stride(0) * size, address(weights), *tables.arguments,
-        out.data_ptr(), num_tokens, num_rows, width, streams(out, width * size), tables.check,
+        rows.data_ptr(), rows.stride(0) * size, address(weights), *arguments,
+        out.data_ptr(), num_tokens, num_rows, width, streams(out, width * size), addressof(difference),
     )  # fmt: skip
-    return NotImplemented if tables.disagree() else out
+    return NotImplemented if difference.value else out
 
 
 def _weighs(weights: Tensor | None, token_rows: Tensor, num_rows: int) -> bool:
     """Whether there are as many weights as rows, or as slots."""
-    return weights is None or len(weights) == num_rows or (weights.dim() == 2 and weights.numel() == len(token_rows))
+    if weights is None:
+        return True
+    return weights.numel() == (num_rows if weights.dim() == 1 else token_rows.numel())
 
 
 def unpermute_backward(
@@ -112,21 +107,22 @@ def unpermute_backward(
         return NotImplemented
     want_rows, want_weights = wanted
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
-    tables = _Tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
+    tables = _tables(row_token, token_offsets, token_rows, num_tokens, num_rows)
     fits = grad.shape == (num_tokens, width) and _weighs(weights, token_rows, num_rows)
-    if not tables.usable or num_tokens == 0 or not fits:
+    if tables is None or num_tokens == 0 or not fits:
         return NotImplemented
+    arguments, _, difference = tables
     drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else torch.empty(0, dtype=grad.dtype)
     dweights = torch.empty(num_rows) if want_weights else torch.empty(0, dtype=grad.dtype)
     grad, rows, scaled = dense(grad), dense(rows), _by_row(weights, token_rows, num_rows)
     kernel = _row_kernels.unpermute_backward_kernel(element, grad_element, bool(want_rows), bool(want_weights))
     run(
         kernel, num_tokens, grad.nbytes + drows.nbytes + (rows.nbytes if want_weights else 0),
-        grad.data_ptr(), rows.data_ptr(), scaled.data_ptr(), *tables.arguments,
+        grad.data_ptr(), rows.data_ptr(), scaled.data_ptr(), *arguments,
         drows.data_ptr(), dweights.data_ptr(), num_tokens, num_rows, width, streams(drows, width * SIZES[element]),
-        tables.check,
+        addressof(difference),
     )  # fmt: skip
-    if tables.disagree():
+    if difference.value:
         return NotImplemented
     if want_weights and weights.dim() == 2:
         dweights = take(dweights, token_rows.view_as(weights), None)

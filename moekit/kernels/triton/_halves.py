@@ -20,7 +20,7 @@ def rows_end(offsets, num_experts, num_rows):
     """The row at which the experts' rows end; what lies behind belongs to none and is never read."""
     end = num_rows
     if offsets is not None:
-        end = tl.minimum(tl.load(offsets + num_experts - 1).to(tl.int32), num_rows)
+        end = tl.minimum(tl.load(offsets + num_experts - 1), num_rows).to(tl.int32)
     return end
 
 
@@ -32,7 +32,10 @@ def per_row(values, row, inside):
 
 @triton.jit
 def bias_rows(rows, offsets, num_experts, BIAS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The row of the bias for each row: one for all, its own, or its expert's (the number of ends at or before it)."""
+    """The row of the bias for each row: one for all, its own, or its expert's (the number of ends at or before it).
+
+    A row before the last end has one of the experts, whatever the others say.
+    """
     if BIAS == "expert":
         expert = tl.arange(0, BLOCK_E)
         end = tl.load(offsets + expert, mask=expert < num_experts, other=0x7FFFFFFF)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,10 @@ def _row_tables_kernel(order, row_token, starts, num_rows, num_starts, topk, BLO
     tl.store(starts + place, place * topk, mask=place < num_starts)
 
 
-def row_tables(order: Tensor, num_tokens: int, topk: int) -> tuple[Tensor, Tensor]:
+def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
     """``moekit::row_tables``: the token of each row and where each token's slots begin."""
+    if order.dtype is not torch.int32:
+        return NotImplemented
     order = order.contiguous()
     num_rows, row_token = order.shape[0], torch.empty_like(order)
     starts = torch.empty(num_tokens + 1, dtype=torch.int32, device=order.device)
@@ -41,8 +45,10 @@ def _take_kernel(values, index, out, length, size, BLOCK: tl.constexpr):
     tl.store(out + i, tl.load(values + place, mask=(place >= 0) & (place < length), other=0), mask=i < size)
 
 
-def take(values: Tensor, index: Tensor, back: Tensor | None) -> Tensor:
+def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
     """``moekit::take``: ``values.flatten()[index]``, zero where the index is out of range."""
+    if index.dtype not in (torch.int32, torch.int64):
+        return NotImplemented
     values, index = values.contiguous(), index.contiguous()
     out = torch.empty(index.shape, dtype=values.dtype, device=values.device)
     size = index.numel()
@@ -60,8 +66,10 @@ def _put_kernel(values, index, out, length, size, BLOCK: tl.constexpr):
     tl.store(out + place, tl.load(values + i, mask=inside, other=0), mask=inside)
 
 
-def put(values: Tensor, index: Tensor, size: int) -> Tensor:
+def put(values: Tensor, index: Tensor, size: int) -> Any:
     """``moekit::put``: ``out[index] = values`` in zeros ``[size]``."""
+    if index.dtype not in (torch.int32, torch.int64) or index.numel() != values.numel():
+        return NotImplemented
     values, index = values.contiguous(), index.contiguous()
     out = torch.zeros(size, dtype=values.dtype, device=values.device)
     grid = (_launch.blocks(index.numel(), _BLOCK),)

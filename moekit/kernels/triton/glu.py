@@ -117,8 +117,9 @@ def tidy_bias(bias: Tensor | None) -> Tensor | None:
 
 def leaves(y: Tensor, offsets: Tensor | None, *tensors: Tensor | None) -> bool:
     """Whether the operator is left to the reference: another dtype, no expert at all, or rows past int32."""
-    no_expert = offsets is not None and offsets.shape[0] == 0
-    return no_expert or not _launch.computes(*tensors) or y.shape[0] >= 2**31
+    if offsets is not None and (offsets.shape[0] == 0 or offsets.dtype not in (torch.int32, torch.int64)):
+        return True
+    return not _launch.computes(*tensors) or y.shape[0] >= 2**31
 
 
 def glu(

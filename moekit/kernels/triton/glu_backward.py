@@ -106,6 +106,11 @@ def _glu_backward_kernel(
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def _chunks_of_experts(offsets, num_experts, num_rows, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Each expert's rows cut into chunks, as ``(number, first row, end, chunks before and with it)`` by expert.
 
@@ -116,10 +121,12 @@ def _chunks_of_experts(offsets, num_experts, num_rows, CHUNK: tl.constexpr, BLOC
         begin = tl.where(expert == 0, 0, num_rows)
         end = expert * 0 + num_rows
     else:
-        begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0).to(tl.int32)
+        begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0)
         begin = tl.where(expert <= num_experts, begin, num_rows)
-        end = tl.load(offsets + expert, mask=expert < num_experts, other=num_rows).to(tl.int32)
-        begin, end = tl.minimum(begin, num_rows), tl.minimum(end, num_rows)
+        end = tl.load(offsets + expert, mask=expert < num_experts, other=num_rows)
+        # Ascending within the rows, whatever they are: or chunks of several experts would have the same number.
+        begin = tl.associative_scan(tl.minimum(tl.maximum(begin, 0), num_rows).to(tl.int32), 0, _larger)
+        end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), num_rows).to(tl.int32), 0, _larger)
     chunks = (end - begin + CHUNK - 1) // CHUNK
     return expert, begin, end, chunks, tl.cumsum(chunks, axis=0)
 

@@ -21,6 +21,14 @@ _ZERO_ROWS = 128
 
 
 @triton.jit
+def _entries_of(token, exists, token_offsets, num_entries):
+    """Where a token's part of the table of rows begins and ends: within the table, whatever the offsets are."""
+    first = tl.load(token_offsets + token, mask=exists, other=0)
+    last = tl.load(token_offsets + token + 1, mask=exists, other=0)
+    return tl.minimum(tl.maximum(first, 0), num_entries), tl.minimum(last, num_entries)
+
+
+@triton.jit
 def _rows_without_token(row_token, block, num_tokens, num_rows, ZERO_ROWS: tl.constexpr):
     """The rows of a block, and which of them have no token."""
     row = block * ZERO_ROWS + tl.arange(0, ZERO_ROWS)
@@ -43,9 +51,10 @@ def _zero_rows(out, row_token, block, column, num_tokens, num_rows, width, ZERO_
                 tl.store(out + row.to(tl.int64) * width + column, zeros, mask=column < width)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "token_blocks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_entries", "token_blocks"])
 def _permute_kernel(
-    tokens, row_token, token_offsets, token_rows, out, num_tokens, num_rows, token_blocks, parts, width, stride,
+    tokens, row_token, token_offsets, token_rows, out,
+    num_tokens, num_rows, num_entries, token_blocks, parts, width, stride,
     MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_T tokens' columns once and writes them to the tokens' rows, BLOCK_K of each at a time."""
@@ -56,8 +65,7 @@ def _permute_kernel(
     if block < token_blocks:
         token = block * BLOCK_T + tl.arange(0, BLOCK_T)
         exists = token < num_tokens
-        first = tl.load(token_offsets + token, mask=exists, other=0)
-        last = tl.load(token_offsets + token + 1, mask=exists, other=0)
+        first, last = _entries_of(token, exists, token_offsets, num_entries)
         mask = exists[:, None] & (column < width)[None, :]
         x = tl.load(tokens + token.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
         for k in range(0, tl.max(last - first, axis=0), BLOCK_K):
@@ -73,9 +81,18 @@ def _permute_kernel(
         _zero_rows(out, row_token, block - token_blocks, column, num_tokens, num_rows, width, ZERO_ROWS)
 
 
-def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Tensor:
+def _are_tables(*tables: Any) -> bool:
+    """Whether tables have the dtypes and sizes for so many tokens and rows; the reference takes or refuses what has not."""
+    row_token, token_offsets, token_rows, num_tokens, num_rows = tables
+    integers = row_token.dtype in (torch.int32, torch.int64) and token_offsets.dtype is token_rows.dtype is torch.int32
+    return integers and row_token.shape[0] == num_rows and token_offsets.shape[0] == num_tokens + 1
+
+
+def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows: Tensor) -> Any:
     """``moekit::permute``, for any dtype: rows travel as integers."""
     num_tokens, num_rows = tokens.shape[0], row_token.shape[0]
+    if not _are_tables(row_token, token_offsets, token_rows, num_tokens, num_rows):
+        return NotImplemented
     out = torch.empty(num_rows, tokens.shape[1], dtype=tokens.dtype, device=tokens.device)
     if out.numel() == 0:
         return out
@@ -88,7 +105,7 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
         _permute_kernel,
         ((token_blocks + _launch.blocks(num_rows, _ZERO_ROWS)) * parts,),
         source, row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(), target,
-        num_tokens, num_rows, token_blocks, parts, width, source.stride(0),
+        num_tokens, num_rows, token_rows.shape[0], token_blocks, parts, width, source.stride(0),
         MULTIPLE=_launch.multiple(width, source.stride(0)),
         BLOCK_T=block_t, BLOCK_K=_rows_at_once(num_tokens, token_rows.shape[0]), BLOCK_C=block_c,
         ZERO_ROWS=_ZERO_ROWS, config=config,
@@ -96,9 +113,9 @@ def permute(tokens: Tensor, row_token: Tensor, token_offsets: Tensor, token_rows
     return out
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_entries"])
 def _unpermute_kernel(
-    rows, weights, token_offsets, token_rows, out, num_tokens, num_rows, parts, width, stride,
+    rows, weights, token_offsets, token_rows, out, num_tokens, num_rows, num_entries, parts, width, stride,
     BY_SLOT: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program sums the rows of BLOCK_T tokens in BLOCK_C columns, in the order of the table."""
@@ -108,8 +125,7 @@ def _unpermute_kernel(
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = part * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = token < num_tokens
-    first = tl.load(token_offsets + token, mask=exists, other=0)
-    last = tl.load(token_offsets + token + 1, mask=exists, other=0)
+    first, last = _entries_of(token, exists, token_offsets, num_entries)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for k in range(0, tl.max(last - first, axis=0), UNROLL):
         for j in tl.static_range(UNROLL):  # independent loads, so that all of them are in flight at once
@@ -133,6 +149,10 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
         return NotImplemented
     rows = _launch.rows_of(rows)
     num_tokens, (num_rows, width) = token_offsets.shape[0] - 1, rows.shape
+    if not _are_tables(row_token, token_offsets, token_rows, num_tokens, num_rows) or not _weighs(
+        weights, row_token, token_rows
+    ):
+        return NotImplemented
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     at_once = _rows_at_once(num_tokens, token_rows.shape[0])
     config, multiple = _launch.tile("unpermute", rows.device, rows.dtype), _launch.multiple(width, rows.stride(0))
@@ -143,7 +163,7 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     _launch.launch(
         _unpermute_kernel, (_launch.blocks(num_tokens, block_t) * parts,),
         rows, _launch.dense(weights), token_offsets.contiguous(), token_rows.contiguous(), out,
-        num_tokens, num_rows, parts, width, rows.stride(0),
+        num_tokens, num_rows, token_rows.shape[0], parts, width, rows.stride(0),
         BY_SLOT=weights is not None and weights.dim() == 2,
         MULTIPLE=multiple, BLOCK_T=block_t, BLOCK_C=block_c,
         UNROLL=at_once, config=config,
@@ -151,15 +171,20 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_token: Tensor, token_off
     return out
 
 
+def _weighs(weights: Tensor | None, row_token: Tensor, token_rows: Tensor) -> bool:
+    """Whether there are as many weights as rows, or as slots."""
+    return weights is None or weights.numel() == (row_token if weights.dim() == 1 else token_rows).shape[0]
+
+
 def _rows_at_once(num_tokens: int, entries: int) -> int:
     """A token's rows on average, as a power of two up to 8."""
     return min(_launch.power_of_two(_launch.blocks(entries, max(num_tokens, 1))), 8)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_entries"])
 def _unpermute_backward_kernel(
     grad, rows, weights, row_token, token_offsets, token_rows, drows, dweights,
-    num_tokens, num_rows, width, grad_stride, stride,
+    num_tokens, num_rows, num_entries, width, grad_stride, stride,
     BY_SLOT: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program takes one token: its gradient row against BLOCK_K of its rows at a time."""
@@ -168,7 +193,7 @@ def _unpermute_backward_kernel(
         grad_stride = tl.multiple_of(grad_stride, MULTIPLE)
     token = tl.program_id(0)
     if token < num_tokens:
-        first, last = tl.load(token_offsets + token), tl.load(token_offsets + token + 1)
+        first, last = _entries_of(token, True, token_offsets, num_entries)
         for k in range(first, last, BLOCK_K):
             slot = k + tl.arange(0, BLOCK_K)
             row = tl.load(token_rows + slot, mask=slot < last, other=-1)
@@ -212,6 +237,10 @@ def unpermute_backward(
     """``moekit::unpermute_backward``: ``(drows, dweights)``, empty where not wanted."""
     if not _launch.computes(grad, rows, weights):
         return NotImplemented
+    shape = (token_offsets.shape[0] - 1, rows.shape[1])
+    fits = _are_tables(row_token, token_offsets, token_rows, shape[0], rows.shape[0]) and grad.shape == shape
+    if not fits or not _weighs(weights, row_token, token_rows):
+        return NotImplemented
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if wanted[0] else None
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device) if wanted[1] else None
     grad, rows = _launch.rows_of(grad), _launch.rows_of(rows)
@@ -227,7 +256,7 @@ def unpermute_backward(
         (num_tokens + _launch.blocks(num_rows, _ZERO_ROWS),),
         grad, rows, weights.contiguous(), row_token.contiguous(), token_offsets.contiguous(), token_rows.contiguous(),
         drows, dweights,
-        num_tokens, num_rows, width, grad.stride(0), rows.stride(0),
+        num_tokens, num_rows, token_rows.shape[0], width, grad.stride(0), rows.stride(0),
         BY_SLOT=weights.dim() == 2, MULTIPLE=_launch.multiple(width, grad.stride(0), rows.stride(0)),
         BLOCK_K=min(block_k, most), BLOCK_C=block_c, ZERO_ROWS=_ZERO_ROWS, config=config,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from moekit.kernels.triton._counting import (
 )
 
 _DIGIT_BITS = 8
+_INDICES = (torch.int32, torch.int64)
 
 
 @triton.jit
@@ -89,8 +90,10 @@ def _place_slots_kernel(
     fill(order, tl.sum(total, axis=0), num_slots, -1, block, num_blocks)
 
 
-def route_indices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_indices(indices: Tensor, num_experts: int) -> Any:
     """``moekit::route_indices``: counts, offsets, order, inverse."""
+    if indices.dtype not in _INDICES:
+        return NotImplemented
     _check.route_indices(indices, num_experts)
     flat, device, slots = indices.contiguous(), indices.device, indices.numel()
     counts = torch.empty(num_experts, dtype=torch.int64, device=device)
@@ -152,8 +155,10 @@ def _first_of_token_kernel(sorted_keys, offsets, num_keys, num_tokens, steps, BL
     tl.store(offsets + token, low, mask=token <= num_tokens)
 
 
-def rows_of_tokens(row_token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def rows_of_tokens(row_token: Tensor, num_tokens: int) -> Any:
     """``moekit::rows_of_tokens``: token offsets ``[T + 1]`` and the rows of each token, ascending."""
+    if row_token.dtype not in _INDICES:
+        return NotImplemented
     _check.row_tokens(row_token, num_tokens)
     keys, rows, num_keys, device = row_token.contiguous(), None, row_token.shape[0], row_token.device
     bits = num_tokens.bit_length()  # the largest key is T itself, for rows of no token
@@ -197,14 +202,16 @@ def _sort_chunks_kernel(
     earlier = tl.load(chosen + placed, mask=placed < place, other=-1)
     known = (earlier >= 0) & (earlier < num_chunks)
     target = tl.sum(tl.load(sizes + earlier, mask=known, other=0).to(tl.int64), axis=0)
-    size = tl.load(sizes + chunk, mask=(chunk >= 0) & (chunk < num_chunks), other=0)
+    size = tl.minimum(tl.load(sizes + chunk, mask=(chunk >= 0) & (chunk < num_chunks), other=0), num_out)
     for above in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
         row = above + tl.arange(0, BLOCK)
-        tl.store(source + target + row, begin + row, mask=(row < size) & (target + row < num_out))
+        tl.store(source + target + row, begin + row, mask=(row < size) & (target + row >= 0) & (target + row < num_out))
 
 
-def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Tensor:
+def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_out: int | None) -> Any:
     """``moekit::sort_chunk_rows``; ``num_out=None`` takes one device-to-host sync."""
+    if split_sizes.dtype not in _INDICES or sorted_idxs.dtype not in _INDICES:
+        return NotImplemented
     _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, chosen = split_sizes.contiguous(), sorted_idxs.contiguous()
     if num_out is None:
@@ -238,7 +245,7 @@ def _pad_rows_kernel(
         row = block * BLOCK + tl.arange(0, BLOCK)
         mine = (row[:, None] >= new_begin[None, :]) & (row[:, None] < (new_begin + end - begin)[None, :])
         old = row + tl.sum(tl.where(mine, (begin - new_begin)[None, :], 0), axis=1)
-        full = (tl.sum(mine.to(tl.int32), axis=1) > 0) & (old < num_rows)
+        full = (tl.sum(mine.to(tl.int32), axis=1) > 0) & (old >= 0) & (old < num_rows)
         tl.store(new_order + row, tl.load(order + old, mask=full, other=-1), mask=row < size)
     else:
         slot = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -250,8 +257,9 @@ def _pad_rows_kernel(
 
 def pad_rows(offsets: Tensor, order: Tensor, inverse: Tensor, multiple: int) -> Any:
     """``moekit::pad_rows``: offsets, order and inverse with each expert's rows padded to a multiple."""
-    if not inverse.is_contiguous():
-        return NotImplemented  # the new one has the strides of the old
+    int32 = offsets.dtype is order.dtype is inverse.dtype is torch.int32
+    if not (int32 and multiple >= 1 and inverse.is_contiguous()):  # the new inverse has the strides of the old
+        return NotImplemented
     num_experts, num_rows, slots = offsets.shape[0], order.shape[0], inverse.numel()
     size = _launch.blocks(num_rows + num_experts * (multiple - 1), multiple) * multiple
     new_offsets = torch.empty_like(offsets, memory_format=torch.contiguous_format)

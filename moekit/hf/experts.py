@@ -1,0 +1,125 @@
+"""The forward of an experts module of Transformers: fused where that is provably the same, else around its own gate."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.jit._trace import TracerWarning, is_tracing
+
+from moekit import _check
+from moekit.hf.gates import fused_options
+from moekit.hf.weights import Weights, weights_of
+from moekit.ops._segments import expert_of_row
+from moekit.ops.experts import experts
+from moekit.ops.gemm import autocast, grouped_linear
+from moekit.ops.rows import permute, unpermute
+from moekit.routing import Routing
+
+_log = logging.getLogger("moekit.hf")
+_said: set[str] = set()  # names, not classes: a class that is made anew at every step must be free to go
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, save: str = "recompute"
+) -> Tensor:
+    """The forward of an experts module of Transformers.
+
+    Args:
+        module: an instance of a class decorated with ``use_experts_implementation``.
+        hidden_states: ``[T, H]``.
+        top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
+        top_k_weights: ``[T, K]`` routing weights.
+        save: as in :func:`moekit.experts`.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: weights (or hidden states) that are not what they seem: sharded, quantised, packed.
+    """
+    tracing = is_tracing()
+    if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+        return _exportable(module, hidden_states, top_k_index, top_k_weights)
+    if tracing:
+        with warnings.catch_warnings():  # the sizes that are looked at are the weights', or only checked
+            warnings.simplefilter("ignore", TracerWarning)
+            return _forward(module, hidden_states, top_k_index, top_k_weights, save)
+    return _forward(module, hidden_states, top_k_index, top_k_weights, save)
+
+
+def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, save: str) -> Tensor:
+    _check.computable("hf", "hidden_states", hidden_states)
+    x, weights = hidden_states, weights_of(module)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        x, *cast = autocast(x, *weights)
+        weights = Weights(*cast)
+    return run(module, x, top_k_index, top_k_weights, weights, save).to(hidden_states.dtype)
+
+
+def run(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Weights, save: str) -> Tensor:
+    """The experts of ``module`` with these weights, in their dtype."""
+    gate_up, down, gate_up_bias, down_bias = weights
+    x = x.to(gate_up.dtype)
+    options = fused_options(module)
+    if options is None or gate_up.dtype is not down.dtype:
+        return _own_gate(module, x, top_k_index, top_k_weights, weights)
+    return experts(
+        x,
+        (top_k_index, top_k_weights),
+        gate_up,
+        down,
+        gate_up_bias=None if gate_up_bias is None else _addable(gate_up_bias, x),
+        down_bias=None if down_bias is None else _addable(down_bias, x),
+        transposed=module.is_transposed,
+        save=save,
+        **options,
+    )
+
+
+def _addable(bias: Tensor, x: Tensor) -> Tensor:
+    """A bias in a dtype that :func:`moekit.experts` takes beside ``x``, not rounded."""
+    return bias if bias.dtype in (x.dtype, torch.float32) else bias.float()
+
+
+def _exportable(module: Any, *inputs: Tensor) -> Tensor:
+    """The same layer in operators that ONNX has."""
+    from transformers.integrations.moe import batched_mm_experts_forward
+
+    return batched_mm_experts_forward(module, *inputs)
+
+
+def _own_gate(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Weights) -> Tensor:
+    """The same layer around a gate, an activation or a norm that only the model knows."""
+    if not torch.compiler.is_compiling():
+        _say_once(module)
+    gate_up, down, gate_up_bias, down_bias = weights
+    num_experts = gate_up.shape[0]
+    indices = torch.where(top_k_index < num_experts, top_k_index, -1)
+    routing = Routing.from_topk(indices, top_k_weights, num_experts=num_experts)
+    rows = permute(x, routing)
+    projected = _linear(rows, gate_up, gate_up_bias, routing, module.is_transposed)
+    act = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
+    out = _linear(act.to(down.dtype), down, down_bias, routing, module.is_transposed)
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    return unpermute(out, routing, weighted=True)
+
+
+def _say_once(module: Any) -> None:
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name not in _said:
+        _said.add(name)
+        _log.info("%s has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused", kind.__name__)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, transposed: bool) -> Tensor:
+    out = grouped_linear(rows, weight, routing.offsets, transposed=transposed)
+    if bias is None:
+        return out
+    owner = expert_of_row(routing.offsets, rows.shape[0])
+    return (out + bias[owner.clamp(max=weight.shape[0] - 1)]).to(out.dtype)
