@@ -255,7 +255,9 @@ def _experts_reference(
     after = routed.weights if options.weight_after_down else None
     out = rows.sum_rows(result, after, *routed.tables)
     if down_bias is not None:
-        bias = routed.matrix() @ down_bias.to(torch.promote_types(down_bias.dtype, torch.float32))
+        matrix = routed.matrix()
+        wide = torch.promote_types(matrix.dtype, down_bias.dtype)
+        bias = matrix.to(wide) @ down_bias.to(wide)
         out = (out + bias).to(x.dtype)
     return (
         out,
@@ -396,8 +398,16 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)  # or autograd fills zeros of the size of what is kept, for gradients that nobody reads
     ctx.constants = args[9:]
+    # x serves the gradient of gate_up; where its own is wanted, a gradient of that gradient is noticed by it, and refused.
     ctx.save_for_backward(
-        x if need_gate_up and not gathered else None, weights, gate_up, down, gate_up_bias, down_bias, *found, *kept
+        x if needs[0] or (need_gate_up and not gathered) else None,
+        weights,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        *found,
+        *kept,
     )
 
 
