@@ -41,6 +41,8 @@ PEERS_WITH_GATE = ("batched_mm", "grouped_mm")
 # The only situations in which moekit may refuse what Transformers' eager code does, with a part of the message.
 MAY_REFUSE: list[tuple[str, Callable[[Situation], bool], str]] = [
     ("the fused operator has no double backward", lambda s: s["mode"] == "double", "double backward"),
+    # Without slots of other ranks they repeat an expert; moekit.Routing takes that for another mistake.
+    ("more slots than experts", lambda s: s["K"] > s["E"], "indices must be at most num_experts"),
     # Eager code calls it only where an expert has tokens, and then it raises the same.
     ("an in-place activation of a half", lambda s: s["act"].endswith("inplace"), "modified inplace"),
 ]

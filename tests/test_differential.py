@@ -50,13 +50,32 @@ def test_every_value_of_every_axis_is_drawn():
             assert wanted <= {situation[key] for situation in drawn}, key
 
 
-# --- what the test would notice ---------------------------------------------------------------------------------------
-
-
 def plain(index: int, **only: str) -> differential.Outcome:
     fixed = {"class": "MixtralExperts", "act": "default", "patch": "none", "mode": "backward", "execution": "eager"}
     fixed.update({"dtype": "float32", "routing": "random", "T": "6", "save": "recompute", "autocast": "none", **only})
     return differential.judge(draw(random.Random(f"{SEED}:{index}"), fixed))
+
+
+# --- what it found, and chance might miss ------------------------------------------------------------------------------
+
+FOUND = {
+    "a gradient of the gradient, with frozen weights": ({"mode": "double", "needs": "x", "frozen": "all"}, "refused"),
+    "float64 routing weights beside a down bias": ({"class": "GptOssExperts", "router_dtype": "float64"}, "equal"),
+    "a float64 layer with float32 routing weights": (
+        {"class": "GptOssExperts", "dtype": "float64", "router_dtype": "float32", "hidden_dtype": "float64"},
+        "equal",
+    ),
+    "vmap under autocast, with float8 kept": ({"mode": "vmap_grad", "autocast": "bfloat16", "save": "fp8"}, "equal"),
+}
+
+
+@pytest.mark.parametrize(("only", "kind"), FOUND.values(), ids=FOUND.keys())
+def test_found_before(only, kind):
+    outcome = plain(0, **only)
+    assert outcome.kind == kind, outcome
+
+
+# --- what the test would notice ---------------------------------------------------------------------------------------
 
 
 def scaled(out, *_):
