@@ -139,12 +139,13 @@ def transformed() -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call on these will be differentiated; in a transform or a compiler, which hide it, perhaps."""
+    """Whether a call on these will be differentiated; in a transform, a compiler or a trace, which hide it, perhaps."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     if _within_levels():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and (wanted or torch._C._is_tracing())
 
 
 def _within_levels() -> bool:
