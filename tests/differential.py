@@ -43,8 +43,9 @@ MAY_REFUSE: list[tuple[str, Callable[[Situation], bool], str]] = [
     ("the fused operator has no double backward", lambda s: s["mode"] == "double", "double backward"),
     # Without slots of other ranks they repeat an expert; moekit.Routing takes that for another mistake.
     ("more slots than experts", lambda s: s["K"] > s["E"], "indices must be at most num_experts"),
-    # Eager code calls it only where an expert has tokens, and then it raises the same.
+    # Eager code calls the activation only where an expert has tokens, and raises the same there.
     ("an in-place activation of a half", lambda s: s["act"].endswith("inplace"), "modified inplace"),
+    ("an activation with a parameter of another dtype", lambda s: s["act"] == "prelu", "Type promoting not supported"),
 ]
 
 

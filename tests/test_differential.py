@@ -69,6 +69,12 @@ FOUND = {
         {"class": "GptOssExperts", "dtype": "float64", "router_dtype": "float32", "hidden_dtype": "float64"},
         "equal",
     ),
+    "a float64 layer that adds float32 routing weights of one expert": (
+        {"class": "GptOssExperts", "dtype": "float64", "hidden_dtype": "float64", "router_dtype": "float32"}
+        | {"routing": "one_expert", "K": "2", "scale": "1.0"},
+        "equal",
+    ),
+    "traced without a gradient, run with one": ({"execution": "trace", "needs": "all", "frozen": "all"}, "equal"),
     "vmap under autocast, with float8 kept": ({"mode": "vmap_grad", "autocast": "bfloat16", "save": "fp8"}, "equal"),
 }
 
