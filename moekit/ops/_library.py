@@ -14,7 +14,7 @@ What PyTorch's transforms do to an operator is decided here, once for all of the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -139,12 +139,13 @@ def transformed() -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call on these will be differentiated; in a transform or a compiler, which hide it, perhaps."""
+    """Whether a call on these will be differentiated; in a transform, a compiler or a trace, which hide it, perhaps."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     if _within_levels():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and (wanted or torch._C._is_tracing())
 
 
 def _within_levels() -> bool:
@@ -171,6 +172,14 @@ def apply_in_transforms(node: Any, *args: Any) -> Any:
         return below.apply(*args)
 
 
+def _stacked(outputs: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, also under autocast, which knows no float8."""
+    dtype = outputs[0].dtype
+    if dtype is torch.float8_e4m3fn:
+        return torch.stack([output.view(torch.uint8) for output in outputs]).view(dtype)
+    return torch.stack(tuple(outputs))
+
+
 def _sample_by_sample(op: Any) -> Callable:
     """The batching rule: a call for each sample. Its tables differ from the others', so there is nothing to share."""
 
@@ -182,8 +191,8 @@ def _sample_by_sample(op: Any) -> Callable:
             sample = [arg if dim is None else arg.select(dim, i) for arg, dim in zip(flat, dims, strict=True)]
             calls.append(op(*_pytree.tree_unflatten(sample, spec)))
         if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+            return _stacked(calls), 0
+        return tuple(_stacked(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
 
     return rule
 

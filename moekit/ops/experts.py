@@ -220,11 +220,10 @@ class _Rows(NamedTuple):
         token = self.tables[0]
         return tables.row_slots(token, expert_of_row(self.offsets, token.shape[0]), self.offsets.shape[0])
 
-    def matrix(self) -> Tensor:
-        """The routing weights as a matrix ``[T, E]`` in float32 (float64)."""
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The routing weights as a matrix ``[T, E]``, added in ``dtype``."""
         num_tokens, num_experts = self.inverse.shape[0], self.offsets.shape[0]
-        wide = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
-        return sum_by_index(wide, self.slots(), num_tokens * num_experts).view(num_tokens, num_experts)
+        return sum_by_index(self.weights.to(dtype), self.slots(), num_tokens * num_experts).view(num_tokens, num_experts)
 
 
 def _experts_reference(
@@ -257,7 +256,8 @@ def _experts_reference(
     after = routed.weights if options.weight_after_down else None
     out = rows.sum_rows(result, after, *routed.tables)
     if down_bias is not None:
-        bias = routed.matrix() @ down_bias.to(torch.promote_types(down_bias.dtype, torch.float32))
+        wide = torch.promote_types(torch.promote_types(weights.dtype, down_bias.dtype), torch.float32)
+        bias = routed.matrix(wide) @ down_bias.to(wide)
         out = (out + bias).to(x.dtype)
     return (
         out,
@@ -374,7 +374,7 @@ def _down_bias_backward(
         return result
     wide = torch.promote_types(grad.dtype, torch.float32)
     if wanted.down_bias:
-        result = result._replace(down_bias=(routed.matrix().mT.to(wide) @ grad.to(wide)).to(down_bias.dtype))
+        result = result._replace(down_bias=(routed.matrix(wide).mT @ grad.to(wide)).to(down_bias.dtype))
     if wanted.weights:
         along = grad.to(wide) @ down_bias.to(wide).mT  # [T, E]
         of_slot = tables.take(tables.take(along, routed.slots()), routed.inverse)
@@ -400,8 +400,16 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)  # or autograd fills zeros of the size of what is kept, for gradients that nobody reads
     ctx.constants = args[9:]
+    # x serves the gradient of gate_up; where its own is wanted, a gradient of that gradient is noticed by it, and refused.
     ctx.save_for_backward(
-        x if need_gate_up and not gathered else None, weights, gate_up, down, gate_up_bias, down_bias, *found, *kept
+        x if needs[0] or (need_gate_up and not gathered) else None,
+        weights,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        *found,
+        *kept,
     )
 
 
