@@ -257,7 +257,7 @@ def topk_routing_with_score_function(
         ``(routing_probs [T, E] in the dtype of logits, routing_map [T, E] bool)``; with ``dense_output``
         ``(weights [T, K], indices [T, K])``.
     """
-    scoring = {"score_function": score_function, "pre_softmax": use_pre_softmax}
+    scoring = {"score_function": score_function, "pre_softmax": use_pre_softmax and score_function == "softmax"}
     if precomputed_indices is None:
         selection = {"num_groups": num_groups, "group_topk": group_topk, "expert_bias": expert_bias}
         weights, indices = choose_experts(

@@ -1,4 +1,4 @@
-"""moekit.hf under Transformers' own tensor, expert and data parallelism, on two gloo ranks: losses and gradients as without."""
+"""moekit.hf under the tensor, expert and data parallelism of Transformers, on two gloo ranks: as on one."""
 
 from __future__ import annotations
 
