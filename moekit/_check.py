@@ -18,6 +18,7 @@ from moekit import _backend
 
 T = TypeVar("T")
 _ROWS_LOOKED_AT = 64  # of a map
+_TOKENS_OF_A_MAP = 8
 _ROUNDING = -1e-3  # a probability that came out below 0 is not far below it
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -202,7 +203,8 @@ def routing_map(op: str, name: str, value: Tensor) -> None:
 
 def not_a_map(op: str, name: str, indices: Tensor, num_experts: int) -> None:
     """Refuse as many indices a token as there are experts which name only the first two, as a map of 0 and 1 does."""
-    if num_experts < 3 or indices.shape[1] != num_experts or not len(indices) or not _backend.checks_values(indices):
+    few = num_experts < 3 or len(indices) < _TOKENS_OF_A_MAP  # by chance, so few may choose so
+    if few or indices.shape[1] != num_experts or not _backend.checks_values(indices):
         return
     low, high = indices.aminmax()
     if int(low) == 0 and int(high) == 1:
@@ -219,16 +221,17 @@ def probabilities(op: str, name: str, values: Tensor) -> None:
 
 
 def route_indices(indices: Tensor, num_experts: int) -> None:
-    """Refuse indices out of range, and a token with more of them than experts.
+    """Refuse indices out of range. Kernels that meet one leave the call to the reference, which starts with this."""
+    in_range("Routing.from_topk", "indices", indices, num_experts, "num_experts")
 
-    Kernels that meet one leave the call to the reference, which starts with this.
-    """
-    op = "Routing.from_topk"
-    in_range(op, "indices", indices, num_experts, "num_experts")
-    if indices.shape[1] > num_experts and indices.numel() and _backend.checks_values(indices):
-        slots = int((indices >= 0).sum(1).max())
-        if slots > num_experts:
-            raise fail(op, "indices", f"at most num_experts ({num_experts}) a token", slots)
+
+def slots_of_token(op: str, indices: Tensor, num_experts: int) -> None:
+    """Refuse a token with more experts than there are: of more slots than experts, some have to be of none."""
+    if indices.shape[1] <= num_experts or not indices.numel() or not _backend.checks_values(indices):
+        return
+    slots = int((indices >= 0).sum(1).max())
+    if slots > num_experts:
+        raise fail(op, "indices", f"at most num_experts ({num_experts}) a token", slots)
 
 
 def row_tokens(row_token: Tensor, num_tokens: int) -> None:
@@ -285,7 +288,6 @@ def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Te
 def routing_tables(op: str, order: Tensor, inverse: Tensor, offsets_: Tensor) -> None:
     """Rows and slots of a routing name each other, and only rows of experts do: see :func:`offsets`, too."""
     tensor_dim(op, "order", order, 1)
-    tensor_dim(op, "inverse", inverse, 2)
     integer(op, "order", order)
     integer(op, "inverse", inverse)
     offsets(op, offsets_, len(order))

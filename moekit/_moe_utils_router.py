@@ -120,7 +120,7 @@ def switch_load_balancing_loss_func(
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`moekit.load_balancing_loss`; ``padding_mask [T]`` is True for padding, as everywhere in moekit."""
-    return losses.load_balancing_loss(
+    return losses.switch_loss(
         probs, tokens_per_expert, total_num_tokens, topk, num_experts, moe_aux_loss_coeff, padding_mask
     )
 

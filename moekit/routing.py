@@ -81,6 +81,7 @@ class Routing:
             _check.floating(op, "weights", weights)
             _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
         _check.same_device(op, indices=indices, weights=weights)
+        _check.slots_of_token(op, indices, num_experts)
         _check.not_a_map(op, "indices", indices, num_experts)
         return Routing(indices, weights, *tables.route_indices(indices, num_experts))
 

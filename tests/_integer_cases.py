@@ -20,7 +20,7 @@ INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 # Arguments of operators that hold no integers; a tensor of any other name is one of integers and has to be tried below.
 NO_INTEGERS = {
     *("x", "y", "grad", "rows", "left", "right", "tokens", "values", "weights", "bias", "scale", "logits", "matrices"),
-    *("gate_up", "down", "gate_up_bias", "down_bias", "expert_bias", "projected", "kept_rows", "kept_act"),
+    *("gate_up", "down", "gate_up_bias", "down_bias", "expert_bias", "projected", "kept_rows", "kept_act", "output", "loss"),
 }
 _GLU = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
 

@@ -326,7 +326,7 @@ def test_a_map_of_many_marks_is_a_map():
 
 
 def test_a_map_taken_for_indices():
-    routed = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    routed = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     with pytest.raises(TypeError, match=r"got torch.bool \(a map\? use Routing.from_map\)"):
         Routing.from_topk(routed, num_experts=4)
     for dtype in (torch.int32, torch.int64):

@@ -164,7 +164,7 @@ def test_glu_float8_of_rows_wider_than_a_tile_and_not_finite(dtype, width):
 
 @pytest.mark.parametrize("ends", [[9], [3, 12], [0, 7, 8], [20, 20]])
 def test_offsets_past_the_last_row_write_nothing_there(ends, monkeypatch):
-    """Seven rows: what lies behind the outputs keeps its bytes."""
+    """Seven rows: what lies behind the outputs keeps its bytes, though nobody looks at values, as on a GPU."""
     made, empty = [], torch.empty
 
     def guarded(*shape, dtype=None, device=None):
@@ -177,6 +177,7 @@ def test_offsets_past_the_last_row_write_nothing_there(ends, monkeypatch):
     constants = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
     args = place((y, None, weights, bias.float(), offsets))
     monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr("moekit._backend.checks_values", lambda tensor: False)
     from moekit.kernels.triton import KERNELS
 
     KERNELS["glu_backward"](place(grad), *args, *constants, [True, True, True, True])

@@ -68,6 +68,21 @@ def load_balancing_loss(
         ValueError: the shapes or devices do not fit, or (on a CPU, or under ``moekit.debug()``) ``probs`` below 0.
         TypeError: ``probs`` is not floating point or ``padding_mask`` not bool.
     """
+    _check.floating("load_balancing_loss", "probs", probs)
+    _check.probabilities("load_balancing_loss", "probs", _without_padding("load_balancing_loss", probs, padding_mask))
+    return switch_loss(probs, tokens_per_expert, total_num_tokens, topk, num_experts, coeff, padding_mask)
+
+
+def switch_loss(
+    probs: Tensor,
+    tokens_per_expert: Tensor,
+    total_num_tokens: int | Tensor,
+    topk: int,
+    num_experts: int,
+    coeff: float,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`load_balancing_loss` of any numbers in the place of probabilities, as the drop-in takes them."""
     op = "load_balancing_loss"
     _check.tensor_dim(op, "probs", probs, 2)
     _check.floating(op, "probs", probs)
@@ -78,9 +93,7 @@ def load_balancing_loss(
     _check.shape(op, "tokens_per_expert", tokens_per_expert, probs.shape[1:], "[E]")
     _check.same_device(op, probs=probs, tokens_per_expert=tokens_per_expert)
     dtype = torch.promote_types(probs.dtype, torch.float32)
-    counted = _without_padding(op, probs, padding_mask)
-    _check.probabilities(op, "probs", counted)
-    prob_sums = counted.sum(0, dtype=dtype)
+    prob_sums = _without_padding(op, probs, padding_mask).sum(0, dtype=dtype)
     products = (prob_sums * tokens_per_expert.to(dtype)).sum()
     if isinstance(total_num_tokens, Tensor):
         tokens = total_num_tokens.detach().to(dtype).reshape(())

@@ -317,6 +317,10 @@ def _topk_router_backward_reference(
     An index that names no expert takes no part, as in :func:`router_weights`.
     """
     num_experts = logits.shape[1]
+    _check.tensor_dim("topk_router_backward", "indices", indices, 2)
+    _check.integer("topk_router_backward", "indices", indices)
+    _check.shape("topk_router_backward", "indices", indices, (logits.shape[0], indices.shape[1]), "[tokens, topk]")
+    _check.shape("topk_router_backward", "grad", grad, indices.shape, "[tokens, topk]")
     _check.in_range("topk_router_backward", "indices", indices, num_experts, "the number of experts")
     absent = (indices < 0) | (indices >= num_experts)
     index = indices.long().masked_fill(absent, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekit import _check
 from moekit.kernels.numba import _router_kernels as kernels
 from moekit.kernels.numba._elements import E4M3, KINDS
-from moekit.kernels.numba._launch import address, dense
+from moekit.kernels.numba._launch import INDICES, address, dense
 from moekit.kernels.numba._threads import run
 
 # Selecting costs more than moving the logits: about this many bytes' worth for each.
@@ -53,6 +53,16 @@ def topk_router(
     return weights, indices
 
 
+def _fits(grad: Tensor, logits: Tensor, indices: Tensor) -> bool:
+    """Whether there are a few indices for each token, and a gradient for each of them."""
+    return (
+        indices.dtype in INDICES
+        and indices.dim() == 2
+        and indices.shape[0] == logits.shape[0]
+        and grad.shape == indices.shape
+    )
+
+
 def topk_router_backward(
     grad: Tensor,
     logits: Tensor,
@@ -63,7 +73,7 @@ def topk_router_backward(
 ) -> Any:
     """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``; an index out of range is the reference's."""
     element, grad_element = KINDS.get(logits.dtype, E4M3), KINDS.get(grad.dtype, E4M3)
-    if E4M3 in (element, grad_element):
+    if E4M3 in (element, grad_element) or not _fits(grad, logits, indices):
         return NotImplemented
     grad, logits, indices = dense(grad), dense(logits), dense(indices, torch.int64)
     (tokens, experts), slots = logits.shape, indices.shape[1]

@@ -215,7 +215,9 @@ def sort_chunk_rows(split_sizes: Tensor, sorted_idxs: Tensor, num_in: int, num_o
     _check.chunks(split_sizes, sorted_idxs, num_in, num_out)
     sizes, chosen = split_sizes.contiguous(), sorted_idxs.contiguous()
     if num_out is None:
-        num_out = int(sizes[chosen.long()].sum())
+        known = (chosen >= 0) & (chosen < sizes.shape[0]) if sizes.shape[0] else chosen < chosen
+        found = sizes[chosen[known].long()].long().clamp(0, num_in)
+        num_out = int(found.sum())
     source = torch.empty(num_out, dtype=torch.int64, device=sizes.device)
     chunks, places = sizes.shape[0], chosen.shape[0]
     block = 1024

@@ -212,7 +212,8 @@ def topk_router_backward(
     grad: Tensor, logits: Tensor, indices: Tensor, score_function: str, pre_softmax: bool, scaling_factor: float | None
 ) -> Any:
     """``moekit::topk_router_backward``: the gradient of the logits."""
-    if not _launch.computes(grad, logits):
+    fits = indices.dim() == 2 and indices.shape[0] == logits.shape[0] and grad.shape == indices.shape
+    if not _launch.computes(grad, logits) or not fits or indices.dtype not in (torch.int32, torch.int64):
         return NotImplemented
     logits = _launch.rows_of(logits)
     num_tokens, num_experts = logits.shape
