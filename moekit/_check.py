@@ -203,8 +203,9 @@ def routing_map(op: str, name: str, value: Tensor) -> None:
 
 def not_a_map(op: str, name: str, indices: Tensor, num_experts: int) -> None:
     """Refuse as many indices a token as there are experts which name only the first two, as a map of 0 and 1 does."""
-    few = num_experts < 3 or len(indices) < _TOKENS_OF_A_MAP  # by chance, so few may choose so
-    if few or indices.shape[1] != num_experts or not _backend.checks_values(indices):
+    if num_experts < 3 or indices.shape[1] != num_experts or not _backend.checks_values(indices):
+        return
+    if len(indices) < _TOKENS_OF_A_MAP:  # so few may choose so by chance
         return
     low, high = indices.aminmax()
     if int(low) == 0 and int(high) == 1:
