@@ -237,6 +237,7 @@ def slots_of_token(op: str, indices: Tensor, num_experts: int) -> None:
 
 def row_tokens(row_token: Tensor, num_tokens: int) -> None:
     """Refuse tokens out of range."""
+    tensor_dim("unpermute", "sorted_indices", row_token, 1)
     integer("unpermute", "sorted_indices", row_token)
     in_range("unpermute", "sorted_indices", row_token, num_tokens, "the number of tokens")
 

@@ -391,8 +391,11 @@ def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
         ("topk_router", "score", logits, logits[0], 2, "made_up", False, None, None, None),
         ("topk_router_backward", "score", logits[:, :2], logits, indices, "made_up", False, None),
     ):
-        with pytest.raises(Exception, match=f"no {what} of this name"):
+        with pytest.raises(Exception, match=r"(?s).+") as raised:
             kernel(name, *args)
+        # Compiled, it is an error of the call that an error of the kernel follows from.
+        causes = [str(raised.value), str(raised.value.__cause__), str(raised.value.__context__)]
+        assert any(f"no {what} of this name" in cause for cause in causes), causes
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
