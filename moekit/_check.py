@@ -275,7 +275,7 @@ def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Te
         return
     in_range(op, "row_token", row_token, num_tokens, "the number of tokens")
     in_range(op, "token_rows", token_rows, len(row_token), "the number of rows")
-    lengths = token_offsets.diff()
+    lengths = token_offsets.long().diff()  # int32 could wrap to a length again
     if int(token_offsets[0]) < 0 or int(token_offsets[-1]) > len(token_rows) or (lengths < 0).any():
         wanted = f"ascending from 0 to {len(token_rows)}, the length of token_rows"
         raise fail(op, "token_offsets", wanted, token_offsets.tolist())
@@ -285,6 +285,15 @@ def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Te
     claimed = torch.full_like(row_token, -1).scatter(0, named, owner.to(row_token.dtype))
     if len(named) != int((row_token >= 0).sum()) or not claimed.equal(row_token):
         raise fail(op, "token_rows", "the rows of each token as row_token has them, each once", token_rows.tolist())
+
+
+def rows_end(op: str, order: Tensor, offsets_: Tensor) -> None:
+    """Rows at or past the last offset are of no slot: nobody computes them."""
+    if not _backend.checks_values(order):
+        return
+    end = int(offsets_[-1]) if len(offsets_) else 0
+    if end < len(order) and (order[end:] >= 0).any():
+        raise fail(op, "order", f"-1 (none) from row {end} on, where offsets end", order.tolist())
 
 
 def routing_tables(op: str, order: Tensor, inverse: Tensor, offsets_: Tensor) -> None:
@@ -297,9 +306,8 @@ def routing_tables(op: str, order: Tensor, inverse: Tensor, offsets_: Tensor) ->
         return
     in_range(op, "order", order, inverse.numel(), "the number of slots")
     in_range(op, "inverse", inverse, len(order), "the number of rows")
-    end, slots = int(offsets_[-1]) if len(offsets_) else 0, inverse.reshape(-1)
-    if (order[end:] >= 0).any():
-        raise fail(op, "order", f"-1 (none) from row {end} on, where offsets end", order.tolist())
+    rows_end(op, order, offsets_)
+    slots = inverse.reshape(-1)
     for name, found, other, back in (("order", order, "inverse", slots), ("inverse", slots, "order", order)):
         places = (found >= 0).nonzero().flatten()
         strange = places[back[found[places]] != places].tolist()

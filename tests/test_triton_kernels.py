@@ -393,9 +393,11 @@ def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
     ):
         with pytest.raises(Exception, match=r"(?s).+") as raised:
             kernel(name, *args)
-        # Compiled, it is an error of the call that an error of the kernel follows from.
-        causes = [str(raised.value), str(raised.value.__cause__), str(raised.value.__context__)]
-        assert any(f"no {what} of this name" in cause for cause in causes), causes
+        said, error = [], raised.value
+        while error is not None:  # compiled, it is the cause of the error of each function on the way
+            said.append(str(error))
+            error = error.__cause__ or error.__context__
+        assert any(f"no {what} of this name" in text for text in said), said
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

@@ -212,6 +212,7 @@ class _Rows(NamedTuple):
     @staticmethod
     def of(weights: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> _Rows:
         _check.tensor_dim("experts", "inverse", inverse, 2)
+        _check.rows_end("experts", order, offsets)
         found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
         return _Rows(found, tables.take(weights, order), within(offsets, len(order)), inverse)
 

@@ -45,6 +45,8 @@ def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | 
             torch.mm(rows[block], matrices[expert], out=out[block])
         return out
     width = matrices.shape[2]
+    if not matrices.shape[0]:
+        return rows.new_empty(rows.shape[0], width)
     product = torch.nn.functional.grouped_mm(_aligned(rows, 1), _aligned(matrices, 1, 2), offs=offsets)
     return product if product.shape[1] == width else product[:, :width].contiguous()
 
@@ -70,6 +72,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         for expert in set(range(num_experts)) - filled:
             out[expert].zero_()
         return out
+    if not num_experts:
+        return left.new_empty(0, height, width)
     product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
 

@@ -62,6 +62,8 @@ def route_indices(indices: Tensor, num_experts: int) -> Any:
 
 def rows_of_tokens(row_token: Tensor, num_tokens: int) -> Any:
     """The rows of each token, ascending: offsets ``[T + 1]`` into rows ``[S]``."""
+    if row_token.dim() != 1:
+        return NotImplemented
     offsets = torch.empty(num_tokens + 1, dtype=torch.int32)
     offsets[0] = 0
     order = _sort(row_token, num_tokens, None, offsets, None, first=1)

@@ -157,7 +157,7 @@ def _first_of_token_kernel(sorted_keys, offsets, num_keys, num_tokens, steps, BL
 
 def rows_of_tokens(row_token: Tensor, num_tokens: int) -> Any:
     """``moekit::rows_of_tokens``: token offsets ``[T + 1]`` and the rows of each token, ascending."""
-    if row_token.dtype not in _INDICES:
+    if row_token.dtype not in _INDICES or row_token.dim() != 1:
         return NotImplemented
     _check.row_tokens(row_token, num_tokens)
     keys, rows, num_keys, device = row_token.contiguous(), None, row_token.shape[0], row_token.device
