@@ -59,9 +59,9 @@ def define(
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _with_kernels(name, reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.moekit, name).default
+    _LIBRARY.impl(name, _with_kernels(name, reference, _first_tensor(op)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moekit::{name}", _sample_by_sample(op), lib=_LIBRARY)
     if flops is not None:
         _FLOPS[op.overloadpacket] = flops
@@ -73,11 +73,11 @@ def define(
     return op
 
 
-def _with_kernels(name: str, reference: Callable) -> Callable:
-    """The operator below autograd: the chosen backend's kernel, or the reference for what it leaves."""
+def _with_kernels(name: str, reference: Callable, first: int) -> Callable:
+    """The operator below autograd: the backend's kernel for argument ``first``, or the reference for what it leaves."""
 
     def run(*args: Any) -> Any:
-        kernel = _backend.kernel(name, _first_tensor(args))
+        kernel = _backend.kernel(name, args[first])
         if kernel is not None:
             outputs = kernel(*args)
             if outputs is not NotImplemented:
@@ -207,8 +207,9 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
-def _first_tensor(args: tuple) -> Tensor:
-    return next(arg for arg in args if isinstance(arg, Tensor))
+def _first_tensor(op: Any) -> int:
+    """The place of the first argument that is always a tensor."""
+    return next(place for place, arg in enumerate(op._schema.arguments) if isinstance(arg.type, torch.TensorType))
 
 
 def announce_flops() -> None:

@@ -185,7 +185,9 @@ def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor
     offsets = within(offsets, rows.shape[0])
     out = grouped_rows(rows, matrices, offsets)
     if _looped(rows):
-        out[int(offsets[-1]) if offsets.numel() else 0 :].zero_()
+        end = int(offsets[-1]) if offsets.numel() else 0
+        if end < len(out):
+            out[end:].zero_()
         return out
     inside = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(inside.unsqueeze(1), out, 0)

@@ -24,7 +24,7 @@ _NUMBA_TYPES = {"int": types.int64, "float": types.float32}
 
 
 def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
-    """Compile a function of ``int`` and ``float`` arguments (addresses are ints) to machine code that returns nothing.
+    """Compile a function of ``int`` and ``float`` arguments (addresses are ints) to machine code that returns nothing, or an ``int``.
 
     Args:
         specialisation: the constants that the function closes over. They become part of its name on disk: two
@@ -33,8 +33,9 @@ def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
 
     def compile_(function: Callable) -> Callable:
         _name(function, specialisation)
-        parameters = inspect.signature(function).parameters.values()
-        signature = types.void(*(_NUMBA_TYPES[parameter.annotation] for parameter in parameters))
+        declared = inspect.signature(function)
+        returns = _NUMBA_TYPES.get(declared.return_annotation, types.void)
+        signature = returns(*(_NUMBA_TYPES[parameter.annotation] for parameter in declared.parameters.values()))
         try:
             return njit(signature, nogil=True, cache=True, **_OPTIONS)(function)
         except (OSError, RuntimeError):  # nowhere to write: compile for this process alone

@@ -96,10 +96,16 @@ def count_keys_kernel(wide: bool) -> Callable:
 
 @functools.cache
 def total_kernel() -> Callable:
-    """Turn counts into places; also the counts themselves and their running total, if they have an address."""
+    """Turn counts into places; also the counts themselves and their running total, if they have an address.
+
+    Returns the last place, -1 where a piece was ``wrong`` (if that has an address).
+    """
 
     @kernel()
-    def total(pieces: int, buckets: int, starts: int, counts: int, ends: int):
+    def total(pieces: int, buckets: int, starts: int, wrong: int, counts: int, ends: int) -> int:
+        for piece in range(pieces if wrong else 0):
+            if read_back_i32(wrong, piece):
+                return -1
         place = 0
         for bucket in range(buckets):
             before = place
@@ -111,6 +117,7 @@ def total_kernel() -> Callable:
                 write_i64(counts, bucket, place - before)
             if ends:
                 write_i32(ends, bucket, place)
+        return place
 
     return total
 

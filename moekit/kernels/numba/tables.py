@@ -40,12 +40,12 @@ def _sort(
     starts, wrong = torch.empty((pieces, buckets), dtype=torch.int32), torch.empty(pieces, dtype=torch.int32)
     args = (keys.data_ptr(), length, pieces, buckets, starts.data_ptr())
     run(kernels.count_keys_kernel(wide), pieces, keys.nbytes, *args, wrong.data_ptr())
-    if wrong.count_nonzero():
+    total = kernels.total_kernel()
+    placed = total(pieces, buckets, starts.data_ptr(), wrong.data_ptr(), address(counts), ends.data_ptr() + 4 * first)
+    if placed < 0:
         return None
     order = torch.empty(length, dtype=torch.int32)
-    kernels.total_kernel()(pieces, buckets, starts.data_ptr(), address(counts), ends.data_ptr() + 4 * first)
     run(kernels.place_keys_kernel(wide), pieces, keys.nbytes, *args, order.data_ptr(), address(inverse))
-    placed = int(ends[-1]) if buckets else 0
     if placed < length:
         order[placed:] = -1
     return order
@@ -92,8 +92,7 @@ def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
     counts, ends = torch.empty(experts, dtype=torch.int64), torch.empty(experts, dtype=torch.int32)
     args = (routing_map.data_ptr(), mask, tokens, experts, pieces, starts.data_ptr())
     run(kernels.count_map_kernel(size), pieces, routing_map.nbytes, *args)
-    kernels.total_kernel()(pieces, experts, starts.data_ptr(), counts.data_ptr(), ends.data_ptr())
-    routed = int(ends[-1])
+    routed = kernels.total_kernel()(pieces, experts, starts.data_ptr(), 0, counts.data_ptr(), ends.data_ptr())
     num_rows = routed if num_rows is None else num_rows
     if routed > num_rows:
         return NotImplemented
@@ -188,7 +187,8 @@ def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
         run(kernels.row_tables_kernel(), len(order), 2 * order.nbytes, *args)
     except Nonsense:
         return NotImplemented
-    return row_token, torch.arange(num_tokens + 1, dtype=torch.int32) * topk
+    starts = torch.arange(0, num_tokens * topk + 1, topk or 1, dtype=torch.int32)
+    return row_token, starts if topk else torch.zeros(num_tokens + 1, dtype=torch.int32)
 
 
 def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
