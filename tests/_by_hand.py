@@ -13,7 +13,7 @@ def case(seed: int, tokens: int, topk: int, experts: int, hidden: int) -> tuple[
     return torch.rand(tokens, experts, generator=generator).argsort(1)[:, :topk], experts, hidden
 
 
-# indices [T, K], E, H. What the checklist names, and one case without anything special.
+# indices [T, K], E, H. The named edge cases, and one without anything special.
 CASES = {
     "plain": case(0, 13, 2, 5, 8),
     "empty_expert": (torch.tensor([[0, 3], [3, 0], [3, 4], [4, 0]]), 5, 4),  # 1 and 2 have no token

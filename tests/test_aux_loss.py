@@ -77,7 +77,7 @@ def test_the_output_passes_and_the_loss_gets_the_scale(form, dtype, loss_dtype, 
 
 
 @both_forms
-def test_item01_no_tokens(form):
+def test_no_tokens(form):
     output, loss = torch.zeros(0, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     attached = form(output, loss, 3.0)
     assert attached.shape == (0, 3)
@@ -87,14 +87,14 @@ def test_item01_no_tokens(form):
 
 
 @both_forms
-def test_item06_poisoned_memory(form, poisoned):
+def test_poisoned_memory(form, poisoned):
     loss = leaf(draw(0, 5))
     form(leaf(draw(1, 2)), loss, 3.0).sum().backward()
     assert_same(loss.grad, torch.full((5,), 3.0, dtype=torch.float64))
 
 
 @both_forms
-def test_item16_expanded_gradient_and_strided_tensors(form):
+def test_expanded_gradient_and_strided_tensors(form):
     output, loss = leaf(draw(0, 4, 6).T), leaf(draw(1, 3, 4)[:, ::2])
     attached = form(output, loss, 2.0)
     assert_same(attached.detach(), output.detach())
@@ -104,7 +104,7 @@ def test_item16_expanded_gradient_and_strided_tensors(form):
 
 
 @both_forms
-def test_item27_the_gradient_is_the_main_losss_and_the_scaled_losss(form):
+def test_the_gradient_is_the_main_losss_and_the_scaled_losss(form):
     """A router's weights under a main and an auxiliary loss: the sum of both gradients, by hand."""
     x, router = draw(0, 5, 3), leaf(draw(1, 3, 4))
     probs = (x @ router).softmax(1)
@@ -117,7 +117,7 @@ def test_item27_the_gradient_is_the_main_losss_and_the_scaled_losss(form):
 
 
 @both_forms
-def test_item29_retain_graph(form):
+def test_retain_graph(form):
     output, loss = leaf(draw(0, 3)), leaf(draw(1, 2))
     attached = form(output, loss, 5.0)
     first = torch.autograd.grad(attached.sum(), (output, loss), retain_graph=True)
@@ -128,7 +128,7 @@ def test_item29_retain_graph(form):
 
 
 @both_forms
-def test_item28_double_backward_adds_nothing(form):
+def test_double_backward_adds_nothing(form):
     """The loss's gradient is a constant; the output's is the incoming one."""
     output, loss = leaf(draw(0, 3)), leaf(draw(1, 2))
     attached = form(output, loss, 5.0)
@@ -140,7 +140,7 @@ def test_item28_double_backward_adds_nothing(form):
 
 
 @both_forms
-def test_item31_gradients_nobody_needs(form):
+def test_gradients_nobody_needs(form):
     output, loss = leaf(draw(0, 3)), draw(1, 2)
     form(output, loss).sum().backward()
     assert_same(output.grad, torch.ones(3, dtype=torch.float64))
@@ -155,7 +155,7 @@ def test_item31_gradients_nobody_needs(form):
 @both_checkpoints
 @pytest.mark.parametrize("loss_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [4, 0])
-def test_item32_activation_checkpointing(form, use_reentrant, loss_dtype, tokens):
+def test_activation_checkpointing(form, use_reentrant, loss_dtype, tokens):
     def layer(x, router):
         probs = (x @ router).softmax(1)
         return form(probs @ router.T, probs.square().sum().to(loss_dtype), 0.5)
@@ -172,7 +172,7 @@ def test_item32_activation_checkpointing(form, use_reentrant, loss_dtype, tokens
 
 
 @both_forms
-def test_item37_no_tensor_survives(form):
+def test_no_tensor_survives(form):
     output, loss = leaf(draw(0, 1000)), leaf(draw(1, 5))
     scale = torch.tensor(2.0)
     attached = form(output, loss, scale)
@@ -243,13 +243,13 @@ def test_set_loss_scale_never_mutates_or_aliases_the_callers_tensor():
     assert float(MoEAuxLossAutoScaler.main_loss_backward_scale) == 7.0
 
 
-def test_item37_the_loss_may_live_on_another_device():
+def test_the_loss_may_live_on_another_device():
     loss = torch.zeros(3, device="meta", requires_grad=True)
     MoEAuxLossAutoScaler.apply(leaf(draw(0, 2)), loss).sum().backward()
     assert loss.grad.shape == (3,) and loss.grad.device.type == "meta"
 
 
-def test_item42_and_item47_the_scale_holds_for_every_thread():
+def test_the_scale_holds_for_every_thread():
     """It is process-wide, as the published one: backward in another thread reads it too."""
     set_scale(6.0)
     losses = [torch.zeros((), requires_grad=True) for _ in range(8)]
@@ -283,7 +283,7 @@ def test_native_scales(name):
 
 
 @pytest.mark.parametrize("scale", [-2.0, 0.0, 0.125, 1.0, 3.0, 1e4])
-def test_item34_linear_in_its_scale(scale):
+def test_linear_in_its_scale(scale):
     x, router = draw(0, 5, 3), draw(1, 3, 4)
 
     def gradient(scale):
@@ -327,7 +327,7 @@ class Layer(nn.Module):
         return moekit.aux_loss(probs @ self.router.T, self.last_loss, self.scale)
 
 
-def test_item37_two_models_with_different_scales_interleaved():
+def test_two_models_with_different_scales_interleaved():
     x = draw(9, 5, 3)
 
     def alone(seed, scale):
@@ -428,12 +428,12 @@ def test_refusals():
 @pytest.mark.parametrize("shape", [(), (3,), (0,)])
 @pytest.mark.parametrize("scale", [None, torch.tensor(2.0)], ids=["process", "own"])
 @pytest.mark.parametrize("grad", [torch.ones(4, 3), torch.ones(3, 4).T, torch.ones(0, 3)], ids=["plain", "strided", "empty"])
-def test_item38_opcheck(shape, scale, grad):
+def test_opcheck(shape, scale, grad):
     args = (grad, scale, shape, torch.bfloat16, torch.device("cpu"))
     torch.library.opcheck(ops.aux_loss_grad.default, args)
 
 
-def test_item39_the_gradient_is_new_memory():
+def test_the_gradient_is_new_memory():
     loss, one = torch.ones((), requires_grad=True), torch.ones(())
     moekit.aux_loss(torch.ones(()), loss, one).backward()
     loss.grad.fill_(5.0)

@@ -88,14 +88,14 @@ def permute(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["cuda", "Torch", "", "numpy"])
-def test_item48_unknown_name(name):
+def test_unknown_name(name):
     message = rf"moekit\.backend: name must be one of auto, torch, numba, triton, got '{name}'"
     with pytest.raises(ValueError, match=message), moekit.backend(name):
         pytest.fail("entered")
 
 
 @pytest.mark.parametrize(("name", "how"), [("numba", r"pip install 'moekit\[cpu\]'"), ("triton", "pip install triton")])
-def test_item48_missing_backend_says_how_to_get_it(install, name, how):
+def test_missing_backend_says_how_to_get_it(install, name, how):
     install(name, None)
     before = _backend.current()
     message = rf"moekit\.backend: '{name}' is not installed; get it with: {how}"
@@ -107,7 +107,7 @@ def test_item48_missing_backend_says_how_to_get_it(install, name, how):
         assert permute(draw(0, 3, 2)).shape == (6, 2)
 
 
-def test_item48_a_broken_package_is_not_a_missing_one(install):
+def test_a_broken_package_is_not_a_missing_one(install):
     """What cannot be imported for another reason than absence must not be taken for absent."""
     install("numba", {})
     del sys.modules["moekit_test_kernels_numba"].KERNELS
@@ -115,7 +115,7 @@ def test_item48_a_broken_package_is_not_a_missing_one(install):
         pytest.fail("entered")
 
 
-def test_item48_the_context_is_restored(install):
+def test_the_context_is_restored(install):
     install("numba", {})
     install("triton", {})
     with moekit.backend("torch"):
@@ -274,7 +274,7 @@ def test_what_a_kernel_leaves_is_checked_by_the_reference(install):
     assert recorder.calls == ["route_indices", "rows_of_tokens"]
 
 
-def test_item48_a_backend_of_another_device_raises(install, monkeypatch):
+def test_a_backend_of_another_device_raises(install, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     install("triton", Recorder("permute"))
     message = r"'triton' runs on GPU tensors .*TRITON_INTERPRET=1.*, got a tensor on cpu"
@@ -296,7 +296,7 @@ def weighted(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return moekit.unpermute(rows, Routing.from_topk(INDICES, weights, num_experts=2), weighted=True)
 
 
-def test_item48_backward_runs_where_forward_ran(kernels):
+def test_backward_runs_where_forward_ran(kernels):
     """Whatever is chosen when backward runs."""
     rows, weights = leaf(draw(0, 6, 2)), leaf(draw(1, 3, 2))
     for forward, backward, expected in (
@@ -329,7 +329,7 @@ def test_backward_in_another_thread_runs_where_forward_ran(kernels):
     assert kernels.calls == ["unpermute_backward"] and seen == ["torch"]
 
 
-def test_item28_double_backward_where_there_is_none(kernels):
+def test_double_backward_where_there_is_none(kernels):
     rows, weights = leaf(draw(0, 6, 2, dtype=torch.float32)), leaf(draw(1, 3, 2, dtype=torch.float32))
     message = r"moekit\.unpermute: double backward exists on the 'torch' backend only; .*`with moekit\.backend\('torch'\):`"
     with moekit.backend("numba"):
@@ -350,7 +350,7 @@ def test_item28_double_backward_where_there_is_none(kernels):
 # --- threads and the environment ------------------------------------------------------------------------------------
 
 
-def test_item47_each_thread_has_its_own_choice(kernels):
+def test_each_thread_has_its_own_choice(kernels):
     seen: dict[str, list[str]] = {}
     ready = threading.Barrier(2)
 
@@ -394,7 +394,7 @@ CODE = """if True:
     ],
     ids=["default", "torch"],
 )
-def test_item48_environment(environment, printed):
+def test_environment(environment, printed):
     result = run_python(CODE, **environment)
     assert result.stdout.strip() == printed, result.stderr
 
@@ -407,7 +407,7 @@ def test_item48_environment(environment, printed):
     ],
     ids=["unknown", "missing"],
 )
-def test_item48_environment_names_what_is_not_there(name, message):
+def test_environment_names_what_is_not_there(name, message):
     result = run_python("import sys\nsys.modules['numba'] = None\n" + CODE, MOEKIT_BACKEND=name)
     assert result.returncode != 0 and result.stdout == ""
     assert message in result.stderr

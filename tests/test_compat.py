@@ -197,7 +197,7 @@ def test_install_imports_what_is_not_loaded_yet(frameworks):
     assert layers.MoEAuxLossAutoScaler is sys.modules[NEMO].MoEAuxLossAutoScaler is not moe_utils.MoEAuxLossAutoScaler
 
 
-def test_item48_the_context_restores_after_an_exception(frameworks):
+def test_the_context_restores_after_an_exception(frameworks):
     modules = load(*ALL)
     before = contents(modules)
     with pytest.raises(KeyError), compat.install():

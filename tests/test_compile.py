@@ -105,7 +105,7 @@ def assert_compiled_equals_eager(compiled, layer, args, exact: bool) -> None:
 
 
 @every_layer
-def test_item40_one_graph_two_compilations(layer):
+def test_one_graph_two_compilations(layer):
     """The sizes and the routing change; the second compilation makes the sizes symbolic."""
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for seed, tokens in enumerate((5, 7, 16)):
@@ -114,7 +114,7 @@ def test_item40_one_graph_two_compilations(layer):
 
 
 @pytest.mark.parametrize("layer", [native, drop_in], ids=lambda layer: layer.__name__)
-def test_item40_symbolic_from_the_start(layer):
+def test_symbolic_from_the_start(layer):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 4, 17):
         assert_compiled_equals_eager(compiled, layer, inputs(tokens), exact=True)
@@ -122,13 +122,13 @@ def test_item40_symbolic_from_the_start(layer):
 
 
 @pytest.mark.parametrize("layer", [native, native_padded, drop_in_unknown_size], ids=lambda layer: layer.__name__)
-def test_item01_item40_no_token_and_one(layer):
+def test_no_token_and_one(layer):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tokens in (0, 1):
         assert_compiled_equals_eager(compiled, layer, inputs(tokens), exact=True)
 
 
-def test_item40_inductor():
+def test_inductor():
     routing_map = draw(5, 9, EXPERTS) > 0
 
     def layer(x, w, bias):
@@ -142,12 +142,12 @@ def test_item40_inductor():
     assert compilations() == 1
 
 
-def test_item23_item40_bfloat16():
+def test_bfloat16():
     compiled = torch.compile(drop_in, fullgraph=True, backend="aot_eager")
     assert_compiled_equals_eager(compiled, drop_in, inputs(9, dtype=torch.bfloat16), exact=True)
 
 
-def test_item40_all_tokens_to_one_expert_or_none():
+def test_all_tokens_to_one_expert_or_none():
     """Same graph for every routing, -1 and an empty expert included."""
 
     def layer(x, weights, indices):
@@ -169,7 +169,7 @@ def test_item40_all_tokens_to_one_expert_or_none():
     assert compilations() == 1
 
 
-def test_item40_sort_chunks():
+def test_sort_chunks():
     def layer(x, probs, sizes, order):
         return moe_utils.sort_chunks_by_idxs(x * 2, sizes, order, probs)
 
@@ -221,7 +221,7 @@ def test_a_tensor_scale_of_the_native_loss_is_read_at_backward():
     assert compilations() == 1
 
 
-def test_item32_compiled_checkpointing():
+def test_compiled_checkpointing():
     def layer(*args):
         return checkpoint(native, *args, use_reentrant=False)
 

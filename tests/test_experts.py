@@ -122,7 +122,7 @@ FORMS = [
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize(("layout", "options"), FORMS)
-def test_item20_equals_the_loop(layout, options, is_transposed, bias, save):
+def test_equals_the_loop(layout, options, is_transposed, bias, save):
     options = {**options, "layout": layout, "transposed": is_transposed}
     for dtype, after in ((torch.float64, False), (torch.float32, False), (torch.bfloat16, True)):
         inputs = make(layout=layout, transposed=is_transposed, bias=bias, dtype=dtype)
@@ -130,7 +130,7 @@ def test_item20_equals_the_loop(layout, options, is_transposed, bias, save):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_item20_fp8_keeps_the_output_and_nearly_the_gradients(dtype):
+def test_fp8_keeps_the_output_and_nearly_the_gradients(dtype):
     inputs, indices, grad = make(dtype=dtype), choose(), draw(9, T, H, dtype=dtype)
     exact = value_and_grads(ours(indices), inputs, grad)
     stored = value_and_grads(ours(indices, save="fp8"), inputs, grad)
@@ -140,7 +140,7 @@ def test_item20_fp8_keeps_the_output_and_nearly_the_gradients(dtype):
         assert 0 < error < 0.15, (name, error)  # an element of e4m3 is off by up to 2**-4
 
 
-def test_item01_no_tokens():
+def test_no_tokens():
     inputs = {**make(dtype=torch.float32), "x": torch.empty(0, H), "weights": torch.empty(0, K)}
     out, grads = value_and_grads(ours(torch.empty(0, K, dtype=torch.int64)), inputs, torch.empty(0, H))
     assert out.shape == (0, H)
@@ -149,7 +149,7 @@ def test_item01_no_tokens():
         assert not grad.any(), name
 
 
-def test_item02_an_empty_expert_has_zero_gradients(poisoned):
+def test_an_empty_expert_has_zero_gradients(poisoned):
     indices = choose().masked_fill(choose() == 2, -1)
     inputs = make(dtype=torch.float32, bias=True)
     _, grads = value_and_grads(ours(indices), inputs, draw(9, T, H, dtype=torch.float32))
@@ -158,7 +158,7 @@ def test_item02_an_empty_expert_has_zero_gradients(poisoned):
         assert grads[name][[0, 1, 3, 4]].abs().flatten(1).sum(1).gt(0).all(), name
 
 
-def test_item03_no_token_routed_anywhere(poisoned):
+def test_no_token_routed_anywhere(poisoned):
     inputs = make(dtype=torch.float32, bias=True)
     out, grads = value_and_grads(ours(torch.full((T, K), -1)), inputs, draw(9, T, H, dtype=torch.float32))
     assert not out.any()
@@ -166,7 +166,7 @@ def test_item03_no_token_routed_anywhere(poisoned):
 
 
 @pytest.mark.parametrize("indices", [torch.zeros(T, 1), torch.arange(E).expand(T, E), torch.tensor([[4, 0]])])
-def test_item04_shapes_at_the_edge(indices):
+def test_shapes_at_the_edge(indices):
     indices = indices.long()
     rows, k = indices.shape
     inputs = make()
@@ -174,7 +174,7 @@ def test_item04_shapes_at_the_edge(indices):
     agrees(indices, inputs, {})
 
 
-def test_item05_rows_past_the_last_offset_never_matter(poisoned):
+def test_rows_past_the_last_offset_never_matter(poisoned):
     indices = choose()
     indices[3:9] = -1
     indices[1, 0] = E + 4  # another rank's expert
@@ -183,7 +183,7 @@ def test_item05_rows_past_the_last_offset_never_matter(poisoned):
             agrees(indices, make(dtype=dtype, bias=True), {})
 
 
-def test_item05_sentinel_weights_get_zero_gradients():
+def test_sentinel_weights_get_zero_gradients():
     indices = choose()
     indices[2, 1], indices[4, 0] = -1, E
     _, grads = value_and_grads(ours(indices), make(), draw(9, T, H))
@@ -191,18 +191,18 @@ def test_item05_sentinel_weights_get_zero_gradients():
     assert grads["weights"].ne(0).sum() == T * K - 2
 
 
-def test_item08_the_same_expert_twice_counts_twice():
+def test_the_same_expert_twice_counts_twice():
     indices = choose()
     indices[0] = torch.tensor([1, 1, 3])
     agrees(indices, make(bias=True), {})
 
 
-def test_item15_strided_inputs():
+def test_strided_inputs():
     inputs = {name: transposed(v) if v is not None else None for name, v in make(dtype=torch.float32).items()}
     agrees(choose(), inputs, {})
 
 
-def test_item16_expanded_gradient():
+def test_expanded_gradient():
     leaves = {n: v.requires_grad_() for n, v in make(dtype=torch.float32).items() if v is not None}
     ours(choose())(**leaves).sum().backward()
     _, expected = value_and_grads(ours(choose()), make(dtype=torch.float32), torch.ones(T, H))
@@ -210,7 +210,7 @@ def test_item16_expanded_gradient():
         assert torch.equal(leaf.grad, expected[name]), name
 
 
-def test_item18_converted_weights_agree():
+def test_converted_weights_agree():
     plain = make(bias=True)
     paired = dict(plain)
     for name, dim in (("gate_up", 1), ("gate_up_bias", 1)):
@@ -221,21 +221,21 @@ def test_item18_converted_weights_agree():
     assert_accurate(b, a, what="interleaved")
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     inputs = make(dtype=torch.float32)
     inputs["down"] = inputs["down"].to("meta")
     with pytest.raises(ValueError, match=r"experts: down must be on the device of hidden_states \(cpu\), got meta"):
         ours(choose())(**inputs)
 
 
-def test_item23_weights_keep_their_dtype():
+def test_weights_keep_their_dtype():
     inputs = {**make(dtype=torch.bfloat16), "weights": draw(2, T, K, dtype=torch.float32)}
     out, grads = value_and_grads(ours(choose()), inputs, draw(9, T, H, dtype=torch.bfloat16))
     assert out.dtype is torch.bfloat16
     assert grads["weights"].dtype is torch.float32
 
 
-def test_item24_autocast():
+def test_autocast():
     inputs = make(dtype=torch.float32, bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, grads = value_and_grads(ours(choose()), inputs, draw(9, T, H, dtype=torch.bfloat16))
@@ -247,19 +247,19 @@ def test_item24_autocast():
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize(("layout", "options"), FORMS)
-def test_item27_gradcheck(layout, options):
+def test_gradcheck(layout, options):
     inputs = [v.requires_grad_() for v in make(layout=layout, bias=True).values() if v is not None]
     assert torch.autograd.gradcheck(ours(choose(), layout=layout, **options), inputs)
 
 
-def test_item28_double_backward_raises():
+def test_double_backward_raises():
     inputs = [v.requires_grad_() for v in make().values() if v is not None]
     (grad,) = torch.autograd.grad(ours(choose())(*inputs).sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward does not exist.*'torch' backend"):
         grad.sum().backward()
 
 
-def test_item29_30_two_backwards_agree_and_leave_everything_alone():
+def test_30_two_backwards_agree_and_leave_everything_alone():
     inputs = make(dtype=torch.float32, bias=True)
     leaves = {n: v.requires_grad_() for n, v in inputs.items()}
     before = {n: v.detach().clone() for n, v in leaves.items()}
@@ -295,7 +295,7 @@ def test_saved_bytes_are_the_projection_and_the_tables(save, row_bytes):
     assert sum(saved_bytes(ours(indices, save=save), inputs).values()) == T * K * row_bytes + tables
 
 
-def test_item31_frozen_inputs_cost_nothing():
+def test_frozen_inputs_cost_nothing():
     base = make(dtype=torch.float32, bias=True)
     names = list(base)
     _, expected = value_and_grads(ours(choose()), base, torch.ones(T, H))
@@ -314,7 +314,7 @@ def test_item31_frozen_inputs_cost_nothing():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("rows", [T, 0])
-def test_item32_checkpoint(use_reentrant, rows):
+def test_checkpoint(use_reentrant, rows):
     inputs = make(dtype=torch.float32)
     inputs.update(x=inputs["x"][:rows], weights=inputs["weights"][:rows])
     run = ours(choose()[:rows])
@@ -328,7 +328,7 @@ def test_item32_checkpoint(use_reentrant, rows):
 
 
 @pytest.mark.parametrize("save", ["nothing", "recompute", "fp8", "all"])
-def test_item38_opcheck(save):
+def test_opcheck(save):
     inputs = make(dtype=torch.float32, bias=True)
     leaves = [v.requires_grad_(save != "nothing") for v in inputs.values()]
     routing = Routing.from_topk(choose(), num_experts=E)
@@ -339,13 +339,13 @@ def test_item38_opcheck(save):
     torch.library.opcheck(torch.ops.moekit.experts, arguments, test_utils=checks[: 3 if save == "fp8" else 4])
 
 
-def test_item39_the_output_is_its_own():
+def test_the_output_is_its_own():
     inputs = make(dtype=torch.float32)
     out = ours(choose())(**inputs)
     assert all(v is None or v.data_ptr() != out.data_ptr() for v in inputs.values())
 
 
-def test_item40_compiles_whole_for_any_number_of_tokens():
+def test_compiles_whole_for_any_number_of_tokens():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     run = torch.compile(lambda i, **inputs: ours(i)(**inputs), fullgraph=True, backend=counter)
     for rows in (T, 7, 9, 5):
@@ -359,7 +359,7 @@ def test_item40_compiles_whole_for_any_number_of_tokens():
     assert counter.frame_count <= 2
 
 
-def test_item42_twenty_runs_bit_equal():
+def test_twenty_runs_bit_equal():
     inputs = make(dtype=torch.bfloat16, bias=True)
     runs = [value_and_grads(ours(choose()), inputs, draw(9, T, H, dtype=torch.bfloat16)) for _ in range(RUNS)]
     for out, grads in runs[1:]:
@@ -452,7 +452,7 @@ def test_grouped_products(dtype):
     assert not outer[1].any()
 
 
-def test_item27_grouped_linear_gradcheck():
+def test_grouped_linear_gradcheck():
     offsets = torch.tensor([3, 3, 8], dtype=torch.int32)
     rows, weight = draw(1, 10, 6).requires_grad_(), draw(2, 3, 5, 6).requires_grad_()
 

@@ -1,4 +1,4 @@
-"""``moekit.glu`` against formulas in plain torch; tests are named after the items of the failure checklist."""
+"""``moekit.glu`` against formulas in plain torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check(inputs, parameters, grad, what=""):
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item20_value_and_gradients(variant, bias, backend):
+def test_value_and_gradients(variant, bias, backend):
     for dtype in dtypes(variant, backend):
         for weights in (True, False):
             inputs, parameters, grad = glu_inputs(variant, bias, dtype, weights=weights, seed=7)
@@ -61,7 +61,7 @@ def test_item20_value_and_gradients(variant, bias, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_item20_sums_over_many_rows_round_once(dtype):
+def test_sums_over_many_rows_round_once(dtype):
     """The bias gradient is reduced in float32: a sum in bfloat16 would stop growing after 256 rows."""
     for bias in ("vector", "experts"):
         inputs, parameters, _ = glu_inputs("silu", bias, dtype, num_rows=3000, width=4)
@@ -70,7 +70,7 @@ def test_item20_sums_over_many_rows_round_once(dtype):
         check(inputs, parameters, torch.ones(3000, 4, dtype=dtype), bias)
 
 
-def test_item20_weights_of_either_shape_and_any_leading_shape():
+def test_weights_of_either_shape_and_any_leading_shape():
     for lead in [(), (5,), (2, 5), (2, 1, 5)]:
         y, grad = draw(1, *lead, 8), draw(2, *lead, 4)
         for shape in (lead, (*lead, 1)):
@@ -97,7 +97,7 @@ def test_any_shape_stride_and_parameters(data):
     check(inputs, parameters, layouts[3](grad), f"{parameters}")
 
 
-def test_item04_odd_sizes():
+def test_odd_sizes():
     one_of_seven = [0, 0, 7, 7, 7, 7, 7]
     for num_rows, width, ends in [(1, 1, [1]), (1, 3, [0, 1]), (7, 5, [7]), (7, 33, one_of_seven), (64, 31, [9])]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -113,7 +113,7 @@ def test_item04_odd_sizes():
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("variant", ["silu", "clamp-after-bias", "ungated-relu2"])
 @pytest.mark.parametrize("fp8_store", [False, True])
-def test_item01_no_tokens(variant, bias, fp8_store, poisoned):
+def test_no_tokens(variant, bias, fp8_store, poisoned):
     inputs, parameters, grad = glu_inputs(variant, bias, torch.bfloat16, num_rows=0)
     if bias == "experts":
         parameters["offsets"] = torch.zeros(4, dtype=torch.int32)
@@ -126,7 +126,7 @@ def test_item01_no_tokens(variant, bias, fp8_store, poisoned):
 
 @pytest.mark.parametrize("bias", ["none", "experts"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item03_rows_past_the_last_offset_are_zero(variant, bias, backend, poisoned):
+def test_rows_past_the_last_offset_are_zero(variant, bias, backend, poisoned):
     """Such rows hold whatever a grouped GEMM left there. Twice, as dirty memory comes with the second step."""
     for dtype in dtypes(variant, backend):
         inputs, parameters, grad = glu_inputs(variant, bias, dtype)
@@ -143,7 +143,7 @@ def test_item03_rows_past_the_last_offset_are_zero(variant, bias, backend, poiso
             assert not out[9:].any() and not grads["y"][9:].any() and not grads["weights"][9:].any()
 
 
-def test_item03_no_row_belongs_to_an_expert():
+def test_no_row_belongs_to_an_expert():
     for offsets in (torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)):
         inputs, parameters, grad = glu_inputs("silu", "none", torch.float32)
         inputs["bias"] = torch.ones(len(offsets), 12)
@@ -153,14 +153,14 @@ def test_item03_no_row_belongs_to_an_expert():
             assert gradient.shape == inputs[name].shape and not gradient.any()
 
 
-def test_item02_an_expert_without_rows_has_no_bias_gradient(poisoned):
+def test_an_expert_without_rows_has_no_bias_gradient(poisoned):
     inputs, parameters, grad = glu_inputs("clamp-before-bias", "experts", torch.bfloat16)
     _, grads = run(inputs, parameters, grad)
     assert not grads["bias"][[0, 2]].any() and grads["bias"][[1, 3]].any(1).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item06_memory_that_was_not_written_is_not_read(variant, backend, poisoned):
+def test_memory_that_was_not_written_is_not_read(variant, backend, poisoned):
     for bias in BIASES:
         for fp8_store in sorted({False, backend == "torch" or variant in EVERY_DTYPE}):
             inputs, parameters, grad = glu_inputs(variant, bias, torch.bfloat16)
@@ -174,7 +174,7 @@ def test_item06_memory_that_was_not_written_is_not_read(variant, backend, poison
 
 @pytest.mark.parametrize("layout", ["embedded", "transposed"])
 @pytest.mark.parametrize("bias", BIASES)
-def test_item15_strided_is_the_same_as_contiguous(layout, bias, backend):
+def test_strided_is_the_same_as_contiguous(layout, bias, backend):
     for variant in ("silu", "clamp-after-bias", "ungated-silu"):
         for dtype in dtypes(variant, backend):
             inputs, parameters, grad = glu_inputs(variant, bias, dtype)
@@ -188,7 +188,7 @@ def test_item15_strided_is_the_same_as_contiguous(layout, bias, backend):
                 assert_same(laid_grads[name], gradient, name)
 
 
-def test_item15_chunk_views():
+def test_chunk_views():
     """Halves of a fused projection: each row of the view lies inside a wider one."""
     wide = draw(1, 9, 24, dtype=torch.bfloat16)
     for part in wide.chunk(2, dim=-1):
@@ -198,7 +198,7 @@ def test_item15_chunk_views():
 
 
 @pytest.mark.parametrize("bias", BIASES)
-def test_item16_expanded_gradient(bias):
+def test_expanded_gradient(bias):
     inputs, parameters, _ = glu_inputs("clamp-before-bias", bias, torch.bfloat16)
     leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
     moekit.glu(**leaves, **parameters).sum().backward()
@@ -207,7 +207,7 @@ def test_item16_expanded_gradient(bias):
         assert_same(leaves[name].grad, gradient, name)
 
 
-def test_item18_interleaved_is_concatenated_with_converted_weights():
+def test_interleaved_is_concatenated_with_converted_weights():
     for variant in ("silu", "gelu_tanh", "clamp-before-bias"):
         for bias in BIASES:
             inputs, parameters, grad = glu_inputs(variant, bias, torch.bfloat16)
@@ -222,7 +222,7 @@ def test_item18_interleaved_is_concatenated_with_converted_weights():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item39_results_own_their_memory(variant):
+def test_results_own_their_memory(variant):
     inputs, parameters, grad = glu_inputs(variant, "rows", torch.bfloat16)
     out, grads = run(inputs, parameters, grad)
     tensors = [*inputs.values(), grad, out, *grads.values()]
@@ -234,14 +234,14 @@ def test_item39_results_own_their_memory(variant):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item22_scales(variant, scale, backend):
+def test_scales(variant, scale, backend):
     for dtype in dtypes(variant, backend)[1:]:
         inputs, parameters, grad = glu_inputs(variant, "vector", dtype, scale=scale, width=32)
         check(inputs, parameters, grad, f"{dtype}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item22_gates_far_out(variant, backend):
+def test_gates_far_out(variant, backend):
     """Finite where the true value is."""
     for dtype in dtypes(variant, backend)[1:]:
         check_gates_far_out(variant, dtype)
@@ -260,7 +260,7 @@ def check_gates_far_out(variant, dtype):
     check(inputs, parameters, torch.ones(8, 1, dtype=dtype), f"{dtype}")
 
 
-def test_item22_gates_at_the_largest_float64():
+def test_gates_at_the_largest_float64():
     """Where the formula itself would overflow: the gate is open or shut."""
     largest = torch.finfo(torch.float64).max
     y = torch.tensor([[largest, 0.25], [-largest, 0.25]], dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_item22_gates_at_the_largest_float64():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item22_clamp_passes_the_gradient_at_its_boundary(dtype):
+def test_clamp_passes_the_gradient_at_its_boundary(dtype):
     """As ``torch.clamp``: at the limit and inside, not beyond. The gate has no lower limit."""
     y = torch.tensor([[0.5, 0.5], [0.5625, 0.5625], [-0.5, -0.5], [-9.0, -0.5625], [0.25, 0.0]], dtype=dtype)
     inputs, grad = {"y": y, "bias": torch.zeros(2, dtype=dtype)}, torch.ones(5, 1, dtype=dtype)
@@ -284,7 +284,7 @@ def test_item22_clamp_passes_the_gradient_at_its_boundary(dtype):
         assert (grads["y"] != 0).tolist() == [[1, 1], [0, 0], [1, 1], [1, 0], [0, 1]]
 
 
-def test_item23_each_gradient_keeps_its_dtype():
+def test_each_gradient_keeps_its_dtype():
     """bfloat16 rows, float32 weights and a float16 bias: what moves between them is not rounded in between."""
     for weight_dtype in (torch.float32, torch.float64):
         inputs, parameters, grad = glu_inputs("quick_gelu-alpha-offset", "vector", torch.bfloat16)
@@ -296,7 +296,7 @@ def test_item23_each_gradient_keeps_its_dtype():
         check(inputs, parameters, grad)
 
 
-def test_item24_autocast_changes_nothing():
+def test_autocast_changes_nothing():
     for dtype, weight_dtype in [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]:
         inputs, parameters, grad = glu_inputs("silu", "vector", dtype)
         inputs["weights"] = inputs["weights"].to(weight_dtype)
@@ -330,7 +330,7 @@ def far_from_kinks(variant, bias):
 @pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item27_gradcheck_and_gradgradcheck(variant, bias, backend):
+def test_gradcheck_and_gradgradcheck(variant, bias, backend):
     inputs, parameters, grad = far_from_kinks(variant, bias)
     names = [name for name, x in inputs.items() if x is not None]
     leaves = [inputs[name].requires_grad_() for name in names]
@@ -349,7 +349,7 @@ def double_backward(**parameters):
     return torch.autograd.grad(first.square().sum(), [y, weights])
 
 
-def test_item28_double_backward_says_where_it_exists(backend):
+def test_double_backward_says_where_it_exists(backend):
     if backend == "torch":
         assert all(gradient.isfinite().all() for gradient in double_backward())
     else:
@@ -361,7 +361,7 @@ def test_item28_double_backward_says_where_it_exists(backend):
 
 
 @pytest.mark.parametrize("fp8_store", [False, True])
-def test_item29_item30_backward_twice(fp8_store):
+def test_backward_twice(fp8_store):
     """Two backwards give the same bits and leave inputs, upstream gradient and saved tensors as they were."""
     inputs, parameters, grad = glu_inputs("clamp-after-bias", "experts", torch.bfloat16)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
@@ -382,7 +382,7 @@ def test_item29_item30_backward_twice(fp8_store):
 
 
 @pytest.mark.parametrize("needed", [("y",), ("weights",), ("bias",), ("y", "bias"), ("y", "weights", "bias")])
-def test_item31_gradients_nobody_needs_are_not_computed(needed):
+def test_gradients_nobody_needs_are_not_computed(needed):
     inputs, parameters, grad = glu_inputs("clamp-before-bias", "vector", torch.bfloat16)
     leaves = {name: x.clone().requires_grad_(name in needed) for name, x in inputs.items()}
     out = moekit.glu(**leaves, **parameters)
@@ -406,7 +406,7 @@ def test_nothing_is_kept_when_no_gradient_is_wanted():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_item32_checkpoint(use_reentrant):
+def test_checkpoint(use_reentrant):
     for num_rows in (11, 0):
         for fp8_store in (False, True):
             inputs, parameters, grad = glu_inputs("silu", "vector", torch.bfloat16, num_rows=num_rows)

@@ -63,7 +63,7 @@ def rows_of_all_sizes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_item26_float8_rows(dtype):
+def test_float8_rows(dtype):
     y = rows_of_all_sizes(dtype)
     rows, scale = stored(y)
     assert ((scale > 0) & scale.isfinite()).all()
@@ -81,7 +81,7 @@ def test_item26_float8_rows(dtype):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item26_float8_gradients_are_those_of_the_stored_rows(variant, backend):
+def test_float8_gradients_are_those_of_the_stored_rows(variant, backend):
     """Forward is that of the rows themselves; backward is exact for the rows that were kept."""
     # A kernel reads float8 rows as it reads others, and each combination costs a compilation: one dtype for most.
     fewer = backend != "torch" and variant not in (*EVERY_DTYPE, "ungated-relu2")
@@ -100,7 +100,7 @@ def test_item26_float8_gradients_are_those_of_the_stored_rows(variant, backend):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3])
-def test_item26_float8_gradients_are_close_at_any_scale(scale):
+def test_float8_gradients_are_close_at_any_scale(scale):
     """A cast without a scale gives 56% at 1e-3 and NaN past 448."""
     y = draw(0, 64, 32, dtype=torch.float32) * scale
     inputs, grad = {"y": y, "weights": draw(1, 64, dtype=torch.float32)}, draw(2, 64, 16, dtype=torch.float32)
@@ -110,7 +110,7 @@ def test_item26_float8_gradients_are_close_at_any_scale(scale):
         assert (found[name] - exact[name]).norm() <= 0.05 * exact[name].norm(), name
 
 
-def test_item26_float8_row_that_is_not_finite_stays_alone():
+def test_float8_row_that_is_not_finite_stays_alone():
     y = draw(0, 3, 8, dtype=torch.float32)
     y[1, 0], y[1, 1] = float("nan"), float("inf")
     rows, scale = stored(y)
@@ -227,7 +227,7 @@ def test_a_layout_that_a_backend_lacks_is_not_taken_for_another():
         torch.ops.moekit.glu_backward(torch.ones(3, 4), args[0], None, *args[1:], [True, False, False, False])
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     others = {
         "weights": torch.zeros(3, device="meta"),
         "bias": torch.zeros(8, device="meta"),
@@ -259,7 +259,7 @@ FORWARD_ONLY = {"test_utils": ("test_schema", "test_autograd_registration", "tes
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("variant", "bias"), [("silu", "none"), ("clamp-after-bias", "experts"), ("relu2", "vector")])
-def test_item38_opcheck(variant, bias, layout, backend):
+def test_opcheck(variant, bias, layout, backend):
     (y, *others), grad = operands(variant, bias, layout=layout)
     once = {} if backend == "torch" else FORWARD_ONLY  # tracing and autograd are the same on each
     torch.library.opcheck(torch.ops.moekit.glu.default, (y, *others), **once)
@@ -273,7 +273,7 @@ def test_item38_opcheck(variant, bias, layout, backend):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_item38_opcheck_without_rows(requires_grad):
+def test_opcheck_without_rows(requires_grad):
     (y, *others), grad = operands("silu", "vector", num_rows=0, requires_grad=requires_grad)
     torch.library.opcheck(torch.ops.moekit.glu.default, (y, *others))
     torch.library.opcheck(torch.ops.moekit.glu_fp8.default, (y, *others), **FOR_FLOAT8)
@@ -282,7 +282,7 @@ def test_item38_opcheck_without_rows(requires_grad):
 
 
 @pytest.mark.reference_only("double backward exists on the 'torch' backend only")
-def test_item38_opcheck_of_backward_with_its_own_gradient(backend):
+def test_opcheck_of_backward_with_its_own_gradient(backend):
     (y, *others), grad = operands("clamp-before-bias", "rows")
     torch.library.opcheck(torch.ops.moekit.glu_backward.default, (grad, y, None, *others, [True, True, True, False]))
 
@@ -305,7 +305,7 @@ def assert_compiled_is_eager(compiled, function, inputs, grad):
 
 
 @pytest.mark.parametrize("fp8_store", [False, True])
-def test_item40_compile_for_any_number_of_rows(fp8_store):
+def test_compile_for_any_number_of_rows(fp8_store):
     def function(y, weights, bias):
         return moekit.glu(y, weights, bias=bias, activation="quick_gelu", linear_offset=1.0, fp8_store=fp8_store)
 
@@ -316,7 +316,7 @@ def test_item40_compile_for_any_number_of_rows(fp8_store):
     assert counter.frame_count <= 2
 
 
-def test_item40_compile_for_any_routing():
+def test_compile_for_any_routing():
     def function(y, weights, bias, offsets):
         return moekit.glu(y, weights, bias=bias, offsets=offsets, clamp=0.75)
 
@@ -330,7 +330,7 @@ def test_item40_compile_for_any_routing():
 
 @pytest.mark.reference_only("the compiled graph calls the same operator")
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
-def test_item40_compile_with_inductor(backend):
+def test_compile_with_inductor(backend):
 
     def function(y, weights):
         return moekit.glu(y, weights)
@@ -345,7 +345,7 @@ def test_item40_compile_with_inductor(backend):
 
 
 @pytest.mark.parametrize("bias", BIASES)
-def test_item42_twenty_runs_are_bit_equal(bias):
+def test_twenty_runs_are_bit_equal(bias):
     inputs, parameters, grad = glu_inputs("clamp-after-bias", bias, torch.bfloat16, num_rows=700, width=32)
     if bias == "experts":
         parameters["offsets"] = torch.tensor([0, 300, 301, 690])
@@ -356,7 +356,7 @@ def test_item42_twenty_runs_are_bit_equal(bias):
             assert_same(gradient, runs[0][1][name], name)
 
 
-def test_item43_a_row_alone_is_a_row_in_a_batch():
+def test_a_row_alone_is_a_row_in_a_batch():
     for width in (6, 33):
         inputs, parameters, grad = glu_inputs("gelu_tanh", "rows", torch.bfloat16, width=width)
         out, grads = value_and_grads(functools.partial(moekit.glu, **parameters), inputs, grad)

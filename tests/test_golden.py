@@ -109,7 +109,7 @@ def check(case, dtype, layout, **fused):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_item20_golden(case):
+def test_golden(case):
     has_fused = "fused" in inspect.signature(getattr(moe_utils, case["function"])).parameters
     for dtype in DTYPES:
         for layout in LAYOUTS:

@@ -35,7 +35,7 @@ def registered():
 
 
 @pytest.mark.parametrize(("module_name", "class_name"), decorated_classes())
-def test_item53_every_experts_class(module_name, class_name):
+def test_every_experts_class(module_name, class_name):
     module = make(getattr(importlib.import_module(module_name), class_name))
     for sentinels in (False, True):
         # Eager code does not know expert-parallel slots; Transformers' own grouped_mm does.
@@ -137,7 +137,7 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_item53_logits_gradients_and_twenty_steps(kind):
+def test_logits_gradients_and_twenty_steps(kind):
     eager, ours = build(kind, "eager"), build(kind, "moekit")
     ours.load_state_dict(eager.state_dict())
     assert ours.config._experts_implementation == "moekit"
@@ -160,7 +160,7 @@ def test_item53_logits_gradients_and_twenty_steps(kind):
     assert curve[-1] < curve[0]
 
 
-def test_item53_set_on_a_loaded_model_and_set_back():
+def test_set_on_a_loaded_model_and_set_back():
     model = build("Qwen3Moe", "eager").eval()
     other = build("Qwen3Moe", "eager").eval()
     expected = model(tokens()).logits

@@ -62,14 +62,14 @@ def test_load_balancing_loss_values(dtype, tensor_total):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
-def test_item35_balanced_routing_costs_the_coefficient(k):
+def test_balanced_routing_costs_the_coefficient(k):
     tokens, experts = 24, 8
     probs = torch.full((tokens, experts), 1 / experts)
     counts = torch.full((experts,), tokens * k // experts)
     assert float(load_balancing_loss(probs, counts, tokens, k, experts, 0.25)) == pytest.approx(0.25, rel=1e-6)
 
 
-def test_item35_padding_is_excluded():
+def test_padding_is_excluded():
     probs = normal(10, 4).softmax(1).requires_grad_()
     mask = torch.zeros(10, dtype=torch.bool)
     mask[[2, 7, 9]] = True
@@ -84,7 +84,7 @@ def test_item35_padding_is_excluded():
     assert torch.equal(again, loss) and torch.equal(poisoned.grad, probs.grad)
 
 
-def test_item35_invariant_to_micro_batches():
+def test_invariant_to_micro_batches():
     probs = normal(30, 8).softmax(1)
     counts = (probs > 0.2).sum(0)
     whole = load_balancing_loss(probs, counts, 30, 2, 8, 0.1)
@@ -101,7 +101,7 @@ def test_sequences_side_by_side_add_up():
 
 
 @pytest.mark.parametrize("total", [0, torch.tensor(0), torch.tensor(0.0)])
-def test_item36_no_tokens_cost_nothing(total):
+def test_no_tokens_cost_nothing(total):
     probs = torch.zeros(0, 4, requires_grad=True)
     load_balancing_loss(probs, torch.zeros(4, dtype=torch.int64), total, 2, 4, 0.1).backward()
     assert probs.grad is not None and probs.grad.shape == (0, 4)
@@ -117,7 +117,7 @@ def test_item36_no_tokens_cost_nothing(total):
     assert logits.grad is not None and logits.grad.eq(0).all()
 
 
-def test_item34_gradient_reaches_the_router_and_is_linear_in_the_coefficient():
+def test_gradient_reaches_the_router_and_is_linear_in_the_coefficient():
     hidden, weight = normal(20, 6), normal(6, 8, seed=1).requires_grad_()
 
     def gradient(coeff):
@@ -144,7 +144,7 @@ def test_z_loss_values(dtype):
     assert float(loss) == pytest.approx(expected, rel=8 * torch.finfo(wide).eps)
 
 
-def test_item35_z_loss_excludes_padding():
+def test_z_loss_excludes_padding():
     logits = normal(4, 5, 8)
     mask = torch.arange(20).reshape(4, 5) % 3 == 0
     poisoned = logits.masked_fill(mask[..., None], NAN).requires_grad_()
@@ -154,12 +154,12 @@ def test_item35_z_loss_excludes_padding():
     assert poisoned.grad is not None and poisoned.grad[mask].eq(0).all() and poisoned.grad[~mask].ne(0).all()
 
 
-def test_item22_z_loss_of_large_logits():
+def test_z_loss_of_large_logits():
     assert float(z_loss(torch.full((2, 2), 1e4), 1.0)) == pytest.approx((1e4 + math.log(2)) ** 2)
     assert z_loss(torch.full((2, 2), 6e4, dtype=torch.float16), 1.0).isfinite()
 
 
-def test_item27_gradcheck_of_the_losses():
+def test_gradcheck_of_the_losses():
     logits = normal(5, 4).requires_grad_()
     mask = torch.tensor([False, True, False, False, True])
     counts = torch.tensor([2, 1, 0, 3])
@@ -193,13 +193,13 @@ def test_routing_scores_for_aux_loss_values(dtype, score_function):
     assert torch.equal(routing_map, expected)
 
 
-def test_item12_aux_map_breaks_ties_to_the_lowest_expert():
+def test_aux_map_breaks_ties_to_the_lowest_expert():
     routing_map, _ = routing_scores_for_aux_loss(torch.zeros(2, 5), 2, "sigmoid")
     assert routing_map.int().tolist() == [[1, 1, 0, 0, 0]] * 2
 
 
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-def test_item35_aux_scores_exclude_padding(score_function):
+def test_aux_scores_exclude_padding(score_function):
     logits = normal(6, 4)
     mask = torch.tensor([True, False, False, True, False, True])
     poisoned = logits.masked_fill(mask[:, None], NAN).requires_grad_()
@@ -246,7 +246,7 @@ def test_sinkhorn_is_even_for_every_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peak", [100.0, 1000.0, 1e4, 1e38])
-def test_item22_sinkhorn_of_large_logits_is_finite(dtype, peak):
+def test_sinkhorn_of_large_logits_is_finite(dtype, peak):
     for cost in (torch.eye(4) * peak, -torch.eye(4) * peak, torch.full((6, 4), peak), torch.full((6, 4), -peak)):
         plan = sinkhorn(cost.to(dtype))
         assert plan.isfinite().all()
@@ -273,7 +273,7 @@ def test_sinkhorn_keeps_forbidden_experts_at_zero():
     assert torch.equal(plan == 0, cost.isneginf())
 
 
-def test_item01_sinkhorn_without_tokens():
+def test_sinkhorn_without_tokens():
     cost = torch.zeros(0, 4, requires_grad=True)
     plan = sinkhorn(cost)
     plan.sum().backward()
@@ -377,7 +377,7 @@ def test_apply_capacity_matches_a_loop(drop_policy, pad, capacity_factor):
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
-def test_item12_capacity_ties_keep_the_earliest_tokens(drop_policy):
+def test_capacity_ties_keep_the_earliest_tokens(drop_policy):
     probs, routing_map = torch.full((100, 2), 0.5), torch.ones(100, 2)
     _, final_map = apply_capacity(probs, routing_map, 2, 0.1, drop_policy)
     assert final_map.nonzero()[:, 0].unique().tolist() == list(range(10))
@@ -485,7 +485,7 @@ def test_wrong_arguments_are_named(call, error, message):
         call(torch.zeros(3, 8), torch.zeros(3, dtype=torch.bool))
 
 
-def test_item40_losses_compile_whole():
+def test_losses_compile_whole():
     def step(logits, mask):
         routing_map, scores = routing_scores_for_aux_loss(logits, 2, "sigmoid", mask)
         loss = load_balancing_loss(scores, routing_map.sum(0), (~mask).sum(), 2, 4, 0.1, mask)

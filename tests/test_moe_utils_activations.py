@@ -104,7 +104,7 @@ def each(table):
 
 
 @each(UNWEIGHTED)
-def test_item20_unweighted(name):
+def test_unweighted(name):
     function, parameters = UNWEIGHTED[name]
     for dtype in DTYPES:
         grad = draw(5, N, 2 * I if name.startswith("quick_gelu") else I, dtype=dtype)
@@ -113,7 +113,7 @@ def test_item20_unweighted(name):
 
 @each(WEIGHTED)
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.float64])
-def test_item20_item23_weighted(name, weight_dtype):
+def test_weighted(name, weight_dtype):
     """The result is in y's dtype, and each gradient in its input's."""
     function, parameters = WEIGHTED[name]
     for dtype in DTYPES:
@@ -123,7 +123,7 @@ def test_item20_item23_weighted(name, weight_dtype):
 
 
 @each(BACK)
-def test_item20_backs_return_the_promoted_dtype(name):
+def test_backs_return_the_promoted_dtype(name):
     function, parameters = BACK[name]
     for dtype in DTYPES:
         for grad_dtype in (dtype, torch.float32):
@@ -136,7 +136,7 @@ def test_item20_backs_return_the_promoted_dtype(name):
 
 @each(WEIGHTED_BACK)
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
-def test_item20_item31_weighted_backs(name, weight_dtype):
+def test_weighted_backs(name, weight_dtype):
     function, parameters = WEIGHTED_BACK[name]
     for dtype in DTYPES:
         tensors = inputs("g", "y", "weights", dtype=dtype, weight_dtype=weight_dtype)
@@ -153,7 +153,7 @@ def test_item20_item31_weighted_backs(name, weight_dtype):
         assert_same(alone, dy)
 
 
-def test_item20_bias():
+def test_bias():
     both = {**QUICK, **OFFSET}
     function = functools.partial(ours.weighted_bias_quick_geglu, **OFFSET)
     for dtype in DTYPES:
@@ -165,7 +165,7 @@ def test_item20_bias():
         assert_matches_formula(function, formula(both), tensors, draw(5, N, I), f"{shape}")
 
 
-def test_item20_bias_back_returns_the_full_bias_gradient():
+def test_bias_back_returns_the_full_bias_gradient():
     for dtype in DTYPES:
         for shape in [(2 * I,), (1, 2 * I), (N, 2 * I)]:
             tensors = {**inputs("g", "y", "bias", "weights", dtype=dtype), "bias": draw(2, *shape, dtype=dtype)}
@@ -180,7 +180,7 @@ def test_item20_bias_back_returns_the_full_bias_gradient():
 
 @each(IMPLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_item15_any_leading_shape_contiguous_or_not(name, layout):
+def test_any_leading_shape_contiguous_or_not(name, layout):
     """Published: a 4-D input collapses, a transposed 3-D one and one without rows fail."""
     function, parameters = IMPLS[name]
     lay = LAYOUTS[layout]
@@ -359,7 +359,7 @@ def test_errors_name_operation_argument_wanted_and_got(name):
 
 @pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each({**UNWEIGHTED, **WEIGHTED, **BACK})
-def test_item27_gradcheck_and_gradgradcheck(name, backend):
+def test_gradcheck_and_gradgradcheck(name, backend):
     """The hand-written backwards are functions of their arguments too, and differentiable once."""
     function = {**UNWEIGHTED, **WEIGHTED, **BACK}[name][0]
     names = {"_back": ("g", "y")}.get(name.split("-")[0][-5:], ("y",) if name in UNWEIGHTED else ("y", "weights"))
@@ -371,7 +371,7 @@ def test_item27_gradcheck_and_gradgradcheck(name, backend):
 
 @pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each(WEIGHTED_BACK)
-def test_item27_weighted_backs_are_differentiable(name, backend):
+def test_weighted_backs_are_differentiable(name, backend):
     leaves = [x.requires_grad_() for x in inputs("g", "y", "weights", num_rows=3, width=2).values()]
     assert gradcheck(lambda *args: WEIGHTED_BACK[name][0](*args), leaves)
 
@@ -405,7 +405,7 @@ def test_autograd_functions_with_float8_store(name):
 
 @pytest.mark.reference_only("float64 is computed by the reference on every backend")
 @each(CLASSES)
-def test_item27_autograd_functions(name, backend):
+def test_autograd_functions_are_twice_differentiable(name, backend):
     tensors, apply = class_arguments(name, num_rows=3, width=2)
     leaves = [x.requires_grad_() for x in tensors.values()]
 
@@ -417,7 +417,7 @@ def test_item27_autograd_functions(name, backend):
 
 
 @each(CLASSES)
-def test_item31_autograd_functions_compute_what_is_needed(name):
+def test_autograd_functions_compute_what_is_needed(name):
     tensors, apply = class_arguments(name, torch.float32)
     _, exact = value_and_grads(apply, tensors, draw(5, N, I, dtype=torch.float32))
     places = {"input": 0, "weights": 1, "bias": 2}  # in the operator's results
@@ -448,7 +448,7 @@ def test_autograd_function_takes_an_offset_tensor_and_any_bias():
 
 @each(IMPLS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_item32_checkpoint(name, use_reentrant):
+def test_checkpoint(name, use_reentrant):
     function = IMPLS[name][0]
     for num_rows in (N, 0):
         for fp8 in (False, True):
@@ -465,7 +465,7 @@ def test_item32_checkpoint(name, use_reentrant):
 
 
 @each({**WEIGHTED, **IMPLS})
-def test_item24_autocast_changes_nothing(name):
+def test_autocast_changes_nothing(name):
     function = {**WEIGHTED, **IMPLS}[name][0]
     first = "input" if name.endswith("impl") else "y"
     for dtype in (torch.float32, torch.bfloat16):
@@ -476,7 +476,7 @@ def test_item24_autocast_changes_nothing(name):
 
 @pytest.mark.reference_only("the compiled graph calls the same operators")
 @each({**WEIGHTED, **IMPLS, **CLASSES})
-def test_item40_compile(name, backend):
+def test_compile(name, backend):
     if name in CLASSES:
         tensors, function = class_arguments(name, torch.bfloat16)
     else:

@@ -43,7 +43,7 @@ fused_or_not = pytest.mark.parametrize("fused", [False, True])
 @every_map
 @fused_or_not
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item04_item20_permute(poisoned, name, fused, dtype):
+def test_permute(poisoned, name, fused, dtype):
     routing_map, hidden = MAPS[name]
     tokens, probs = leaf(draw(0, len(routing_map), hidden, dtype=dtype)), leaf(draw(1, *routing_map.shape, dtype=dtype))
     pairs = pairs_of(routing_map)
@@ -129,7 +129,7 @@ def test_num_out_tokens(poisoned, extra, fused):
 
 @pytest.mark.parametrize("size", [0, 3])
 @fused_or_not
-def test_item14_num_out_tokens_below_the_routed_count(size, fused):
+def test_num_out_tokens_below_the_routed_count(size, fused):
     routing_map = only(3, 2, (0, 0), (0, 1), (1, 1), (2, 0))
     tokens = draw(0, 3, 4)
     before = tokens.clone()
@@ -216,7 +216,7 @@ def test_drop_and_pad_needs_rows_for_every_expert():
 @fused_or_not
 @pytest.mark.parametrize("with_probs", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item04_item20_unpermute(poisoned, name, fused, with_probs, dtype):
+def test_unpermute(poisoned, name, fused, with_probs, dtype):
     routing_map, hidden = MAPS[name]
     pairs = pairs_of(routing_map)
     probs = leaf(draw(1, *routing_map.shape, dtype=dtype)) if with_probs else None
@@ -244,7 +244,7 @@ def test_item04_item20_unpermute(poisoned, name, fused, with_probs, dtype):
 
 
 @pytest.mark.parametrize("probs_dtype", [None, torch.bfloat16, torch.float32])
-def test_item20_rows_are_added_in_float32(probs_dtype):
+def test_rows_are_added_in_float32(probs_dtype):
     """2048 and 255 ones in bfloat16: added one by one in bfloat16 they stay 2048."""
     experts = 256
     rows = torch.ones(experts, 2, dtype=torch.bfloat16)
@@ -260,7 +260,7 @@ def test_item20_rows_are_added_in_float32(probs_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @fused_or_not
-def test_item23_low_precision_tokens_with_float32_probs(dtype, fused):
+def test_low_precision_tokens_with_float32_probs(dtype, fused):
     routing_map, hidden = MAPS["plain"]
     pairs = pairs_of(routing_map)
     rows = leaf(draw(0, len(pairs), hidden, dtype=dtype))
@@ -279,7 +279,7 @@ def test_item23_low_precision_tokens_with_float32_probs(dtype, fused):
     assert_accurate(probs.grad, dprobs, scale=hidden * 8.0)  # in float32's precision
 
 
-def test_item24_autocast():
+def test_autocast():
     routing_map, hidden = MAPS["plain"]
     tokens, probs = leaf(draw(0, 13, hidden, dtype=torch.float32)), leaf(draw(1, 13, 5, dtype=torch.float32))
     results = []
@@ -294,7 +294,7 @@ def test_item24_autocast():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", LOW)
-def test_item13_item15_any_index_dtype_and_layout(layout, dtype):
+def test_any_index_dtype_and_layout(layout, dtype):
     routing_map, hidden = MAPS["e7_odd_hidden"]
     lay = LAYOUTS[layout]
     probs, tokens = draw(1, *routing_map.shape, dtype=dtype), draw(0, len(routing_map), hidden, dtype=dtype)
@@ -314,7 +314,7 @@ def test_item13_item15_any_index_dtype_and_layout(layout, dtype):
         assert_same(c, a)
 
 
-def test_item16_expanded_gradients():
+def test_expanded_gradients():
     routing_map, hidden = MAPS["plain"]
     tokens, probs = leaf(draw(0, 13, hidden)), leaf(draw(1, 13, 5))
     rows, row_probs, index = permute(tokens, routing_map, probs)
@@ -330,7 +330,7 @@ def test_item16_expanded_gradients():
     assert_accurate(p.grad, expected, scale=hidden * 4.0)
 
 
-def test_item09_rows_of_no_token_are_ignored():
+def test_rows_of_no_token_are_ignored():
     rows = leaf(torch.tensor([[1.0, 2], [float("nan"), 3], [5, 7], [float("inf"), 0]]))
     out = unpermute(rows, torch.tensor([1, -1, 1, -1]), (3, 2))
     assert_same(out.detach(), torch.tensor([[0.0, 0], [6, 9], [0, 0]]))
@@ -365,7 +365,7 @@ def test_a_prob_of_zero_is_still_routed():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_out_tokens", [None, 0, 3])
-def test_item01_no_tokens(poisoned, dtype, num_out_tokens):
+def test_no_tokens(poisoned, dtype, num_out_tokens):
     tokens, probs = leaf(torch.zeros(0, 4, dtype=dtype)), leaf(torch.zeros(0, 3))
     for drop_and_pad in (False, True):
         rows, row_probs, index = permute(
@@ -384,7 +384,7 @@ def test_item01_no_tokens(poisoned, dtype, num_out_tokens):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_item03_no_token_routed(poisoned, dtype):
+def test_no_token_routed(poisoned, dtype):
     tokens, probs = leaf(draw(0, 4, 3, dtype=dtype)), leaf(draw(1, 4, 2, dtype=dtype))
     rows, row_probs, index = permute(tokens, torch.zeros(4, 2), probs)
     assert rows.shape == (0, 3) and row_probs.shape == (0,) and index.shape == (0,)
@@ -397,7 +397,7 @@ def test_item03_no_token_routed(poisoned, dtype):
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_item20_any_map(data):
+def test_any_map(data):
     tokens, experts = data.draw(st.integers(0, 12), "tokens"), data.draw(st.integers(1, 9), "experts")
     hidden, extra = data.draw(st.integers(1, 9), "hidden"), data.draw(st.integers(0, 4), "extra")
     marks = data.draw(st.lists(st.sampled_from([0, 0, 1, 256, -1]), min_size=tokens * experts, max_size=tokens * experts))

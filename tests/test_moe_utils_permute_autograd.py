@@ -21,7 +21,7 @@ fused_or_not = pytest.mark.parametrize("fused", [False, True])
 
 
 @pytest.mark.not_interpreted
-def test_item27_gradcheck():
+def test_gradcheck():
     routing_map = only(3, 3, (0, 0), (0, 2), (2, 0), (2, 1))
     tokens, probs, rows = leaf(draw(0, 3, 2)), leaf(draw(1, 3, 3)), leaf(draw(2, 4, 2))
     index = permute(tokens, routing_map)[2]
@@ -43,7 +43,7 @@ def test_item27_gradcheck():
     assert gradgradcheck(lambda x, p: sort_chunks_by_idxs(x, sizes, order, p), (rows, leaf(draw(3, 4))))
 
 
-def test_item29_item30_item31_backward_twice_writes_nothing_and_does_no_more():
+def test_backward_twice_writes_nothing_and_does_no_more():
     routing_map, hidden = MAPS["plain"]
     probs = leaf(draw(1, 13, 5, dtype=torch.float32))
     rows, _, index = permute(draw(0, 13, hidden, dtype=torch.bfloat16), routing_map)
@@ -66,7 +66,7 @@ def test_item29_item30_item31_backward_twice_writes_nothing_and_does_no_more():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("count", [4, 0])
-def test_item32_activation_checkpointing(use_reentrant, count):
+def test_activation_checkpointing(use_reentrant, count):
     routing_map = only(4, 3, (0, 0), (0, 2), (2, 1), (3, 1))[:count]
 
     def layer(x, p):
@@ -85,7 +85,7 @@ def test_item32_activation_checkpointing(use_reentrant, count):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_item42_twenty_runs_are_bit_equal(dtype):
+def test_twenty_runs_are_bit_equal(dtype):
     routing_map = map_case(6, 60, 8)
     tokens, probs, grad = (draw(i, 60, n, dtype=dtype) for i, n in enumerate((17, 8, 17)))
 
@@ -103,7 +103,7 @@ def test_item42_twenty_runs_are_bit_equal(dtype):
             assert_same(again, once)
 
 
-def test_item39_outputs_never_alias_inputs():
+def test_outputs_never_alias_inputs():
     """One expert that takes every token: nothing moves."""
     everything = torch.ones(3, 1, dtype=torch.bool)
     tokens, probs, index = draw(0, 3, 2), draw(1, 3, 1), torch.arange(3)
@@ -145,7 +145,7 @@ def test_sort_chunks_by_idxs(fused, with_probs, dtype):
 
 @pytest.mark.parametrize("bad", [3, 99, -2])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_item10_index_out_of_range(bad, dtype):
+def test_index_out_of_range(bad, dtype):
     index = torch.tensor([0, bad, 1], dtype=dtype)
     for probs, routing_map in ((None, None), (draw(1, 3, 1), torch.ones(3, 1))):
         with pytest.raises(ValueError, match=rf"unpermute: sorted_indices must be .* below 3 .*, got index {bad}$"):
@@ -153,12 +153,12 @@ def test_item10_index_out_of_range(bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
-def test_item13_indices_of_other_dtypes(dtype):
+def test_indices_of_other_dtypes(dtype):
     with pytest.raises(TypeError, match=rf"sorted_indices must be an int32 or int64 tensor, got {dtype}"):
         unpermute(draw(0, 3, 2), torch.zeros(3, dtype=dtype), (3, 2))
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     tokens, routing_map, probs = draw(0, 3, 2), torch.ones(3, 1), draw(1, 3, 1)
     index = torch.arange(3)
     with pytest.raises(ValueError, match=r"routing_map must be on the device of tokens \(cpu\), got meta"):

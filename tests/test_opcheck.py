@@ -1,4 +1,4 @@
-"""Item 38 for the operators whose own files do not have it, and for completeness: none is left out."""
+"""``opcheck`` of the operators whose own files do not have it, and for completeness: none is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFSETS = torch.tensor([3, 3, 8], dtype=torch.int32)
 
 @pytest.mark.parametrize("scoring", [("softmax", False), ("softmax", True), ("sigmoid", False), ("sqrtsoftplus", False)])
 @pytest.mark.parametrize("tokens", [6, 0])
-def test_item38_topk_router(scoring, tokens):
+def test_topk_router(scoring, tokens):
     logits = transposed(draw(1, tokens, 8, dtype=torch.float32)).requires_grad_()
     torch.library.opcheck(OPS.topk_router.default, (logits, None, 2, *scoring, None, None, 2.5))
     torch.library.opcheck(OPS.topk_router.default, (logits, torch.rand(8), 2, *scoring, 4, 2, None))
@@ -29,14 +29,14 @@ def test_item38_topk_router(scoring, tokens):
     torch.library.opcheck(OPS.topk_router_backward.default, (grad, logits.detach(), indices, *scoring, 2.5))
 
 
-def test_item38_grouped_products():
+def test_grouped_products():
     rows, right = draw(1, 8, 6, dtype=torch.float32).requires_grad_(), draw(3, 8, 5, dtype=torch.float32).requires_grad_()
     weight = draw(2, 3, 5, 6, dtype=torch.float32).requires_grad_()
     torch.library.opcheck(OPS.grouped_linear.default, (rows, weight.mT, OFFSETS))
     torch.library.opcheck(OPS.grouped_outer.default, (rows, right, OFFSETS))
 
 
-def test_item38_experts_backward():
+def test_experts_backward():
     x, weights = draw(1, 6, 4, dtype=torch.float32), draw(2, 6, 2, dtype=torch.float32)
     gate_up, down = draw(3, 3, 10, 4, dtype=torch.float32), draw(4, 3, 4, 5, dtype=torch.float32)
     routing = Routing.from_topk(torch.tensor([[0, 2]] * 6), num_experts=3)
@@ -48,7 +48,7 @@ def test_item38_experts_backward():
     torch.library.opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, *kept, *constants, wanted))
 
 
-def test_item38_no_operator_is_left_out():
+def test_no_operator_is_left_out():
     here = Path(__file__).parent
     checked = "\n".join(path.read_text() for path in here.glob("test_*.py") if "opcheck" in path.read_text())
     sources = "\n".join(path.read_text() for path in (here.parent / "moekit" / "ops").glob("*.py"))

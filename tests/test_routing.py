@@ -56,7 +56,7 @@ def test_it_is_frozen():
 
 
 @every_case
-def test_item04_order_and_inverse(name):
+def test_order_and_inverse(name):
     indices, experts, _ = CASES[name]
     routing = Routing.from_topk(indices, num_experts=experts)
     slots = slots_by_hand(indices, experts)
@@ -70,7 +70,7 @@ def test_item04_order_and_inverse(name):
 
 @every_case
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_item13_item15_int32_is_int64_in_every_layout(name, layout):
+def test_int32_is_int64_in_every_layout(name, layout):
     indices, experts, _ = CASES[name]
     weights = draw(0, *indices.shape)
     plain = fields(Routing.from_topk(indices, weights, num_experts=experts))
@@ -86,7 +86,7 @@ def test_item13_item15_int32_is_int64_in_every_layout(name, layout):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("nobody", "twice", "some_none")])
 @pytest.mark.parametrize("topk", ["K", None])
-def test_item04_from_map_is_from_topk(name, topk):
+def test_from_map_is_from_topk(name, topk):
     """Of the same experts in ascending order."""
     indices, experts, hidden = CASES[name]
     probs = draw(0, indices.shape[0], experts, dtype=torch.float32)
@@ -127,14 +127,14 @@ def test_to_map_and_back():
     assert Routing.from_topk(indices, num_experts=3).to_map()[1] is None
 
 
-def test_item08_to_map_of_the_same_expert_twice():
+def test_to_map_of_the_same_expert_twice():
     routing_map, probs = Routing.from_topk(torch.tensor([[1, 1]]), torch.tensor([[0.25, 0.5]]), num_experts=2).to_map()
     assert_same(routing_map, torch.tensor([[False, True]]))
     assert_same(probs, torch.tensor([[0, 0.75]]))
 
 
 @pytest.mark.parametrize("experts", [1, 4])
-def test_item01_no_tokens(poisoned, experts):
+def test_no_tokens(poisoned, experts):
     indices, weights = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1)
     routing = Routing.from_topk(indices, weights, num_experts=experts)
     assert_same(routing.tokens_per_expert, torch.zeros(experts, dtype=torch.int64))
@@ -146,7 +146,7 @@ def test_item01_no_tokens(poisoned, experts):
         assert routing.indices.shape == (0, topk or 0) and routing.num_experts == experts
 
 
-def test_item03_nothing_routed(poisoned):
+def test_nothing_routed(poisoned):
     weights = leaf(draw(0, 3, 2))
     routing = Routing.from_topk(torch.full((3, 2), -1), weights, num_experts=2)
     assert_same(routing.row_weights().detach(), torch.zeros(6, dtype=torch.float64))
@@ -159,7 +159,7 @@ def test_item03_nothing_routed(poisoned):
 
 
 @every_case
-def test_item20_row_weights_and_their_gradient(name):
+def test_row_weights_and_their_gradient(name):
     indices, experts, _ = CASES[name]
     weights = leaf(draw(0, *indices.shape, dtype=torch.bfloat16))
     row_weights = Routing.from_topk(indices, weights, num_experts=experts).row_weights()
@@ -177,7 +177,7 @@ def test_item20_row_weights_and_their_gradient(name):
 
 
 @pytest.mark.not_interpreted
-def test_item27_gradcheck_of_the_weights():
+def test_gradcheck_of_the_weights():
     indices = torch.tensor([[1, -1], [0, 1], [2, 2]])
     weights, probs = leaf(draw(0, 3, 2)), leaf(draw(1, 3, 3))
     routing_map = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
@@ -238,13 +238,13 @@ def test_offsets_are_what_grouped_mm_wants(multiple):
 
 @pytest.mark.parametrize("bad", [3, 1000, -2])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_item10_index_out_of_range(bad, dtype):
+def test_index_out_of_range(bad, dtype):
     indices = torch.tensor([[0, 1], [bad, 2]], dtype=dtype)
     with pytest.raises(ValueError, match=rf"Routing.from_topk: indices must be -1 .* below 3 .*, got index {bad}$"):
         Routing.from_topk(indices, num_experts=3)
 
 
-def test_item07_more_slots_than_experts():
+def test_more_slots_than_experts():
     with pytest.raises(ValueError, match=r"at most num_experts \(3\) a token, got 4"):
         Routing.from_topk(torch.zeros(2, 4, dtype=torch.int64), num_experts=3)
     with pytest.raises(ValueError, match=r"from_map: k must be at most the number of experts \(3\), got 4"):
@@ -252,17 +252,17 @@ def test_item07_more_slots_than_experts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int16])
-def test_item13_indices_of_other_dtypes(dtype):
+def test_indices_of_other_dtypes(dtype):
     with pytest.raises(TypeError, match=rf"indices must be an int32 or int64 tensor, got {dtype}"):
         Routing.from_topk(torch.zeros(2, 2, dtype=dtype), num_experts=3)
 
 
-def test_item14_a_token_of_more_experts_than_topk():
+def test_a_token_of_more_experts_than_topk():
     with pytest.raises(ValueError, match=r"from_map: topk must be at least the 3 experts of a token, got 2"):
         Routing.from_map(torch.ones(2, 3), topk=2)
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     indices, weights = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"weights must be on the device of indices \(cpu\), got meta"):
         Routing.from_topk(indices, weights.to("meta"), num_experts=3)

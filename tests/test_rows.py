@@ -24,7 +24,7 @@ ops = torch.ops.moekit
 
 @every_case
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_item04_permute_copies_rows_exactly(name, dtype):
+def test_permute_copies_rows_exactly(name, dtype):
     indices, experts, hidden = CASES[name]
     tokens = (
         (1 + draw(1, indices.shape[0], hidden).abs()).to(dtype)
@@ -38,7 +38,7 @@ def test_item04_permute_copies_rows_exactly(name, dtype):
 
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item04_permute_gradient(name, dtype):
+def test_permute_gradient(name, dtype):
     indices, experts, hidden = CASES[name]
     tokens = leaf(draw(1, indices.shape[0], hidden, dtype=dtype))
     out = moekit.permute(tokens, Routing.from_topk(indices, num_experts=experts))
@@ -52,7 +52,7 @@ def test_item04_permute_gradient(name, dtype):
 @every_case
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item20_unpermute_and_its_gradients(name, weighted, dtype):
+def test_unpermute_and_its_gradients(name, weighted, dtype):
     indices, experts, hidden = CASES[name]
     rows = leaf(draw(1, indices.numel(), hidden, dtype=dtype))
     weights = leaf(draw(2, *indices.shape, dtype=dtype))
@@ -76,7 +76,7 @@ def test_item20_unpermute_and_its_gradients(name, weighted, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_item20_sums_are_not_rounded_on_the_way(dtype):
+def test_sums_are_not_rounded_on_the_way(dtype):
     """2048 and 255 ones: rounding after each addition would never leave 2048."""
     experts = 256
     rows = torch.ones(experts, 3, dtype=dtype)
@@ -93,7 +93,7 @@ def test_item20_sums_are_not_rounded_on_the_way(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_item20_weight_gradient_is_not_rounded_on_the_way(dtype):
+def test_weight_gradient_is_not_rounded_on_the_way(dtype):
     rows = torch.ones(1, 300, dtype=dtype, requires_grad=True)
     grad = torch.ones(1, 300, dtype=dtype)
     grad[0, 0] = 1024
@@ -105,7 +105,7 @@ def test_item20_weight_gradient_is_not_rounded_on_the_way(dtype):
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_item20_any_routing(data):
+def test_any_routing(data):
     experts = data.draw(st.integers(1, 9), "experts")
     topk = data.draw(st.integers(1, experts), "topk")
     tokens = data.draw(st.integers(0, 12), "tokens")
@@ -125,7 +125,7 @@ def test_item20_any_routing(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item01_no_tokens(poisoned, dtype):
+def test_no_tokens(poisoned, dtype):
     indices = torch.zeros(0, 2, dtype=torch.int64)
     tokens = torch.zeros(0, 6, dtype=dtype, requires_grad=True)
     weights = torch.zeros(0, 2, dtype=torch.float32, requires_grad=True)
@@ -139,7 +139,7 @@ def test_item01_no_tokens(poisoned, dtype):
     assert weights.grad.shape == (0, 2) and weights.grad.dtype is torch.float32
 
 
-def test_item01_padding_alone(poisoned):
+def test_padding_alone(poisoned):
     """Rows without any token: zero, and still connected to the tokens."""
     routing = Routing.from_topk(torch.zeros(0, 2, dtype=torch.int64), num_experts=2).pad_to_multiple(4)
     tokens = torch.zeros(0, 3, requires_grad=True)
@@ -150,7 +150,7 @@ def test_item01_padding_alone(poisoned):
     assert moekit.unpermute(torch.ones(8, 3), routing).shape == (0, 3)
 
 
-def test_item02_empty_experts_leave_no_rows(poisoned):
+def test_empty_experts_leave_no_rows(poisoned):
     indices, experts, hidden = CASES["empty_expert"]
     routing = Routing.from_topk(indices, num_experts=experts)
     tokens = draw(0, indices.shape[0], hidden)
@@ -161,7 +161,7 @@ def test_item02_empty_experts_leave_no_rows(poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_item03_nothing_routed(poisoned, dtype):
+def test_nothing_routed(poisoned, dtype):
     indices = torch.full((4, 2), -1)
     tokens = leaf(draw(0, 4, 3, dtype=dtype))
     rows = leaf(draw(1, 8, 3, dtype=dtype))
@@ -177,7 +177,7 @@ def test_item03_nothing_routed(poisoned, dtype):
 
 @every_case
 @pytest.mark.parametrize("dtype", LOW)
-def test_item06_poisoned_memory(poisoned, name, dtype):
+def test_poisoned_memory(poisoned, name, dtype):
     indices, experts, hidden = CASES[name]
     tokens = leaf(draw(1, indices.shape[0], hidden, dtype=dtype))
     weights = leaf(draw(2, *indices.shape, dtype=torch.float32))
@@ -200,7 +200,7 @@ def test_item06_poisoned_memory(poisoned, name, dtype):
         )
 
 
-def test_item08_the_same_expert_twice_counts_twice():
+def test_the_same_expert_twice_counts_twice():
     tokens = draw(0, 2, 3)
     weights = leaf(torch.tensor([[0.25, 0.5], [1.0, 2.0]], dtype=torch.float64))
     routing = Routing.from_topk(torch.tensor([[1, 1], [0, 1]]), weights, num_experts=2)
@@ -214,7 +214,7 @@ def test_item08_the_same_expert_twice_counts_twice():
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_item09_minus_one_contributes_nothing(dtype):
+def test_minus_one_contributes_nothing(dtype):
     full = torch.tensor([[1, 0], [2, 0], [0, 1]])
     some = torch.tensor([[1, 0], [-1, -1], [0, -1]])
     weights = leaf(draw(0, 3, 2, dtype=torch.float32))
@@ -237,7 +237,7 @@ def test_item09_minus_one_contributes_nothing(dtype):
     assert_same(weights.grad[0], other_weights.grad[0])
 
 
-def test_item09_rows_of_no_expert_are_ignored():
+def test_rows_of_no_expert_are_ignored():
     """Whatever stands there, NaN included."""
     routing = Routing.from_topk(torch.tensor([[1, -1], [0, -1]]), torch.ones(2, 2), num_experts=2).pad_to_multiple(3)
     rows = torch.full((routing.num_rows, 2), float("nan"))
@@ -257,7 +257,7 @@ def test_item09_rows_of_no_expert_are_ignored():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", LOW)
-def test_item15_strided_inputs(layout, dtype):
+def test_strided_inputs(layout, dtype):
     indices, experts, hidden = CASES["e7_odd_hidden"]
     lay = LAYOUTS[layout]
     results = []
@@ -275,7 +275,7 @@ def test_item15_strided_inputs(layout, dtype):
         assert_same(strided, plain)
 
 
-def test_item16_expanded_gradients():
+def test_expanded_gradients():
     indices, experts, hidden = CASES["plain"]
     routing = Routing.from_topk(indices, draw(0, *indices.shape, dtype=torch.float32), num_experts=experts)
     for grad in (torch.tensor(3.0), torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])):  # of all elements, of a row
@@ -295,7 +295,7 @@ def test_item16_expanded_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_item23_low_precision_rows_with_float32_weights(dtype):
+def test_low_precision_rows_with_float32_weights(dtype):
     indices, experts, hidden = CASES["plain"]
     rows = leaf(draw(1, indices.numel(), hidden, dtype=dtype))
     weights = leaf(draw(2, *indices.shape).float() / 3)  # not representable in the rows' dtype
@@ -312,7 +312,7 @@ def test_item23_low_precision_rows_with_float32_weights(dtype):
 
 
 @pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
-def test_item24_autocast_changes_nothing(rows_dtype):
+def test_autocast_changes_nothing(rows_dtype):
     indices, experts, hidden = CASES["plain"]
     results = []
     for enabled in (False, True):
@@ -329,7 +329,7 @@ def test_item24_autocast_changes_nothing(rows_dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_item42_twenty_runs_are_bit_equal(dtype):
+def test_twenty_runs_are_bit_equal(dtype):
     indices, experts, hidden = case(7, 60, 6, 8, 33)
     tokens, grad = draw(1, 60, hidden, dtype=dtype), draw(2, 60, hidden, dtype=dtype)
     weights = draw(3, *indices.shape, dtype=torch.float32)
@@ -349,7 +349,7 @@ def test_item42_twenty_runs_are_bit_equal(dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_item43_a_token_alone_or_in_a_batch(dtype):
+def test_a_token_alone_or_in_a_batch(dtype):
     indices, experts, hidden = case(8, 40, 5, 8, 19)
     tokens, weights = draw(1, 40, hidden, dtype=dtype), draw(2, 40, 5, dtype=torch.float32)
 
@@ -366,7 +366,7 @@ def test_item43_a_token_alone_or_in_a_batch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_item39_outputs_never_alias_inputs(dtype):
+def test_outputs_never_alias_inputs(dtype):
     """One expert and one slot: nothing moves."""
     routing = Routing.from_topk(torch.zeros(4, 1, dtype=torch.int64), num_experts=1)
     tokens = torch.arange(1, 9).view(4, 2).to(dtype)
@@ -377,7 +377,7 @@ def test_item39_outputs_never_alias_inputs(dtype):
         assert_same(tokens, before)
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     routing = Routing.from_topk(torch.tensor([[0], [1]]), num_experts=2)
     with pytest.raises(ValueError, match=r"permute: routing must be on the device of tokens \(meta\), got cpu"):
         moekit.permute(torch.zeros(2, 3, device="meta"), routing)

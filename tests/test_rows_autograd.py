@@ -18,7 +18,7 @@ ops = torch.ops.moekit
 
 
 @pytest.mark.not_interpreted
-def test_item27_gradcheck():
+def test_gradcheck():
     indices = torch.tensor([[1, -1], [0, 1], [2, 2]])
     tokens, rows, weights = leaf(draw(0, 3, 2)), leaf(draw(1, 6, 2)), leaf(draw(2, 3, 2))
 
@@ -42,7 +42,7 @@ def test_item27_gradcheck():
     assert gradgradcheck(padded, (tokens, weights))
 
 
-def test_item28_double_backward_where_there_is_none(backend):
+def test_double_backward_where_there_is_none(backend):
     rows, weights = leaf(draw(0, 4, 3, dtype=torch.float32)), leaf(draw(1, 2, 2, dtype=torch.float32))
     routing = Routing.from_topk(torch.tensor([[0, 1], [1, 0]]), weights, num_experts=2)
     out = moekit.unpermute(rows, routing, weighted=True)
@@ -58,7 +58,7 @@ def test_item28_double_backward_where_there_is_none(backend):
             torch.autograd.grad(drows.sum(), rows)
 
 
-def test_item29_two_backwards_and_item30_nothing_is_written():
+def test_two_backwards_nothing_is_written():
     indices, experts, hidden = CASES["e7_odd_hidden"]
     tokens = leaf(draw(1, indices.shape[0], hidden, dtype=torch.bfloat16))
     weights = leaf(draw(2, *indices.shape, dtype=torch.float32))
@@ -77,7 +77,7 @@ def test_item29_two_backwards_and_item30_nothing_is_written():
         assert_same(now.detach(), then)
 
 
-def test_item31_gradients_nobody_needs(monkeypatch):
+def test_gradients_nobody_needs(monkeypatch):
     asked = []
     real = rows_module._unpermute_weighted_backward
     monkeypatch.setattr(rows_module, "_unpermute_weighted_backward", lambda *args: (asked.append(args[-1]), real(*args))[1])
@@ -94,7 +94,7 @@ def test_item31_gradients_nobody_needs(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [[True, True], [True, False], [False, True], [False, False]])
-def test_item31_the_operator_leaves_out_what_is_not_wanted(wanted):
+def test_the_operator_leaves_out_what_is_not_wanted(wanted):
     routing = Routing.from_topk(torch.tensor([[0, 1], [1, -1]]), num_experts=2)
     grad, rows, weights = draw(0, 2, 3).float(), draw(1, 4, 3).float(), draw(2, 4).float()
     outputs = ops.unpermute_backward(grad, rows, weights, *routing.row_tables(), wanted)
@@ -105,7 +105,7 @@ def test_item31_the_operator_leaves_out_what_is_not_wanted(wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_item09_the_operator_gives_rows_of_no_token_zero_gradients(dtype):
+def test_the_operator_gives_rows_of_no_token_zero_gradients(dtype):
     """Whatever stands in them."""
     found = Routing.from_topk(torch.tensor([[0, -1], [1, -1]]), num_experts=2).row_tables()
     rows = torch.tensor([[1, 2], [3, 4], [float("nan"), 1], [float("inf"), 0]], dtype=dtype)
@@ -119,7 +119,7 @@ def test_item09_the_operator_gives_rows_of_no_token_zero_gradients(dtype):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("tokens", [5, 0])
-def test_item32_activation_checkpointing(use_reentrant, tokens):
+def test_activation_checkpointing(use_reentrant, tokens):
     """With equal weights everywhere and one token of no expert."""
     indices = torch.tensor([[0, 1], [1, 0], [-1, -1], [2, 2], [0, 2]])[:tokens]
 
@@ -151,7 +151,7 @@ OPCHECK = {
 
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_item38_opcheck(name, dtype):
+def test_opcheck(name, dtype):
     indices, experts, hidden, layout = OPCHECK[name]
     lay = LAYOUTS[layout]
     found = Routing.from_topk(indices, num_experts=experts).row_tables()

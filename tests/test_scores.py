@@ -101,7 +101,7 @@ def test_a_score_that_a_backend_lacks_is_not_taken_for_another(backend, monkeypa
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item09_the_gradient_passes_over_index_minus_one(variant):
+def test_the_gradient_passes_over_index_minus_one(variant):
     logits = bf16_logits(4, 8, dtype=torch.float32).requires_grad_()
     indices = torch.tensor([[1, 2, -1], [-1, -1, -1], [0, -1, 7], [3, 4, 5]])
     grad = bf16_logits(4, 3, seed=2, dtype=torch.float32)
@@ -114,7 +114,7 @@ def test_item09_the_gradient_passes_over_index_minus_one(variant):
 
 @pytest.mark.parametrize("index", [8, -2, 2**40, -(2**62)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item10_the_gradient_of_an_index_out_of_range(backend, variant, index):
+def test_the_gradient_of_an_index_out_of_range(backend, variant, index):
     logits, indices = bf16_logits(3, 8, dtype=torch.float32), torch.tensor([[0, 1], [2, index], [index, index]])
     args = (torch.ones(3, 2), logits, indices, variant["score_function"], variant.get("pre_softmax", False), None)
     if backend != "triton":  # which does not look at values

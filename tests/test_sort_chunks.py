@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(9,), (9, 5), (9, 2, 3)])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int32, torch.bool])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_item20_sort_chunks_is_exact(shape, dtype, index_dtype):
+def test_sort_chunks_is_exact(shape, dtype, index_dtype):
     sizes, order = [2, 0, 4, 3], [3, 0, 2, 1]
     x, probs = (draw(0, *shape) * 3).to(dtype), draw(1, 9, dtype=torch.float32)
     tables_of = [torch.tensor(t, dtype=index_dtype) for t in (sizes, order)]
@@ -43,7 +43,7 @@ def test_sort_chunks_takes_some_or_repeats(order):
     assert_accurate(x.grad, torch.stack([grad[source == r].sum(0) for r in range(6)]))
 
 
-def test_item01_sort_chunks_of_nothing():
+def test_sort_chunks_of_nothing():
     x = torch.zeros(0, 3, requires_grad=True)
     for sizes in ([0, 0], []):
         order = torch.arange(len(sizes)).flip(0)
@@ -54,7 +54,7 @@ def test_item01_sort_chunks_of_nothing():
     assert moekit.sort_chunks(torch.zeros(4, 0), torch.tensor([1, 3]), torch.tensor([1, 0]))[0].shape == (4, 0)
 
 
-def test_item15_sort_chunks_of_strided_inputs():
+def test_sort_chunks_of_strided_inputs():
     sizes, order = torch.tensor([2, 4, 3]), torch.tensor([2, 0, 1])
     x = draw(0, 9, 2, 3, dtype=torch.bfloat16)
     plain, _ = moekit.sort_chunks(x, sizes, order)
@@ -74,12 +74,12 @@ def test_item15_sort_chunks_of_strided_inputs():
         ([[2, 4]], [0, 1], ValueError, "split_sizes must be a 1-D tensor"),
     ],
 )
-def test_item10_sort_chunks_refuses(sizes, order, error, message):
+def test_sort_chunks_refuses(sizes, order, error, message):
     with pytest.raises(error, match=message):
         moekit.sort_chunks(torch.zeros(6, 2), torch.tensor(sizes), torch.tensor(order))
 
 
-def test_item39_outputs_never_alias_inputs():
+def test_outputs_never_alias_inputs():
     """Chunks that stay where they are."""
     x, probs = draw(0, 4, 2), draw(1, 4)
     before = x.clone(), probs.clone()
@@ -90,7 +90,7 @@ def test_item39_outputs_never_alias_inputs():
         assert_same(now, was)
 
 
-def test_item19_mixed_devices():
+def test_mixed_devices():
     x, table = torch.zeros(2, 3), torch.tensor([1, 1])
     with pytest.raises(ValueError, match=r"probs must be on the device of input \(cpu\), got meta"):
         moekit.sort_chunks(x, table, table, probs=torch.zeros(2, device="meta"))

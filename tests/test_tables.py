@@ -84,7 +84,7 @@ def route_indices_by_hand(indices: Tensor, experts: int) -> tuple[Tensor, Tensor
 
 
 @every_case
-def test_item04_item13_item15_route_indices(poisoned, name):
+def test_route_indices(poisoned, name):
     indices, experts, _ = CASES[name]
     expected = route_indices_by_hand(indices, experts)
     for dtype in (torch.int32, torch.int64):
@@ -92,7 +92,7 @@ def test_item04_item13_item15_route_indices(poisoned, name):
             assert_tables(tables.route_indices(lay(indices.to(dtype)), experts), expected)
 
 
-def test_item01_route_indices_of_nothing(poisoned):
+def test_route_indices_of_nothing(poisoned):
     counts, offsets, order, inverse = tables.route_indices(torch.zeros(0, 2, dtype=torch.int32), 3)
     assert_tables((counts, offsets), (ints(0, 0, 0), ints(0, 0, 0, dtype=torch.int32)))
     assert order.shape == (0,) and inverse.shape == (0, 2)
@@ -100,7 +100,7 @@ def test_item01_route_indices_of_nothing(poisoned):
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_item08_item09_any_indices(data):
+def test_any_indices(data):
     experts, topk = data.draw(st.integers(1, 20), "experts"), data.draw(st.integers(1, 5), "topk")
     flat = data.draw(st.lists(st.integers(-1, experts - 1), max_size=60), "indices")
     indices = torch.tensor(flat[: len(flat) // topk * topk], dtype=torch.int64).view(-1, topk)
@@ -109,7 +109,7 @@ def test_item08_item09_any_indices(data):
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize(("size", "runs"), [(1 << 10, 20), (1 << 15, 2)])
-def test_item42_many_rows(size, runs):
+def test_many_rows(size, runs):
     """Long enough for several threads; the sort is stable, so the answer is known."""
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(-1, 37, (size, 3), generator=generator)
@@ -132,7 +132,7 @@ def test_item42_many_rows(size, runs):
 
 
 @every_case
-def test_item04_route_map(poisoned, name):
+def test_route_map(poisoned, name):
     indices, experts, _ = CASES[name]
     for dtype, mark in MAPS.values():
         routing_map = map_of(indices, experts, dtype, mark)
@@ -142,7 +142,7 @@ def test_item04_route_map(poisoned, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_item15_maps_of_any_layout(layout):
+def test_maps_of_any_layout(layout):
     indices, experts, _ = CASES["e7_odd_hidden"]
     routing_map = map_of(indices, experts)
     laid = LAYOUTS[layout](routing_map)
@@ -154,7 +154,7 @@ def test_item15_maps_of_any_layout(layout):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
-def test_item01_maps_of_nothing(poisoned, shape):
+def test_maps_of_nothing(poisoned, shape):
     routing_map = torch.zeros(shape)
     for num_rows in (None, 0, 2):
         assert_tables(tables.route_map(routing_map, num_rows), route_map_by_hand(routing_map, num_rows))
@@ -164,14 +164,14 @@ def test_item01_maps_of_nothing(poisoned, shape):
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
-def test_item14_capacity_below_the_routed_count(num_rows):
+def test_capacity_below_the_routed_count(num_rows):
     routing_map = torch.tensor([[1, 1], [0, 1], [1, 0]])
     with pytest.raises(ValueError, match=rf"num_out_tokens .*at least the 4 routed pairs .*, got {num_rows}"):
         tables.route_map(routing_map, num_rows)
 
 
 @every_case
-def test_item04_map_to_indices(poisoned, name):
+def test_map_to_indices(poisoned, name):
     indices, experts, _ = CASES[name]
     for dtype, mark in MAPS.values():
         routing_map = map_of(indices, experts, dtype, mark)
@@ -183,7 +183,7 @@ def test_item04_map_to_indices(poisoned, name):
             assert_same(tables.map_to_indices(routing_map, topk), expected)
 
 
-def test_item14_map_wider_than_topk():
+def test_map_wider_than_topk():
     with pytest.raises(ValueError, match=r"topk must be at least the 3 experts of a token, got 2"):
         tables.map_to_indices(torch.tensor([[1, 0, 0], [1, 1, 1]]), 2)
 
@@ -203,7 +203,7 @@ def capacity_by_hand(routing_map: Tensor, capacity: int) -> Tensor:
 
 
 @every_case
-def test_item04_route_capacity(poisoned, name):
+def test_route_capacity(poisoned, name):
     indices, experts, _ = CASES[name]
     for dtype, mark in MAPS.values():
         routing_map = map_of(indices, experts, dtype, mark)
@@ -229,7 +229,7 @@ def rows_of_tokens_by_hand(row_token: list[int], num_tokens: int) -> tuple[Tenso
     ("row_token", "num_tokens"),
     [([2, 0, -1, 2, 1, 2, -1], 4), ([0, 0, 0], 1), ([-1, -1], 3), ([], 2), ([], 0), ([-1], 0), ([3, 2, 1, 0], 4)],
 )
-def test_item09_rows_of_tokens(poisoned, row_token, num_tokens, dtype):
+def test_rows_of_tokens(poisoned, row_token, num_tokens, dtype):
     expected = rows_of_tokens_by_hand(row_token, num_tokens)
     for lay in LAYOUTS.values():
         assert_tables(tables.rows_of_tokens(lay(ints(*row_token, dtype=dtype)), num_tokens), expected)
@@ -248,7 +248,7 @@ def test_rows_of_many_tokens(size):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [4, 2**31 - 1, -2, -(2**31)])
-def test_item10_out_of_range(bad, dtype):
+def test_out_of_range(bad, dtype):
     index = ints(0, 3, bad, 1, dtype=dtype)
     with pytest.raises(ValueError, match=rf"unpermute: sorted_indices must be .* below 4 .*, got index {bad}$"):
         tables.rows_of_tokens(index, 4)
@@ -295,14 +295,14 @@ def pad_rows_by_hand(indices: Tensor, experts: int, multiple: int) -> tuple[Tens
 
 @every_case
 @pytest.mark.parametrize("multiple", [1, 2, 5, 16])
-def test_item04_pad_rows(poisoned, name, multiple):
+def test_pad_rows(poisoned, name, multiple):
     indices, experts, _ = CASES[name]
     routing = Routing.from_topk(indices, num_experts=experts)
     padded = tables.pad_rows(routing.offsets, routing.order, routing.inverse, multiple)
     assert_tables(padded, pad_rows_by_hand(indices, experts, multiple))
 
 
-def test_item01_pad_rows_of_nothing(poisoned):
+def test_pad_rows_of_nothing(poisoned):
     indices = torch.zeros(0, 2, dtype=torch.int64)
     routing = Routing.from_topk(indices, num_experts=3)
     padded = tables.pad_rows(routing.offsets, routing.order, routing.inverse, 4)
@@ -337,7 +337,7 @@ def test_take_and_row_slots():
     assert nothing.grad.shape == (0, 4)
 
 
-def test_item27_take_with_its_inverse():
+def test_take_with_its_inverse():
     values = draw(0, 2, 2).requires_grad_()
     index, back = ints(3, -1, 0), ints(2, -1, -1, 0)
     tables.take(values, index, back).backward(torch.tensor([1.0, 2, 3], dtype=torch.float64))
@@ -402,12 +402,12 @@ CALLS = [pytest.param(name, args, id=f"{name}-{i}") for i, (name, args) in enume
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS)
-def test_item38_opcheck(name, args):
+def test_opcheck(name, args):
     torch.library.opcheck(getattr(ops, name).default, args)
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS)
-def test_item39_tables_are_new_memory(name, args):
+def test_tables_are_new_memory(name, args):
     """Also where nothing moves: padding to a multiple of 1 is the identity."""
     given_tensors = [a for a in args if isinstance(a, Tensor)]
     before = [a.clone() for a in given_tensors]

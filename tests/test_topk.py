@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
 
 
 def assert_close_to_rounded(value, truth):
-    """At most twice the error of one correctly rounded result (checklist, item 20)."""
+    """At most twice the error of one correctly rounded result."""
     info = torch.finfo(value.dtype)
     # eps is the spacing of normal numbers; below them (float16) the spacing is constant.
     spacing = info.eps * truth.abs().clamp(min=info.smallest_normal)
@@ -41,7 +41,7 @@ def test_select_topk_orders_by_score_then_index():
 
 
 @pytest.mark.parametrize("experts", [1, 7, 64, 300])
-def test_item12_ties_go_to_the_lowest_expert(experts):
+def test_ties_go_to_the_lowest_expert(experts):
     assert select_topk(torch.zeros(3, experts), experts).tolist() == [list(range(experts))] * 3
     scores = torch.randint(0, 3, (20, experts), generator=torch.Generator().manual_seed(1)).float()
     k = min(5, experts)
@@ -50,7 +50,7 @@ def test_item12_ties_go_to_the_lowest_expert(experts):
     assert select_topk(scores.T.contiguous().T, k).tolist() == expected
 
 
-def test_item11_nan_ranks_below_minus_infinity():
+def test_nan_ranks_below_minus_infinity():
     scores = torch.tensor([[NAN, -INF, 1.0, NAN], [NAN] * 4, [INF, NAN, INF, -INF], [3.0, 2.0, 1.0, 0.0]])
     negative_nan = torch.where(scores.isnan(), -scores, scores)
     for x in (scores, negative_nan, scores.double(), scores.bfloat16()):
@@ -60,7 +60,7 @@ def test_item11_nan_ranks_below_minus_infinity():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group", [None, (4, 2)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_item11_bad_logits_touch_only_their_token(variant, group, biased):
+def test_bad_logits_touch_only_their_token(variant, group, biased):
     logits = bf16_logits(6, 8)
     bad = logits.clone()
     bad[1, 3], bad[2], bad[3, 0], bad[4] = NAN, NAN, INF, -INF
@@ -105,7 +105,7 @@ def test_more_groups_than_experts_to_choose_still_rank_by_their_best():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("k", [1, 2, 8])
-def test_item20_router_values(dtype, variant, k):
+def test_router_values(dtype, variant, k):
     logits = bf16_logits(50, 8)
     truth, indices_truth = router_by_hand(logits, k, **variant)
     weights, indices = topk_router(logits.to(dtype), k, **variant)
@@ -166,7 +166,7 @@ def test_scaling_factor_zero_is_honoured(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item22_large_logits_stay_finite(variant):
+def test_large_logits_stay_finite(variant):
     logits = torch.tensor([[3e38, -3e38, 0.0, 3e38], [-3e38] * 4], requires_grad=True)
     weights, _ = topk_router(logits, 2, **variant)
     weights.sum().backward()
@@ -174,7 +174,7 @@ def test_item22_large_logits_stay_finite(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item01_no_tokens(variant):
+def test_no_tokens(variant):
     logits = torch.zeros(0, 8, requires_grad=True)
     for groups in ({}, {"num_groups": 4, "group_topk": 2}):
         weights, indices = topk_router(logits, 2, expert_bias=torch.zeros(8), **groups, **variant)
@@ -184,7 +184,7 @@ def test_item01_no_tokens(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item04_one_expert(variant):
+def test_one_expert(variant):
     weights, indices = topk_router(torch.tensor([[0.5], [-2.0]]), 1, **variant)
     assert indices.tolist() == [[0], [0]]
     if variant["score_function"] == "softmax":
@@ -196,7 +196,7 @@ def test_item04_one_expert(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("groups", [{}, {"num_groups": 2, "group_topk": 1}])
-def test_item27_gradcheck(variant, groups):
+def test_gradcheck(variant, groups):
     logits = bf16_logits(5, 6).requires_grad_()
 
     def weigh(x):
@@ -207,7 +207,7 @@ def test_item27_gradcheck(variant, groups):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item20_gradient_in_bfloat16(variant):
+def test_gradient_in_bfloat16(variant):
     logits = bf16_logits(20, 8)
     upstream = bf16_logits(20, 2, seed=7)
     grads = {}
@@ -221,7 +221,7 @@ def test_item20_gradient_in_bfloat16(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item15_strided_logits_and_item30_arguments_unchanged(variant):
+def test_strided_logits_arguments_unchanged(variant):
     logits = bf16_logits(6, 8, dtype=torch.float32)
     bias = torch.linspace(0, 1, 8)
     for x in (logits.T.contiguous().T, torch.cat([logits, logits], 1)[:, 8:]):
@@ -233,7 +233,7 @@ def test_item15_strided_logits_and_item30_arguments_unchanged(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item43_a_token_is_the_same_alone_and_in_a_batch(variant):
+def test_a_token_is_the_same_alone_and_in_a_batch(variant):
     logits = bf16_logits(64, 16, dtype=torch.float32)
     weights, indices = topk_router(logits, 4, **variant)
     for t in (0, 13, 63):
@@ -242,7 +242,7 @@ def test_item43_a_token_is_the_same_alone_and_in_a_batch(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item40_compiles_whole(variant):
+def test_compiles_whole(variant):
     def step(x):
         weights, indices = topk_router(x, 2, num_groups=4, group_topk=2, expert_bias=torch.ones(8), **variant)
         return weights.sum() + indices.sum()
@@ -264,7 +264,7 @@ def test_weights_follow_indices_from_outside(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_item09_index_minus_one_has_no_weight(variant):
+def test_index_minus_one_has_no_weight(variant):
     logits = bf16_logits(4, 8).requires_grad_()
     indices = torch.tensor([[1, 2, -1], [-1, -1, -1], [0, -1, 7], [3, 4, 5]])
     weights = router_weights(logits, indices, **variant)
@@ -278,7 +278,7 @@ def test_item09_index_minus_one_has_no_weight(variant):
 
 
 @pytest.mark.parametrize("index", [8, -2])
-def test_item10_index_out_of_range(index):
+def test_index_out_of_range(index):
     with pytest.raises(ValueError, match=rf"indices.*8.*index {index}"):
         router_weights(torch.zeros(2, 8), torch.tensor([[0, 1], [2, index]]))
 
@@ -295,7 +295,7 @@ def test_selection_scores_are_what_the_selection_compares():
 # --- errors
 
 
-def test_item07_more_experts_asked_than_there_are():
+def test_more_experts_asked_than_there_are():
     logits = torch.zeros(3, 4)
     for call in (lambda: select_topk(logits, 5), lambda: topk_router(logits, 5)):
         with pytest.raises(ValueError, match=r"k must be .*\(4\), got 5"):
@@ -375,7 +375,7 @@ def test_gpu_selects_as_the_cpu(experts):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_item10_gpu_index_out_of_range_has_no_weight():
+def test_gpu_index_out_of_range_has_no_weight():
     logits = torch.zeros(1, 8, device="cuda")
     indices = torch.tensor([[0, 8, -5]], device="cuda")
     assert router_weights(logits, indices).tolist() == [[1.0, 0.0, 0.0]]

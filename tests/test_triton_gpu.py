@@ -88,7 +88,7 @@ def test_real_sizes_match_the_reference(operation, fixed_random):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_item42_twenty_runs_bit_equal(operation, fixed_random):
+def test_twenty_runs_bit_equal(operation, fixed_random):
     first = run(operation)
     for _ in range(20):
         for i, (a, b) in enumerate(zip(run(operation), first, strict=True)):
@@ -101,7 +101,7 @@ def layer(indices, x, weights):
     return moekit.unpermute(moekit.glu(rows, routing.row_weights(), offsets=routing.offsets), routing)
 
 
-def test_item41_graph_replay_with_new_routing():
+def test_graph_replay_with_new_routing():
     x, (indices, weights) = normal(T, 2 * I), choose()
     layer(indices, x, weights)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -146,14 +146,14 @@ def test_two_streams():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_item46_another_device_than_the_current():
+def test_another_device_than_the_current():
     x, (indices, weights) = normal(T, 2 * I), choose()
     other = [t.to("cuda:1") for t in (indices, x, weights)]
     assert torch.equal(layer(*other).cpu(), layer(indices, x, weights).cpu())
     assert torch.cuda.current_device() == 0
 
 
-def test_item43_a_token_alone_or_in_a_batch():
+def test_a_token_alone_or_in_a_batch():
     x, (indices, weights) = normal(T, 2 * I), choose()
     out = layer(indices, x, weights)
     for token in (0, 17, T - 1):
@@ -161,7 +161,7 @@ def test_item43_a_token_alone_or_in_a_batch():
         assert torch.equal(layer(indices[one], x[one], weights[one]), out[one])
 
 
-def test_item17_past_2_to_the_31_elements():
+def test_past_2_to_the_31_elements():
     tokens, width, tail = 2**19 + 3, 2048, slice(-5, None)
     x = torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda").random_(-64, 64)
     indices = torch.stack([torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.int64)], 1).cuda()

@@ -404,7 +404,7 @@ def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "warps"), [(4, 2), (8, 8), (16, 4), (32, 4)])
-def test_item44_every_configuration(monkeypatch, size, warps):
+def test_every_configuration(monkeypatch, size, warps):
     from moekit.kernels.triton import _launch
 
     monkeypatch.setattr(_launch, "_TILES", {name: _launch.Tile(size, warps) for name in _launch._TILES})

@@ -24,7 +24,7 @@ _NUMBA_TYPES = {"int": types.int64, "float": types.float32}
 
 
 def kernel(*specialisation: Any) -> Callable[[Callable], Callable]:
-    """Compile a function of ``int`` and ``float`` arguments (addresses are ints) to machine code that returns nothing, or an ``int``.
+    """Compile a function of ``int`` and ``float`` arguments (addresses are ints) to machine code. It may return an ``int``.
 
     Args:
         specialisation: the constants that the function closes over. They become part of its name on disk: two
