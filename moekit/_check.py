@@ -289,6 +289,7 @@ def row_tables(op: str, row_token: Tensor, token_offsets: Tensor, token_rows: Te
 
 def rows_end(op: str, order: Tensor, offsets_: Tensor) -> None:
     """Rows at or past the last offset are of no slot: nobody computes them."""
+    tensor_dim(op, "offsets", offsets_, 1)
     if not _backend.checks_values(order):
         return
     end = int(offsets_[-1]) if len(offsets_) else 0

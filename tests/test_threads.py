@@ -68,6 +68,25 @@ def test_as_many_threads_as_torch_says(threads):
     assert len(kernel.workers) == 3 and threading.current_thread() in kernel.workers
 
 
+def test_an_error_waits_for_the_helpers(threads):
+    """They may still be writing to memory that is gone when the caller has its error."""
+    threads(2)
+    both = threading.Barrier(2, timeout=10)
+    finished = []
+
+    def kernel(start, stop):
+        caller = threading.current_thread() is threading.main_thread()
+        both.wait()
+        if caller:
+            raise ValueError("here")
+        threading.Event().wait(0.05)
+        finished.append(start)
+
+    with pytest.raises(ValueError, match="here"):
+        _threads.run(kernel, 8, LARGE)
+    assert len(finished) == 1  # and after an error no range is begun
+
+
 def test_an_error_in_a_helper_reaches_the_caller(threads):
     threads(2)
     caller, met = threading.current_thread(), threading.Barrier(2)

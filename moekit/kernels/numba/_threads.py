@@ -48,8 +48,10 @@ def _share(kernel: Callable, count: int, args: tuple, block: int, threads: int) 
         return
     job = _Job(kernel, count, step, args)
     _pool.invite(job, threads - 1)
-    job.work()
-    job.wait()
+    try:
+        job.work()
+    finally:
+        job.wait()  # also after an error: the others are still writing to the caller's memory
 
 
 class _Job:
@@ -79,14 +81,19 @@ class _Job:
                 self._idle.notify()
 
     def work(self) -> None:
-        """Take ranges until none is left."""
+        """Take ranges until none is left, or one went wrong."""
         while True:
             with self._lock:
                 start = self._next
                 self._next = start + self._step
             if start >= self._count:
                 return
-            self._kernel(start, min(start + self._step, self._count), *self._args)
+            try:
+                self._kernel(start, min(start + self._step, self._count), *self._args)
+            except BaseException:
+                with self._lock:
+                    self._next = self._count
+                raise
 
     def wait(self) -> None:
         """Return when no range is being worked on any more."""
