@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moekit._backend import available, backend, debug
     from moekit.ops.aux_loss import aux_loss
+    from moekit.ops.balance import balance_loss, sequence_balance_loss
     from moekit.ops.experts import experts
     from moekit.ops.gemm import grouped_linear
     from moekit.ops.glu import glu
-    from moekit.ops.losses import load_balancing_loss, z_loss
+    from moekit.ops.losses import get_capacity, load_balancing_loss, z_loss
+    from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
     from moekit.ops.topk import topk_router
     from moekit.routing import Routing
@@ -26,13 +28,17 @@ _HOME = {
     "Routing": "moekit.routing",
     "aux_loss": "moekit.ops.aux_loss",
     "available": "moekit._backend",
+    "balance_loss": "moekit.ops.balance",
     "backend": "moekit._backend",
     "debug": "moekit._backend",
     "experts": "moekit.ops.experts",
+    "get_capacity": "moekit.ops.losses",
     "glu": "moekit.ops.glu",
     "grouped_linear": "moekit.ops.gemm",
     "load_balancing_loss": "moekit.ops.losses",
     "permute": "moekit.ops.rows",
+    "route": "moekit.ops.route",
+    "sequence_balance_loss": "moekit.ops.balance",
     "sort_chunks": "moekit.ops.rows",
     "topk_router": "moekit.ops.topk",
     "unpermute": "moekit.ops.rows",
@@ -44,12 +50,16 @@ __all__ = [
     "aux_loss",
     "available",
     "backend",
+    "balance_loss",
     "debug",
     "experts",
+    "get_capacity",
     "glu",
     "grouped_linear",
     "load_balancing_loss",
     "permute",
+    "route",
+    "sequence_balance_loss",
     "sort_chunks",
     "topk_router",
     "unpermute",
@@ -57,7 +67,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("compat", "hf", "moe_utils")
+_MODULES = ("compat", "hf", "megatron", "moe_utils", "monitor", "nn")
 
 
 def __getattr__(name: str) -> Any:

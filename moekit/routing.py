@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from moekit.ops import tables
 # The default of the tables, only so that a call without them can say how they are made.
 _MADE: Any = None
 HOW_TO_BUILD = "Routing.from_topk(indices, weights, num_experts=E) or Routing.from_map(routing_map, probs)"
+
+
+class Scored(NamedTuple):
+    """What a router chose from: what the losses of its choice look at.
+
+    Attributes:
+        logits: ``[T, E]``, as scores are taken of them.
+        score: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``.
+        padding_mask: ``[T]`` bool, True for padding, or None.
+    """
+
+    logits: Tensor
+    score: str
+    padding_mask: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +49,9 @@ class Routing:
         offsets: ``[E]`` int32, cumulative row ends, as ``torch.nn.functional.grouped_mm`` wants them.
         order: ``[R]`` int32, the slot ``t * K + k`` of each row, -1 for none.
         inverse: ``[T, K]`` int32, the row of each slot, -1 for none.
+        scored: what :func:`moekit.route` chose from; None of a routing that was made from a choice.
 
-    Made by :meth:`from_topk` or :meth:`from_map`, which see to it that the tables belong together.
+    Made by :func:`moekit.route`, :meth:`from_topk` or :meth:`from_map`, which see to it that the tables belong together.
     """
 
     indices: Tensor
@@ -45,6 +60,7 @@ class Routing:
     offsets: Tensor = _MADE
     order: Tensor = _MADE
     inverse: Tensor = _MADE
+    scored: Scored | None = None
 
     def __post_init__(self) -> None:
         indices, counts, offsets = self.indices, self.tokens_per_expert, self.offsets

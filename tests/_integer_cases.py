@@ -230,7 +230,16 @@ def _(m: Make) -> dict[str, Any]:
     logits = m.floats(m.sizes.tokens, m.sizes.experts)
     grad, score = m.floats(m.sizes.tokens, m.sizes.topk), m._rng.choice(("softmax", "sigmoid"))
     indices = logits.float().argsort(1, descending=True)[:, : m.sizes.topk]
-    return {"grad": grad, "logits": logits, "indices": indices, "score": score, "pre_softmax": False, "scaling": None}
+    scoring = {"score": score, "pre_softmax": False, "epsilon": m._rng.choice((None, 1e-6)), "scaling": None}
+    return {"grad": grad, "logits": logits, "indices": indices, **scoring}
+
+
+@target("ops.weigh_experts", "indices")
+def _(m: Make) -> dict[str, Any]:
+    logits = m.floats(m.sizes.tokens, m.sizes.experts)
+    indices = logits.float().argsort(1, descending=True)[:, : m.sizes.topk]
+    scoring = {"score": m._rng.choice(("softmax", "sigmoid")), "pre_softmax": False, "epsilon": None, "scaling": 2.0}
+    return {"logits": logits, "indices": indices, **scoring}
 
 
 # --- the public functions -------------------------------------------------------------------------------------------

@@ -246,15 +246,16 @@ def test_tables_equal_the_reference_for_any_threads(threads, monkeypatch, num_th
         assert all(map(torch.equal, results, wanted)), op
 
 
-@pytest.mark.parametrize(("groups", "group_topk"), [(None, None), (4, 2)])
+@pytest.mark.parametrize("groups", [(0, 0, 0), (4, 2, 2)])
+@pytest.mark.parametrize("by_logits", [False, True])
 @pytest.mark.parametrize("score", topk.SCORE_FUNCTIONS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_router_equals_the_reference_with_ties_and_nan(groups, group_topk, score, biased):
+def test_router_equals_the_reference_with_ties_and_nan(groups, by_logits, score, biased):
     torch.manual_seed(3)
     logits = torch.randn(64, 32).mul(4).round().div(4)
     logits[1, ::3], logits[2], logits[3, :20], logits[4] = float("nan"), float("nan"), float("-inf"), -0.0
     bias = torch.randn(32).mul(4).round() / 8 if biased else None
-    args = (logits, bias, 4, score, False, groups, group_topk, 2.5)
+    args = (logits, bias, 4, score, False, 1e-6, 2.5, by_logits, *groups)
     weights, indices = KERNELS["topk_router"](*args)
     wanted_weights, wanted_indices = topk._topk_router_reference(*args)
     assert torch.equal(indices, wanted_indices)
@@ -268,7 +269,7 @@ def test_float64_is_left_to_the_reference(op):
     args = {
         "glu": (x, None, None, None, *SPECS["swiglu"]),
         "unpermute": (x, None, *found),
-        "topk_router": (x, None, 2, "softmax", False, None, None, None),
+        "topk_router": (x, None, 2, "softmax", False, None, None, False, 0, 0, 0),
     }
     assert KERNELS[op](*args[op]) is NotImplemented
 
@@ -364,9 +365,10 @@ GUARDED = """
             call("unpermute_backward", tokens, values, torch.rand(45), *found, [True, True])
             call("sort_chunk_rows", torch.tensor([2, 3]), torch.tensor([1, 0]), 5, 5)
             for score in ("softmax", "sigmoid"):
-                logits, args = torch.randn(5, 12).to(dtype), (score, score == "softmax")
-                _, experts = call("topk_router", logits, torch.rand(12), 3, *args, 4, 2, None)
-                call("topk_router_backward", torch.randn(5, 3).to(dtype), logits, experts, *args, None)
+                logits, args = torch.randn(5, 12).to(dtype), (score, score == "softmax", 1e-20, None)
+                _, experts = call("topk_router", logits, torch.rand(12), 3, *args, False, 4, 2, 1)
+                call("weigh_experts", logits, experts, *args)
+                call("topk_router_backward", torch.randn(5, 3).to(dtype), logits, experts, *args)
 """
 
 

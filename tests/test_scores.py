@@ -83,7 +83,9 @@ def test_a_score_that_a_backend_lacks_is_not_taken_for_another(backend, monkeypa
         with pytest.raises(ValueError, match=message):
             topk_router(logits, 2, score_function="made_up", **options)
     with pytest.raises(ValueError, match=message):
-        torch.ops.moekit.topk_router_backward(torch.ones(4, 2), logits, indices, "made_up", False, None)
+        torch.ops.moekit.topk_router_backward(torch.ones(4, 2), logits, indices, "made_up", False, None, None)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.moekit.weigh_experts(logits, indices, "made_up", False, None, None)
     for call in (
         lambda: router_weights(logits, indices, score_function="made_up"),
         lambda: selection_scores(logits, score_function="made_up"),
@@ -99,6 +101,10 @@ def test_a_score_that_a_backend_lacks_is_not_taken_for_another(backend, monkeypa
 # --- indices that a tensor holds
 
 
+def epsilon_of(variant):
+    return None if variant["score_function"] == "softmax" else topk.NORMALISER_EPS
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_passes_over_index_minus_one(variant):
@@ -107,7 +113,7 @@ def test_the_gradient_passes_over_index_minus_one(variant):
     grad = bf16_logits(4, 3, seed=2, dtype=torch.float32)
     named = {"scaling_factor": 1.5, **variant}
     (expected,) = torch.autograd.grad(router_weights(logits.double(), indices, **named), logits, grad.double())
-    args = (variant["score_function"], variant.get("pre_softmax", False), 1.5)
+    args = (variant["score_function"], variant.get("pre_softmax", False), epsilon_of(variant), 1.5)
     found = torch.ops.moekit.topk_router_backward(grad, logits.detach(), indices, *args)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
@@ -116,7 +122,8 @@ def test_the_gradient_passes_over_index_minus_one(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_of_an_index_out_of_range(backend, variant, index):
     logits, indices = bf16_logits(3, 8, dtype=torch.float32), torch.tensor([[0, 1], [2, index], [index, index]])
-    args = (torch.ones(3, 2), logits, indices, variant["score_function"], variant.get("pre_softmax", False), None)
+    scoring = (variant["score_function"], variant.get("pre_softmax", False), epsilon_of(variant), None)
+    args = (torch.ones(3, 2), logits, indices, *scoring)
     if backend != "triton":  # which does not look at values
         with pytest.raises(ValueError, match=rf"topk_router_backward: indices .*below 8 .*index {index}"):
             torch.ops.moekit.topk_router_backward(*args)

@@ -342,7 +342,7 @@ SCORES = [("softmax", True), *((name, False) for name in topk_ops.SCORE_FUNCTION
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("sizes", [(7, 12, 3, None, None), (5, 20, 8, 4, 2), (1, 1, 1, None, None), (12, 128, 8, 8, 4)])
+@pytest.mark.parametrize("sizes", [(7, 12, 3, 0, 0, 0), (5, 20, 8, 4, 2, 4), (1, 1, 1, 0, 0, 0), (12, 128, 8, 8, 4, 2)])
 def test_topk_router(sizes, score):
     num_tokens, num_experts, k, *groups = sizes
     options = [(False, None, torch.float32, True), (True, 2.5, torch.bfloat16, False), (True, 0.0, torch.float32, True)]
@@ -351,16 +351,16 @@ def test_topk_router(sizes, score):
         bias = draw(2, num_experts, dtype=torch.float32, scale=0.1) if biased else None
         if tied:
             logits, bias = logits.round(), None if bias is None else bias.round()
-        args = (logits, bias, k, *score, *groups, scaling)
+        scoring = (*score, 1e-20 if score[0] != "softmax" and k > 1 else None, scaling)
+        args = (logits, bias, k, *scoring, False, *groups)
         weights, indices = kernel("topk_router", *args)
         _, expected = reference(topk_ops._topk_router_reference, *args)
         assert_exact(indices, expected, f"{args[2:]}")
-        wide = (logits.double(), indices, *score, scaling)
-        named = {"score_function": score[0], "pre_softmax": score[1], "scaling_factor": scaling}
-        true = reference(functools.partial(topk_ops.router_weights, *wide[:2], **named))
+        wide = (logits.double(), indices, *scoring)
+        true = reference(topk_ops._weigh_reference, *wide)
         assert_accurate(weights, true, work=torch.float32, scale=4.0, what=f"{args[2:]}")
         grad = draw(3, num_tokens, k, dtype=dtype)
-        found = kernel("topk_router_backward", grad, logits, indices, *score, scaling)
+        found = kernel("topk_router_backward", grad, logits, indices, *scoring)
         true = reference(topk_ops._topk_router_backward_reference, grad.double(), *wide)
         assert_accurate(found, true, work=torch.float32, scale=16.0, what=f"{args[2:]} gradient")
 
@@ -370,9 +370,10 @@ def test_topk_of_what_is_no_number():
     logits = draw(5, 6, 8, dtype=torch.float32)
     logits[0], logits[1, 3], logits[2, :4], logits[3, 2], logits[4] = nan, nan, -inf, inf, -inf
     logits[4, 7], logits[5] = nan, torch.tensor([-0.0, 0.0] * 4)
-    for groups, score in itertools.product([(None, None), (4, 2)], SCORES):
-        weights, indices = kernel("topk_router", logits, None, 4, *score, *groups, None)
-        true, expected = reference(topk_ops._topk_router_reference, logits, None, 4, *score, *groups, None)
+    for groups, score in itertools.product([(0, 0, 0), (4, 2, 2)], SCORES):
+        args = (logits, None, 4, *score, None, None, False, *groups)
+        weights, indices = kernel("topk_router", *args)
+        true, expected = reference(topk_ops._topk_router_reference, *args)
         assert_exact(indices, expected)
         assert torch.equal(weights.isnan(), true.isnan())
 
@@ -387,9 +388,10 @@ def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
     for name, what, *args in (
         ("glu", "activation", y, *glu),
         ("glu_backward", "activation", y[:, :4], y, None, *glu, [True, True, False, False]),
-        ("topk_router", "score", logits, None, 2, "made_up", False, None, None, None),
-        ("topk_router", "score", logits, logits[0], 2, "made_up", False, None, None, None),
-        ("topk_router_backward", "score", logits[:, :2], logits, indices, "made_up", False, None),
+        ("topk_router", "score", logits, None, 2, "made_up", False, None, None, False, 0, 0, 0),
+        ("topk_router", "score", logits, logits[0], 2, "made_up", False, None, None, False, 0, 0, 0),
+        ("weigh_experts", "score", logits, indices, "made_up", False, None, None),
+        ("topk_router_backward", "score", logits[:, :2], logits, indices, "made_up", False, None, None),
     ):
         with pytest.raises(Exception, match=r"(?s).+") as raised:
             kernel(name, *args)
@@ -418,4 +420,4 @@ def test_float64_is_left_to_the_reference():
 
     y = place(torch.ones(3, 4, dtype=torch.float64))
     assert KERNELS["glu"](y, None, None, None, *glu_ops.make_glu()) is NotImplemented
-    assert KERNELS["topk_router"](y, None, 1, "softmax", False, None, None, None) is NotImplemented
+    assert KERNELS["topk_router"](y, None, 1, "softmax", False, None, None, False, 0, 0, 0) is NotImplemented

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moekit import _backend, _check
 from moekit.ops.topk import SCORE_FUNCTIONS, descending, normalised, own_score, select_topk
+from moekit.routing import Routing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,13 +104,13 @@ def switch_loss(
     return products * share * share * (coeff * num_experts / topk)
 
 
-def z_loss(logits: Tensor, coeff: float, padding_mask: Tensor | None = None) -> Tensor:
+def z_loss(logits: Tensor | Routing, coeff: float, padding_mask: Tensor | None = None) -> Tensor:
     """The router z-loss of ST-MoE (arXiv 2202.08906, equation 5).
 
     ``coeff * mean_t logsumexp_e(logits_te)**2`` keeps the logits small.
 
     Args:
-        logits: ``[..., E]``, floating point.
+        logits: ``[..., E]``, floating point; or a routing of :func:`moekit.route`, which knows its logits and padding.
         coeff: factor of the loss.
         padding_mask: ``[...]`` bool, True for padding; such tokens are left out of the mean.
 
@@ -120,6 +121,11 @@ def z_loss(logits: Tensor, coeff: float, padding_mask: Tensor | None = None) -> 
         ValueError: the shape or device of the mask does not fit.
         TypeError: ``logits`` is not floating point or ``padding_mask`` not bool.
     """
+    if isinstance(logits, Routing):
+        if padding_mask is not None or logits.scored is None:
+            got = "padding_mask as well" if logits.scored is not None else "one without logits"
+            raise _check.fail("z_loss", "logits", "logits, or a routing of moekit.route alone", got)
+        logits, _, padding_mask = logits.scored
     _check.floating("z_loss", "logits", logits)
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares = _without_padding("z_loss", values, padding_mask).logsumexp(-1).square()

@@ -58,9 +58,9 @@ ELEMENTWISE = {
 SCORE_FUNCTIONS = ("softmax", *ELEMENTWISE)
 
 
-def normalised(scores: Tensor) -> Tensor:
-    """``scores [T, N]`` divided by each token's sum."""
-    return scores / (scores.sum(1, keepdim=True) + NORMALISER_EPS)
+def normalised(scores: Tensor, epsilon: float = NORMALISER_EPS) -> Tensor:
+    """``scores [T, N]`` divided by each token's sum, plus ``epsilon``."""
+    return scores / (scores.sum(1, keepdim=True) + epsilon)
 
 
 def own_score(score_function: str) -> Score | None:
@@ -102,19 +102,19 @@ def select_topk(scores: Tensor, k: int) -> Tensor:
     return descending(scores, dim=1)[:, :k].contiguous()
 
 
-def group_limited_select(scores: Tensor, k: int, num_groups: int, group_topk: int) -> Tensor:
+def group_limited_select(scores: Tensor, k: int, num_groups: int, group_topk: int, group_best: int | None = None) -> Tensor:
     """The K highest-scored experts of each token among those of its best groups.
 
-    The E experts form ``num_groups`` groups of neighbours. A group's score is the sum of its ``max(1, K //
-    group_topk)`` highest scores; a token takes its ``group_topk`` best groups, then its K best experts in
-    them. It limits the devices (DeepSeek-V2, arXiv 2405.04434) or the nodes (DeepSeek-V3, arXiv 2412.19437)
-    that a token travels to.
+    The E experts form ``num_groups`` groups of neighbours. A group is scored by the sum of its ``group_best`` highest; a
+    token takes its ``group_topk`` best groups, then its K best experts in them. It limits the devices (DeepSeek-V2, arXiv
+    2405.04434) or the nodes (DeepSeek-V3, arXiv 2412.19437) that a token travels to.
 
     Args:
         scores: ``[T, E]``, floating point.
         k: experts per token, 1 to ``group_topk * E // num_groups``.
         num_groups: number of groups, a divisor of E.
         group_topk: groups per token, 1 to ``num_groups``.
+        group_best: scores that a group's is the sum of, 1 to ``E // num_groups``; None is ``max(1, K // group_topk)``.
 
     Returns:
         indices ``[T, K]`` int64, descending by score; ties go to the lowest group and the lowest expert, NaN
@@ -124,12 +124,13 @@ def group_limited_select(scores: Tensor, k: int, num_groups: int, group_topk: in
         ValueError: a number is out of its range, or ``scores`` is not 2-D.
         TypeError: ``scores`` is not floating point.
     """
-    _check_matrix("group_limited_select", "scores", scores)
+    op = "group_limited_select"
+    _check_matrix(op, "scores", scores)
     num_experts = scores.shape[1]
-    k, num_groups, group_topk = _check_groups("group_limited_select", k, num_experts, num_groups, group_topk)
+    k, num_groups, group_topk, group_best = check_groups(op, k, num_experts, num_groups, group_topk, group_best)
     size = num_experts // num_groups
     grouped = scores.detach().reshape(-1, num_groups, size)
-    best = descending(grouped, dim=2)[:, :, : max(1, k // group_topk)]
+    best = descending(grouped, dim=2)[:, :, :group_best]
     # Back in ascending order, so that a tie between two chosen groups goes to the lower expert.
     chosen = select_topk(grouped.gather(2, best).sum(2), group_topk).sort(dim=1).values
     experts = (chosen[:, :, None] * size + torch.arange(size, device=scores.device)).flatten(1)
@@ -160,20 +161,20 @@ def selection_scores(
 
 
 def _choose(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    k: int,
-    score_function: str,
-    pre_softmax: bool,
-    num_groups: int | None,
-    group_topk: int | None,
+    logits: Tensor, expert_bias: Tensor | None, k: int, score_function: str, pre_softmax: bool, choice: Choice
 ) -> Tensor:
-    if expert_bias is None and not group_topk:
+    if expert_bias is None and not choice.num_groups:
         # Every score keeps the order of the logits, and adds ties where it saturates.
         return select_topk(logits, k)
-    scores = selection_scores(logits, score_function=score_function, pre_softmax=pre_softmax, expert_bias=expert_bias)
-    if group_topk and num_groups:
-        return group_limited_select(scores, k, num_groups, group_topk)
+    scored = not choice.by_logits and (pre_softmax or score_function != "softmax")
+    scores = selection_scores(
+        logits,
+        score_function=score_function if scored else "softmax",
+        pre_softmax=pre_softmax and scored,
+        expert_bias=expert_bias,
+    )
+    if choice.num_groups:
+        return group_limited_select(scores, k, choice.num_groups, choice.group_topk, choice.group_best)
     return select_topk(scores, k)
 
 
@@ -188,7 +189,7 @@ def router_weights(
     pre_softmax: bool = False,
     scaling_factor: float | None = None,
 ) -> Tensor:
-    """The differentiable half of :func:`topk_router`: the weights of given experts.
+    """The differentiable half of :func:`topk_router`: the weights of given experts, in plain PyTorch.
 
     Args:
         logits: ``[T, E]``, floating point.
@@ -208,29 +209,14 @@ def router_weights(
         TypeError: ``logits`` is not floating point, or ``indices`` not int32 or int64.
     """
     _check_router("router_weights", logits, score_function, pre_softmax, None)
-    _check.integer("router_weights", "indices", indices)
     _check.tensor_dim("router_weights", "indices", indices, 2)
-    _check.shape("router_weights", "indices", indices, (logits.shape[0], indices.shape[1]), "[T, K]")
-    _check.same_device("router_weights", logits=logits, indices=indices)
-    num_experts = logits.shape[1]
-    _check.in_range("router_weights", "indices", indices, num_experts, "the number of experts")
-    absent = (indices < 0) | (indices >= num_experts)
-    index = indices.long().masked_fill(absent, 0)
-    values = logits.to(_wide(logits))
-    own = own_score(score_function)
-    if own is not None:
-        weights = own.value(values.gather(1, index)).masked_fill(absent, 0.0)
-        if indices.shape[1] > 1:
-            weights = normalised(weights)
-    elif pre_softmax:
-        weights = values.softmax(1).gather(1, index).masked_fill(absent, 0.0)
-    else:
-        # The lowest finite value rather than -inf: a token with no expert at all stays free of NaN.
-        chosen = values.gather(1, index).masked_fill(absent, torch.finfo(values.dtype).min)
-        weights = chosen.softmax(1).masked_fill(absent, 0.0)
-    if scaling_factor is not None:
-        weights = weights * scaling_factor
-    return weights.to(logits.dtype)
+    epsilon = _megatron_epsilon(score_function, indices.shape[1])
+    return _weigh_reference(logits, indices, score_function, pre_softmax, epsilon, scaling_factor)
+
+
+def _megatron_epsilon(score_function: str, k: int) -> float | None:
+    """There, scores of a logit alone are divided by their sum, if there are several."""
+    return NORMALISER_EPS if score_function != "softmax" and k > 1 else None
 
 
 def topk_router(
@@ -274,34 +260,76 @@ def topk_router(
         TypeError: ``logits`` or ``expert_bias`` is not floating point.
     """
     _check_router("topk_router", logits, score_function, pre_softmax, expert_bias)
-    k, num_groups, group_topk = _check_choice(logits, k, num_groups, group_topk)
+    k, choice = check_choice("topk_router", logits, k, num_groups, group_topk)
     if scaling_factor is not None:
         scaling_factor = _check.real("topk_router", "scaling_factor", scaling_factor)
-    return _topk_router(logits, expert_bias, k, score_function, bool(pre_softmax), num_groups, group_topk, scaling_factor)
+    scoring = Scoring(score_function, bool(pre_softmax), _megatron_epsilon(score_function, k), scaling_factor)
+    return choose_and_weigh(logits, expert_bias, k, *scoring, *choice)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------
 
 
-def _topk_router_reference(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    k: int,
-    score_function: str,
-    pre_softmax: bool,
-    num_groups: int | None,
-    group_topk: int | None,
-    scaling_factor: float | None,
-) -> tuple[Tensor, Tensor]:
-    indices = _choose(logits, expert_bias, k, score_function, pre_softmax, num_groups, group_topk)
-    weights = router_weights(
-        logits, indices, score_function=score_function, pre_softmax=pre_softmax, scaling_factor=scaling_factor
-    )
-    return weights, indices
+class Scoring(NamedTuple):
+    """How chosen experts are weighed, in the order of the operators' schemas."""
+
+    score_function: str
+    pre_softmax: bool  # the softmax is over all experts, not over the chosen ones
+    epsilon: float | None  # weights are divided by their sum plus this; None: they are not
+    scaling_factor: float | None
+
+
+class Choice(NamedTuple):
+    """How experts are chosen, in the order of the operators' schemas."""
+
+    by_logits: bool = False  # the choice compares logits, not scores
+    num_groups: int = 0  # 0: no groups
+    group_topk: int = 0
+    group_best: int = 0
+
+
+def _topk_router_reference(logits: Tensor, expert_bias: Tensor | None, k: int, *constants: Any) -> tuple[Tensor, Tensor]:
+    scoring, choice = Scoring(*constants[:4]), Choice(*constants[4:])
+    indices = _choose(logits, expert_bias, k, scoring.score_function, scoring.pre_softmax, choice)
+    return _weigh_reference(logits, indices, *scoring), indices
 
 
 def _topk_router_fake(logits: Tensor, expert_bias: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[0], k), logits.new_empty(logits.shape[0], k, dtype=torch.int64)
+
+
+def _weigh_reference(
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    epsilon: float | None,
+    scaling_factor: float | None,
+) -> Tensor:
+    """The weights ``[T, K]`` of the experts ``indices [T, K]``; 0 for an index that names none."""
+    num_experts = logits.shape[1]
+    check_indices("router_weights", logits, indices)
+    absent = (indices < 0) | (indices >= num_experts)
+    index = indices.long().masked_fill(absent, 0)
+    values = logits.to(_wide(logits))
+    own = own_score(score_function)
+    if own is not None:
+        weights = own.value(values.gather(1, index)).masked_fill(absent, 0.0)
+    elif pre_softmax:
+        weights = values.softmax(1).gather(1, index).masked_fill(absent, 0.0)
+    else:
+        # The lowest finite value rather than -inf: a token with no expert at all stays free of NaN.
+        chosen = values.gather(1, index).masked_fill(absent, torch.finfo(values.dtype).min)
+        weights = chosen.softmax(1).masked_fill(absent, 0.0)
+    if epsilon is not None:
+        weights = normalised(weights, epsilon)
+    if scaling_factor is not None:
+        weights = weights * scaling_factor
+    return weights.to(logits.dtype)
+
+
+def _weigh_fake(logits: Tensor, indices: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(indices.shape)
 
 
 def _topk_router_backward_reference(
@@ -310,6 +338,7 @@ def _topk_router_backward_reference(
     indices: Tensor,
     score_function: str,
     pre_softmax: bool,
+    epsilon: float | None,
     scaling_factor: float | None,
 ) -> Tensor:
     """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``.
@@ -317,11 +346,8 @@ def _topk_router_backward_reference(
     An index that names no expert takes no part, as in :func:`router_weights`.
     """
     num_experts = logits.shape[1]
-    _check.tensor_dim("topk_router_backward", "indices", indices, 2)
-    _check.integer("topk_router_backward", "indices", indices)
-    _check.shape("topk_router_backward", "indices", indices, (logits.shape[0], indices.shape[1]), "[tokens, topk]")
+    check_indices("topk_router_backward", logits, indices)
     _check.shape("topk_router_backward", "grad", grad, indices.shape, "[tokens, topk]")
-    _check.in_range("topk_router_backward", "indices", indices, num_experts, "the number of experts")
     absent = (indices < 0) | (indices >= num_experts)
     index = indices.long().masked_fill(absent, 0)
     values = logits.to(_wide(logits))
@@ -331,23 +357,29 @@ def _topk_router_backward_reference(
     own = own_score(score_function)
     chosen = values.gather(1, index)
     if own is not None:
-        scores = own.value(chosen).masked_fill(absent, 0.0)
-        if indices.shape[1] > 1:
-            total = scores.sum(1, keepdim=True) + NORMALISER_EPS
-            g = (g - (g * scores).sum(1, keepdim=True) / total) / total
-        g = (g * own.slope(chosen, scores)).masked_fill(absent, 0.0)
+        scores = own.value(chosen)
     elif pre_softmax:
         probs = values.softmax(1)
-        g = _spread(g, indices, absent, num_experts)
-        return (probs * (g - (g * probs).sum(1, keepdim=True))).to(logits.dtype)
+        scores = probs.gather(1, index)
     else:
-        probs = chosen.masked_fill(absent, torch.finfo(values.dtype).min).softmax(1).masked_fill(absent, 0.0)
-        g = probs * (g - (g * probs).sum(1, keepdim=True))
+        scores = chosen.masked_fill(absent, torch.finfo(values.dtype).min).softmax(1)
+    scores = scores.masked_fill(absent, 0.0)
+    if epsilon is not None:
+        total = scores.sum(1, keepdim=True) + epsilon
+        g = (g - (g * scores).sum(1, keepdim=True) / total) / total
+    if own is not None:
+        g = (g * own.slope(chosen, scores)).masked_fill(absent, 0.0)
+    elif pre_softmax:
+        mean = (g * scores).sum(1, keepdim=True)
+        return (probs * (_spread(g, indices, absent, num_experts) - mean)).to(logits.dtype)
+    else:
+        g = scores * (g - (g * scores).sum(1, keepdim=True))
     return _spread(g, indices, absent, num_experts).to(logits.dtype)
 
 
 def _spread(values: Tensor, indices: Tensor, absent: Tensor, num_experts: int) -> Tensor:
     """``values [T, K]`` at their experts in zeros ``[T, E]``; a spare last column takes those of no expert."""
+    values = values.masked_fill(absent, 0.0)
     place = indices.long().masked_fill(absent, num_experts)
     spread = values.new_zeros(values.shape[0], num_experts + 1).scatter(1, place, values)
     return spread[:, :num_experts].contiguous()
@@ -358,13 +390,22 @@ def _topk_router_backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
-    logits, _, _, score_function, pre_softmax, _, _, scaling_factor = args
-    ctx.scoring = (score_function, pre_softmax, scaling_factor)
+    logits, _, _, *constants = args
+    ctx.scoring = constants[:4]
     ctx.save_for_backward(logits, outputs[1])
 
 
 def _backward(ctx: Any, needs: tuple, grad: Tensor, _: Any) -> tuple:
-    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 7)
+    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 10)
+
+
+def _save_weigh(ctx: Any, args: tuple, outputs: Any) -> None:
+    logits, indices, *ctx.scoring = args
+    ctx.save_for_backward(logits, indices)
+
+
+def _backward_weigh(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 5)
 
 
 def _save_backward(ctx: Any, args: tuple, outputs: Any) -> None:
@@ -378,17 +419,24 @@ def _double_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     return _library.differentiate(lambda *a: (_topk_router_backward_reference(*a),), args, needs, (grad,))
 
 
+_SCORING = "str score_function, bool pre_softmax, float? epsilon, float? scaling_factor"
 _topk_router_backward = _library.define(
-    "topk_router_backward(Tensor grad, Tensor logits, Tensor indices, str score_function, bool pre_softmax,"
-    " float? scaling_factor) -> Tensor",
+    f"topk_router_backward(Tensor grad, Tensor logits, Tensor indices, {_SCORING}) -> Tensor",
     reference=_topk_router_backward_reference,
     fake=_topk_router_backward_fake,
     save=_save_backward,
     backward=_double_backward,
 )
-_topk_router = _library.define(
-    "topk_router(Tensor logits, Tensor? expert_bias, SymInt k, str score_function, bool pre_softmax,"
-    " int? num_groups, int? group_topk, float? scaling_factor) -> (Tensor, Tensor)",
+weigh = _library.define(
+    f"weigh_experts(Tensor logits, Tensor indices, {_SCORING}) -> Tensor",
+    reference=_weigh_reference,
+    fake=_weigh_fake,
+    save=_save_weigh,
+    backward=_backward_weigh,
+)
+choose_and_weigh = _library.define(
+    f"topk_router(Tensor logits, Tensor? expert_bias, SymInt k, {_SCORING},"
+    " bool by_logits, int num_groups, int group_topk, int group_best) -> (Tensor, Tensor)",
     reference=_topk_router_reference,
     fake=_topk_router_fake,
     save=_save,
@@ -423,29 +471,54 @@ def _check_router(op: str, logits: Tensor, score_function: str, pre_softmax: boo
         _check.same_device(op, logits=logits, expert_bias=expert_bias)
 
 
-def _check_choice(
-    logits: Tensor, k: int, num_groups: int | None, group_topk: int | None
-) -> tuple[int, int | None, int | None]:
-    """``k``, ``num_groups`` and ``group_topk`` as Python's integers; the latter two None without groups."""
-    op, num_experts = "topk_router", logits.shape[1]
+def check_indices(op: str, logits: Tensor, indices: Tensor) -> None:
+    """``indices`` are ``[T, K]`` integers of the experts of ``logits [T, E]``."""
+    _check.tensor_dim(op, "indices", indices, 2)
+    _check.integer(op, "indices", indices)
+    _check.shape(op, "indices", indices, (logits.shape[0], indices.shape[1]), "[tokens, topk]")
+    _check.same_device(op, logits=logits, indices=indices)
+    _check.in_range(op, "indices", indices, logits.shape[1], "the number of experts")
+
+
+def check_choice(
+    op: str,
+    logits: Tensor,
+    k: int,
+    num_groups: int | None,
+    group_topk: int | None,
+    group_best: int | None = None,
+    *,
+    by_logits: bool = False,
+) -> tuple[int, Choice]:
+    """``k`` and the groups as Python's integers, looked at."""
+    num_experts = logits.shape[1]
     if group_topk:
         if num_groups is None:
             raise _check.fail(op, "num_groups", f"given with group_topk={group_topk}", None)
-        return _check_groups(op, k, num_experts, num_groups, group_topk)
-    if num_groups is not None:
-        raise _check.unused(op, "num_groups", num_groups, "without group_topk")
-    return _check.topk(op, k, num_experts), None, None
+        k, *groups = check_groups(op, k, num_experts, num_groups, group_topk, group_best)
+        return k, Choice(by_logits, *groups)
+    for name, value in (("num_groups", num_groups), ("group_best", group_best)):
+        if value is not None:
+            raise _check.unused(op, name, value, "without group_topk")
+    return _check.topk(op, k, num_experts), Choice(by_logits)
 
 
-def _check_groups(op: str, k: int, num_experts: int, num_groups: int, group_topk: int) -> tuple[int, int, int]:
+def check_groups(
+    op: str, k: int, num_experts: int, num_groups: int, group_topk: int, group_best: int | None
+) -> tuple[int, int, int, int]:
+    """The numbers of :func:`group_limited_select`, looked at."""
     num_groups = _check.positive(op, "num_groups", num_groups)
     group_topk = _check.positive(op, "group_topk", group_topk)
     if num_experts % num_groups:
         raise _check.fail(op, "num_groups", f"a divisor of the number of experts ({num_experts})", num_groups)
     if group_topk > num_groups:
         raise _check.fail(op, "group_topk", f"at most the number of groups ({num_groups})", group_topk)
-    available = group_topk * (num_experts // num_groups)
+    size = num_experts // num_groups
     k = _check.positive(op, "k", k)
-    if k > available:
-        raise _check.fail(op, "k", f"at most the {available} experts of the {group_topk} chosen groups", k)
-    return k, num_groups, group_topk
+    if k > group_topk * size:
+        raise _check.fail(op, "k", f"at most the {group_topk * size} experts of the {group_topk} chosen groups", k)
+    # What Megatron-core has, where it is not said; no more than a group has.
+    group_best = max(1, k // group_topk) if group_best is None else _check.positive(op, "group_best", group_best)
+    if group_best > size:
+        raise _check.fail(op, "group_best", f"at most the {size} experts of a group", group_best)
+    return k, num_groups, group_topk, group_best

@@ -51,4 +51,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "put": tables.put,
     "topk_router": router.topk_router,
     "topk_router_backward": router.topk_router_backward,
+    "weigh_experts": router.weigh_experts,
 }

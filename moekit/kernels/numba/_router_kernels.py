@@ -165,17 +165,21 @@ def keep_groups(keys, scores, experts, groups, group_topk, best, group_keys):
             keys[expert] = key_of(scores[expert], expert)
 
 
-@functools.cache
-def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> Callable:
-    """Weights ``[T, K]`` and experts ``[T, K]``."""
-    size, own = SIZES[element], scoring in _OWN
-    # Every score keeps the order of the logits, and adds ties where it saturates.
-    by_logits = scoring == SOFTMAX or not (has_bias or grouped)
+@inline
+def normaliser_of(total, epsilon):
+    """What weights are divided by; nothing for an ``epsilon`` below 0."""
+    return total + epsilon if epsilon >= _ZERO else _ONE
 
-    @kernel(element, scoring, has_bias, grouped)
+
+@functools.cache
+def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool, by_logits: bool) -> Callable:
+    """Weights ``[T, K]`` and experts ``[T, K]``, chosen by scores or ``by_logits``."""
+    size, own = SIZES[element], scoring in _OWN
+
+    @kernel(element, scoring, has_bias, grouped, by_logits)
     def route(
         start: int, stop: int, logits: int, bias: int, experts: int, slots: int,
-        groups: int, group_topk: int, scale: float, weights: int, indices: int,
+        groups: int, group_topk: int, group_best: int, epsilon: float, scale: float, weights: int, indices: int,
     ):  # fmt: skip
         values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
         keys, group_keys = np.empty(experts, np.int64), np.empty(max(groups, 1), np.int64)
@@ -197,8 +201,7 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
                 scores[expert] = score
                 keys[expert] = key_of(score, expert)
             if grouped:
-                best = max(1, slots // group_topk)
-                keep_groups(keys, scores, experts, groups, group_topk, best, group_keys)
+                keep_groups(keys, scores, experts, groups, group_topk, group_best, group_keys)
             total = _ZERO
             for slot in range(slots):
                 expert = take_best(keys, 0, experts)
@@ -207,14 +210,55 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool) -> 
                 if own and by_logits:
                     value = own_score(scoring, value)
                 chosen[slot] = value
-                total += value
             if scoring == SOFTMAX:
                 soften(chosen, slots)
-            normaliser = total + _NORMALISER_EPS if own and slots > 1 else _ONE
+            for slot in range(slots):
+                total += chosen[slot]
+            normaliser = normaliser_of(total, epsilon)
             for slot in range(slots):
                 store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale)
 
     return route
+
+
+@functools.cache
+def weigh_kernel(element: int, scoring: int) -> Callable:
+    """Weights ``[T, K]`` of given experts ``[T, K]``, 0 for -1; ``wrong`` as in :func:`router_backward_kernel`."""
+    size = SIZES[element]
+
+    @kernel(element, scoring)
+    def weigh(
+        start: int, stop: int, logits: int, indices: int, experts: int, slots: int, epsilon: float, scale: float,
+        weights: int, wrong: int,
+    ):  # fmt: skip
+        values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
+        for token in range(start, stop):
+            row, picks = logits + token * experts * size, indices + token * slots * 8
+            if scoring == PRE_SOFTMAX:
+                for expert in range(experts):
+                    values[expert] = load(element, row, expert)
+                soften(values, experts)
+            for slot in range(slots):
+                expert = read_i64(picks, slot)
+                inside = 0 <= expert < experts
+                if not inside and expert != -1:
+                    write_i64(wrong, 0, 1)
+                chosen[slot] = _LOWEST
+                if inside:
+                    value = values[expert] if scoring == PRE_SOFTMAX else load(element, row, expert)
+                    chosen[slot] = own_score(scoring, value)
+            if scoring == SOFTMAX:
+                soften(chosen, slots)
+            total = _ZERO
+            for slot in range(slots):
+                if not 0 <= read_i64(picks, slot) < experts:
+                    chosen[slot] = _ZERO
+                total += chosen[slot]
+            normaliser = normaliser_of(total, epsilon)
+            for slot in range(slots):
+                store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale)
+
+    return weigh
 
 
 @functools.cache
@@ -227,10 +271,10 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
 
     @kernel(element, grad_element, scoring)
     def route_backward(
-        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int, scale: float, out: int,
-        wrong: int,
+        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int,
+        epsilon: float, scale: float, out: int, wrong: int,
     ):  # fmt: skip
-        values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
+        values, chosen, g = np.empty(experts, np.float32), np.empty(slots, np.float32), np.empty(slots, np.float32)
         for token in range(start, stop):
             row, out_row = logits + token * experts * size, out + token * experts * size
             grad_row, picks = token * slots, indices + token * slots * 8
@@ -244,15 +288,22 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
                 if not inside and expert != -1:
                     write_i64(wrong, 0, 1)
                 chosen[slot] = own_score(scoring, values[expert]) if inside else _LOWEST
+                g[slot] = load(grad_element, grad, grad_row + slot) * scale if inside else _ZERO
             if scoring == SOFTMAX:
                 soften(chosen, slots)
             total, dot = _ZERO, _ZERO
             for slot in range(slots):
-                expert = read_i64(picks, slot)
-                if 0 <= expert < experts:
-                    total += chosen[slot]
-                    dot += load(grad_element, grad, grad_row + slot) * scale * chosen[slot]
-            total += _NORMALISER_EPS
+                if not 0 <= read_i64(picks, slot) < experts:
+                    chosen[slot] = _ZERO
+                total += chosen[slot]
+                dot += g[slot] * chosen[slot]
+            if epsilon >= _ZERO:
+                total += epsilon
+                for slot in range(slots):
+                    g[slot] = (g[slot] - dot / total) / total
+                dot = _ZERO
+                for slot in range(slots):
+                    dot += g[slot] * chosen[slot]
             if scoring == PRE_SOFTMAX:
                 for expert in range(experts):
                     store(element, out_row, expert, -values[expert] * dot)
@@ -261,11 +312,7 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
             for slot in range(slots):
                 expert = read_i64(picks, slot)
                 if 0 <= expert < experts:
-                    g = load(grad_element, grad, grad_row + slot) * scale
-                    if not own:
-                        g -= dot
-                    elif slots > 1:
-                        g = (g - dot / total) / total
-                    store(element, out_row, expert, g * score_slope(scoring, values[expert], chosen[slot]))
+                    slope = score_slope(scoring, values[expert], chosen[slot])
+                    store(element, out_row, expert, (g[slot] if own else g[slot] - dot) * slope)
 
     return route_backward

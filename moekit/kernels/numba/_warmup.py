@@ -56,8 +56,10 @@ def _usual() -> Iterator[Callable[[], Any]]:
             _router_kernels.ROOT_SOFTPLUS,
         ):
             yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(element, element, scoring)
+            yield lambda element=element, scoring=scoring: _router_kernels.weigh_kernel(element, scoring)
             for has_bias, grouped in itertools.product((False, True), repeat=2):
-                yield lambda args=(element, scoring, has_bias, grouped): _router_kernels.router_kernel(*args)
+                by_logits = scoring == _router_kernels.SOFTMAX or not (has_bias or grouped)
+                yield lambda args=(element, scoring, has_bias, grouped, by_logits): _router_kernels.router_kernel(*args)
     yield _row_kernels.permute_kernel
     for wide in (False, True):
         yield lambda wide=wide: _table_kernels.count_keys_kernel(wide)

@@ -1,4 +1,4 @@
-"""Launchers of the router: ``topk_router``, ``topk_router_backward``."""
+"""Launchers of the router: ``topk_router``, ``weigh_experts``, ``topk_router_backward``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,23 @@ def _scoring(score_function: str, pre_softmax: bool) -> int:
     return kernels.PRE_SOFTMAX if pre_softmax and scoring == kernels.SOFTMAX else scoring
 
 
+def _factors(epsilon: float | None, scaling_factor: float | None) -> tuple[float, float]:
+    """As the kernels have them: -1 is no normalisation."""
+    return -1.0 if epsilon is None else epsilon, 1.0 if scaling_factor is None else scaling_factor
+
+
 def topk_router(
     logits: Tensor,
     expert_bias: Tensor | None,
     k: int,
     score_function: str,
     pre_softmax: bool,
-    num_groups: int | None,
-    group_topk: int | None,
+    epsilon: float | None,
     scaling_factor: float | None,
+    by_logits: bool,
+    num_groups: int,
+    group_topk: int,
+    group_best: int,
 ) -> Any:
     """``logits [T, E]`` to ``(weights [T, K], indices [T, K])``."""
     element = KINDS.get(logits.dtype, E4M3)
@@ -44,13 +52,38 @@ def topk_router(
     tokens, experts = logits.shape
     weights = torch.empty((tokens, k), dtype=logits.dtype)
     indices = torch.empty((tokens, k), dtype=torch.int64)
-    kernel = kernels.router_kernel(element, _scoring(score_function, pre_softmax), expert_bias is not None, bool(group_topk))
+    scoring, biased = _scoring(score_function, pre_softmax), expert_bias is not None
+    # Every score keeps the order of the logits, and adds ties where it saturates.
+    by_logits = by_logits or scoring == kernels.SOFTMAX or not (biased or num_groups)
     run(
-        kernel, tokens, logits.nbytes * _EFFORT,
-        logits.data_ptr(), address(expert_bias), experts, k, num_groups or 0, group_topk or 0,
-        1.0 if scaling_factor is None else scaling_factor, weights.data_ptr(), indices.data_ptr(),
+        kernels.router_kernel(element, scoring, biased, bool(num_groups), by_logits), tokens, logits.nbytes * _EFFORT,
+        logits.data_ptr(), address(expert_bias), experts, k, num_groups, group_topk, group_best,
+        *_factors(epsilon, scaling_factor), weights.data_ptr(), indices.data_ptr(),
     )  # fmt: skip
     return weights, indices
+
+
+def weigh_experts(
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    epsilon: float | None,
+    scaling_factor: float | None,
+) -> Any:
+    """The weights ``[T, K]`` of given experts; an index out of range is the reference's."""
+    element = KINDS.get(logits.dtype, E4M3)
+    if element == E4M3 or indices.dtype not in INDICES or indices.dim() != 2 or indices.shape[0] != logits.shape[0]:
+        return NotImplemented
+    logits, indices = dense(logits), dense(indices, torch.int64)
+    (tokens, experts), slots = logits.shape, indices.shape[1]
+    weights, wrong = torch.empty(indices.shape, dtype=logits.dtype), ctypes.c_int64()
+    run(
+        kernels.weigh_kernel(element, _scoring(score_function, pre_softmax)), tokens, logits.nbytes * _EFFORT,
+        logits.data_ptr(), indices.data_ptr(), experts, slots, *_factors(epsilon, scaling_factor),
+        weights.data_ptr(), ctypes.addressof(wrong),
+    )  # fmt: skip
+    return NotImplemented if wrong.value else weights
 
 
 def _fits(grad: Tensor, logits: Tensor, indices: Tensor) -> bool:
@@ -69,6 +102,7 @@ def topk_router_backward(
     indices: Tensor,
     score_function: str,
     pre_softmax: bool,
+    epsilon: float | None,
     scaling_factor: float | None,
 ) -> Any:
     """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``; an index out of range is the reference's."""
@@ -82,6 +116,6 @@ def topk_router_backward(
         kernels.router_backward_kernel(element, grad_element, _scoring(score_function, pre_softmax)),
         tokens, logits.nbytes * _EFFORT,
         grad.data_ptr(), logits.data_ptr(), indices.data_ptr(), experts, slots,
-        1.0 if scaling_factor is None else scaling_factor, out.data_ptr(), ctypes.addressof(wrong),
+        *_factors(epsilon, scaling_factor), out.data_ptr(), ctypes.addressof(wrong),
     )  # fmt: skip
     return NotImplemented if wrong.value else out

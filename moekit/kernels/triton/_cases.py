@@ -121,12 +121,12 @@ def _all_tables() -> Iterator[Case]:
 
 
 def _all_routers() -> Iterator[Case]:
-    shapes = ((_T, _E, _K, None, None), (_T, 8, 2, None, None), (4096, 256, 8, 8, 4), (4096, 512, 10, None, None))
+    shapes = ((_T, _E, _K, 0, 0, 0), (_T, 8, 2, 0, 0, 0), (4096, 256, 8, 8, 4, 2), (4096, 512, 10, 0, 0, 0))
     scores = {
-        "softmax": ("softmax", False),
-        "pre-softmax": ("softmax", True),
-        "sigmoid": ("sigmoid", False),
-        "sqrtsoftplus": ("sqrtsoftplus", False),
+        "softmax": ("softmax", False, None, None),
+        "pre-softmax": ("softmax", True, 1e-20, None),
+        "sigmoid": ("sigmoid", False, 1e-20, None),
+        "sqrtsoftplus": ("sqrtsoftplus", False, 1e-20, None),
     }
     for (tokens, experts, k, *groups), (label, score), name, biased in itertools.product(
         shapes, scores.items(), ("fp32", "bf16"), (False, True)
@@ -135,11 +135,12 @@ def _all_routers() -> Iterator[Case]:
         logits, bias = _meta(tokens, experts, dtype=dtype), _meta(experts) if biased else None
         what = f"{label} {name} T={tokens} E={experts} K={k}" + (" grouped" if groups[0] else "")
         shown = name == "fp32" and not biased and experts in (_E, 256)
-        args = (logits, bias, k, *score, *groups, None)
+        args = (logits, bias, k, *score, False, *groups)
         yield Case(f"topk {what}" + (" biased" if biased else ""), "topk_router", args, shown, aligned=False)
         if not biased:
             grads = (_meta(tokens, k, dtype=dtype), logits, _meta(tokens, k, dtype=torch.int64))
-            yield Case(f"topk backward {what}", "topk_router_backward", (*grads, *score, None), shown, aligned=False)
+            yield Case(f"topk backward {what}", "topk_router_backward", (*grads, *score), shown, aligned=False)
+            yield Case(f"weigh {what}", "weigh_experts", (*grads[1:], *score), shown, aligned=False)
 
 
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:

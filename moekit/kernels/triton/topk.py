@@ -20,7 +20,7 @@ from moekit.kernels.triton._activation import OWN_SCORES, own_score, own_score_s
 _ENTRIES = 512  # scores that a program holds
 _NAN = tl.constexpr(-(2**31) + 1)
 _OUT = tl.constexpr(-(2**31))  # what is out of the race: below NaN
-_NORMALISER_EPS = tl.constexpr(1e-20)  # as the reference: keeps a token whose scores are all zero from dividing by zero
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # what the reference gives the logit of no expert
 
 
 @triton.jit
@@ -73,25 +73,33 @@ def _row_softmax(x, mask):
 
 
 @triton.jit
-def _weigh(chosen, mask, top, total, SCORE: tl.constexpr, NORMALISE: tl.constexpr):
-    """The weights of chosen logits ``[T, K]``; ``top`` and ``total`` are the softmax's over all experts."""
+def _scored(chosen, slots, known, top, total, SCORE: tl.constexpr):
+    """The scores of chosen logits ``[T, K]``, 0 where unknown; ``top`` and ``total`` are of the softmax over all."""
     if SCORE == "pre_softmax":
-        weights = tl.exp(chosen - top[:, None]) / total[:, None]
+        scores = tl.exp(chosen - top[:, None]) / total[:, None]
     elif SCORE == "softmax":
-        shifted = chosen - tl.max(tl.where(mask, chosen, float("-inf")), axis=1)[:, None]
-        weights = tl.where(mask, tl.exp(shifted), 0.0)
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+        chosen = tl.where(known, chosen, _LOWEST)
+        shifted = chosen - tl.max(tl.where(slots, chosen, float("-inf")), axis=1)[:, None]
+        scores = tl.where(slots, tl.exp(shifted), 0.0)
+        scores = scores / tl.sum(scores, axis=1)[:, None]
     else:
-        weights = tl.where(mask, own_score(chosen, SCORE), 0.0)
-        if NORMALISE:
-            weights = weights / (tl.sum(weights, axis=1)[:, None] + _NORMALISER_EPS)
-    return weights
+        scores = own_score(chosen, SCORE)
+    return tl.where(known, scores, 0.0)
+
+
+@triton.jit
+def _weighed(scores, epsilon, scaling):
+    """Scores divided by their sum and ``epsilon``, unless that is None, times ``scaling``."""
+    if epsilon is not None:
+        scores = scores / (tl.sum(scores, axis=1)[:, None] + epsilon)
+    return scores * scaling
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _topk_kernel(
-    logits, expert_bias, weights, indices, num_tokens, num_experts, stride, num_groups, group_topk, group_best, scaling,
-    K: tl.constexpr, SCORE: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr,
+    logits, expert_bias, weights, indices, num_tokens, num_experts, stride, num_groups, group_topk, group_best,
+    epsilon, scaling,
+    K: tl.constexpr, SCORE: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr, BY_LOGITS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program serves TILE tokens; their scores lie as ``[TILE, groups, experts of a group]``."""
@@ -104,13 +112,13 @@ def _topk_kernel(
     x = tl.load(rows[:, None, None] + expert, mask=mask, other=0).to(tl.float32)
     top, total = _row_softmax(x, mask)
     score = x
-    if BIASED or GROUPED:  # else the logits themselves have the order
+    if not BY_LOGITS:
         if SCORE == "pre_softmax":
             score = tl.exp(x - top[:, None, None]) / total[:, None, None]
-        elif SCORE != "softmax":
+        else:
             score = own_score(x, SCORE)
-        if BIASED:
-            score += tl.load(expert_bias + expert, mask=(member < size) & (expert < num_experts), other=0).to(tl.float32)
+    if BIASED:
+        score += tl.load(expert_bias + expert, mask=(member < size) & (expert < num_experts), other=0).to(tl.float32)
     keys = tl.where(mask, _ordered(score), _OUT)
     if GROUPED:
         keys = _keep_groups(keys, expert, num_groups, group_topk, group_best, BLOCK_G)
@@ -123,17 +131,41 @@ def _topk_kernel(
         found = tl.where(slot == j, number, found)
         chosen = tl.where(slot == j, _score_of(best), chosen)
     mask_k = (token < num_tokens)[:, None] & (slot < K)
-    if BIASED or GROUPED:  # else the scores are the logits
+    if BIASED or not BY_LOGITS:  # else what was compared are the logits
         chosen = tl.load(rows[:, None] + found, mask=mask_k, other=0).to(tl.float32)
-    value = _weigh(chosen, mask_k, top, total, SCORE, K > 1) * scaling
+    value = _weighed(_scored(chosen, mask_k, mask_k, top, total, SCORE), epsilon, scaling)
     place = token.to(tl.int64)[:, None] * K + slot
     tl.store(weights + place, value, mask=mask_k)
     tl.store(indices + place, found.to(tl.int64), mask=mask_k)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
+def _weigh_kernel(
+    logits, indices, weights, num_tokens, num_experts, stride, epsilon, scaling,
+    K: tl.constexpr, SCORE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program weighs the given experts of TILE tokens; an index out of range names none and has weight 0."""
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    mask_k = (token < num_tokens)[:, None] & (slot < K)
+    rows = logits + token.to(tl.int64)[:, None] * stride
+    place = token.to(tl.int64)[:, None] * K + slot
+    index = tl.load(indices + place, mask=mask_k, other=-1)
+    known = mask_k & (index >= 0) & (index < num_experts)
+    chosen = tl.load(rows + index.to(tl.int32), mask=known, other=0).to(tl.float32)
+    top, total = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    if SCORE == "pre_softmax":
+        expert = tl.arange(0, BLOCK_E)[None, :]
+        mask_e = (token < num_tokens)[:, None] & (expert < num_experts)
+        x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
+        top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
+    value = _weighed(_scored(chosen, mask_k, known, top, total, SCORE), epsilon, scaling)
+    tl.store(weights + place, value, mask=mask_k)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _topk_backward_kernel(
-    grad, logits, indices, dlogits, num_tokens, num_experts, stride, scaling,
+    grad, logits, indices, dlogits, num_tokens, num_experts, stride, epsilon, scaling,
     K: tl.constexpr, SCORE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradients of TILE tokens' logits, zero for the experts that were not chosen.
@@ -147,29 +179,30 @@ def _topk_backward_kernel(
     rows = logits + token.to(tl.int64)[:, None] * stride
     place = token.to(tl.int64)[:, None] * K + slot
     index = tl.load(indices + place, mask=mask_k, other=-1)
-    mask_k &= (index >= 0) & (index < num_experts)
+    known = mask_k & (index >= 0) & (index < num_experts)
     index = index.to(tl.int32)
-    g = tl.load(grad + place, mask=mask_k, other=0).to(tl.float32) * scaling
-    chosen = tl.load(rows + index, mask=mask_k, other=0).to(tl.float32)
+    g = tl.load(grad + place, mask=known, other=0).to(tl.float32) * scaling
+    chosen = tl.load(rows + index, mask=known, other=0).to(tl.float32)
     dense = tl.zeros([TILE, BLOCK_E], tl.float32)
-    if SCORE != "softmax" and SCORE != "pre_softmax":
-        score = tl.where(mask_k, own_score(chosen, SCORE), 0.0)
-        if K > 1:
-            whole = tl.sum(score, axis=1)[:, None] + _NORMALISER_EPS
-            g = (g - tl.sum(g * score, axis=1)[:, None] / whole) / whole
-        g = g * own_score_slope(chosen, score, SCORE)
-    else:
+    top, total = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    if SCORE == "pre_softmax":
         x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
         top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
-        probs = _weigh(chosen, mask_k, top, total, SCORE, False)
-        mean = tl.sum(tl.where(mask_k, g * probs, 0.0), axis=1)[:, None]
-        g = probs * (g - mean)
+    score = _scored(chosen, mask_k, known, top, total, SCORE)
+    if epsilon is not None:
+        whole = tl.sum(score, axis=1)[:, None] + epsilon
+        g = tl.where(known, (g - tl.sum(g * score, axis=1)[:, None] / whole) / whole, 0.0)
+    if SCORE == "softmax" or SCORE == "pre_softmax":
+        mean = tl.sum(g * score, axis=1)[:, None]
+        g = score * (g - mean)
         if SCORE == "pre_softmax":
             dense = tl.exp(x - top[:, None]) / total[:, None] * -mean
+    else:
+        g = g * own_score_slope(chosen, score, SCORE)
     target = dlogits + token.to(tl.int64)[:, None] * num_experts
     tl.store(target + expert, dense, mask=mask_e)
     tl.debug_barrier()  # the chosen ones come on top
-    tl.store(target + index, g, mask=mask_k)
+    tl.store(target + index, g, mask=known)
 
 
 def _score(score_function: str, pre_softmax: bool) -> str:
@@ -178,22 +211,29 @@ def _score(score_function: str, pre_softmax: bool) -> str:
     return _check.known("the triton kernels", "score", score_function, OWN_SCORES)
 
 
+def _scaling(scaling_factor: float | None) -> float:
+    return 1.0 if scaling_factor is None else scaling_factor
+
+
 def topk_router(
     logits: Tensor,
     expert_bias: Tensor | None,
     k: int,
     score_function: str,
     pre_softmax: bool,
-    num_groups: int | None,
-    group_topk: int | None,
+    epsilon: float | None,
     scaling_factor: float | None,
+    by_logits: bool,
+    num_groups: int,
+    group_topk: int,
+    group_best: int,
 ) -> Any:
     """``moekit::topk_router``: weights ``[T, K]`` and indices ``[T, K]``."""
     if not _launch.computes(logits, expert_bias):
         return NotImplemented
     logits = _launch.rows_of(logits)
     num_tokens, num_experts = logits.shape
-    groups = num_groups if group_topk and num_groups else 1
+    groups, score, biased = num_groups or 1, _score(score_function, pre_softmax), expert_bias is not None
     weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=logits.device)
     indices = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
     block_g, block_s = _launch.power_of_two(groups), _launch.power_of_two(num_experts // groups)
@@ -201,19 +241,56 @@ def topk_router(
     _launch.launch(
         _topk_kernel, (_launch.blocks(num_tokens, tile),),
         logits, _launch.dense(expert_bias), weights, indices, num_tokens, num_experts, logits.stride(0),
-        groups, group_topk or 1, max(1, k // (group_topk or 1)), 1.0 if scaling_factor is None else scaling_factor,
-        K=k, SCORE=_score(score_function, pre_softmax), GROUPED=bool(group_topk), BIASED=expert_bias is not None,
+        groups, group_topk or 1, group_best or 1, epsilon, _scaling(scaling_factor),
+        K=k, SCORE=score, GROUPED=bool(num_groups), BIASED=biased,
+        # Every score keeps the order of the logits, and adds ties where it saturates.
+        BY_LOGITS=by_logits or score == "softmax" or not (biased or num_groups),
         TILE=tile, BLOCK_G=block_g, BLOCK_S=block_s, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
     return weights, indices
 
 
+def _indices_fit(logits: Tensor, indices: Tensor) -> bool:
+    whole = indices.dtype in (torch.int32, torch.int64)
+    return whole and indices.dim() == 2 and indices.shape[0] == logits.shape[0]
+
+
+def weigh_experts(
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    epsilon: float | None,
+    scaling_factor: float | None,
+) -> Any:
+    """``moekit::weigh_experts``: the weights ``[T, K]`` of given experts."""
+    if not _launch.computes(logits) or not _indices_fit(logits, indices):
+        return NotImplemented
+    logits = _launch.rows_of(logits)
+    (num_tokens, num_experts), k = logits.shape, indices.shape[1]
+    weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=logits.device)
+    block_e = _launch.power_of_two(num_experts)
+    tile = max(_ENTRIES // block_e, 1)
+    _launch.launch(
+        _weigh_kernel, (_launch.blocks(num_tokens, tile),),
+        logits, indices.contiguous(), weights, num_tokens, num_experts, logits.stride(0), epsilon,
+        _scaling(scaling_factor),
+        K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
+    )  # fmt: skip
+    return weights
+
+
 def topk_router_backward(
-    grad: Tensor, logits: Tensor, indices: Tensor, score_function: str, pre_softmax: bool, scaling_factor: float | None
+    grad: Tensor,
+    logits: Tensor,
+    indices: Tensor,
+    score_function: str,
+    pre_softmax: bool,
+    epsilon: float | None,
+    scaling_factor: float | None,
 ) -> Any:
     """``moekit::topk_router_backward``: the gradient of the logits."""
-    fits = indices.dim() == 2 and indices.shape[0] == logits.shape[0] and grad.shape == indices.shape
-    if not _launch.computes(grad, logits) or not fits or indices.dtype not in (torch.int32, torch.int64):
+    if not _launch.computes(grad, logits) or not _indices_fit(logits, indices) or grad.shape != indices.shape:
         return NotImplemented
     logits = _launch.rows_of(logits)
     num_tokens, num_experts = logits.shape
@@ -223,7 +300,7 @@ def topk_router_backward(
     _launch.launch(
         _topk_backward_kernel, (_launch.blocks(num_tokens, tile),),
         grad.contiguous(), logits, indices.contiguous(), dlogits, num_tokens, num_experts, logits.stride(0),
-        1.0 if scaling_factor is None else scaling_factor,
+        epsilon, _scaling(scaling_factor),
         K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
     return dlogits
