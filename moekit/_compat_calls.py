@@ -199,7 +199,8 @@ def _dispatch(name: str, ours: Callable, theirs: Any, signature: inspect.Signatu
     plain = not (other or implied or checks or mode) and order == list(known)[: len(order)] and keywords == set(order)
 
     def is_ours(args: tuple, given: dict[str, Any], count: int) -> bool:
-        if len(args) > len(order) or len(given) != count or not required <= given.keys() or not given.keys() <= keywords:
+        missing = [key for key in required if key not in given]
+        if missing or len(args) > len(order) or len(given) != count or any(key not in keywords for key in given):
             return False  # a mistake, or an open-ended argument: theirs to answer
         for key in other:
             if key in given and not (key in defaults and _same(given[key], defaults[key])):

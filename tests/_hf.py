@@ -49,11 +49,14 @@ def make(kind: type, **settings: object) -> torch.nn.Module:
     return module
 
 
-def run(module: torch.nn.Module, implementation: str, indices: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and every gradient of one forward and backward."""
+def run(
+    module: torch.nn.Module, implementation: str, indices: Tensor, dtype: torch.dtype, *, absent: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Output and every gradient of one forward and backward; ``absent`` slots, by default those past E, weigh nothing."""
+    absent = indices >= E if absent is None else absent
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(T, module.down_proj.shape[2 if module.is_transposed else 1], generator=generator).to(dtype)
-    weights = torch.rand(T, K, generator=generator).masked_fill(indices >= E, 0.0)
+    weights = torch.rand(T, K, generator=generator).masked_fill(absent, 0.0)
     x.requires_grad_(), weights.requires_grad_()
     module.config._experts_implementation = implementation
     module.zero_grad()

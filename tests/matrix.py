@@ -29,6 +29,8 @@ BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->"
 COMBINATIONS = (("2.10.0", "5.12.0"), ("2.13.0", "5.12.0"), ("2.13.0", "5.24.0"), ("2.14.1", "5.24.0"))
 # Operators, their autograd and compilation, the drop-in and the experts in Transformers, on the backends for a CPU. What
 # is left out asks other things: the Triton kernels (bound to one triton), the demo, packaging, benchmarks, mutants.
+# The interpreter of the triton that comes with torch 2.10 does not run on today's NumPy.
+INTERPRETED = "gpu_kernels_stay_inside"
 LEFT_OUT = ("triton", "demo", "packaging", "benchmarks", "mutants", "layering", "cli", "fuzz", "differential")
 VERSIONS = """
 import importlib.metadata, json, sys
@@ -77,7 +79,20 @@ def run(python: Path, files: list[str]) -> tuple[list[str], list[int], list[str]
     versions = json.loads(subprocess.run([str(python), "-c", VERSIONS], capture_output=True, text=True, check=True).stdout)
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        options = ["-q", "-n", "2", "--dist", "loadfile", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = [
+            "-q",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "-m",
+            "not slow",
+            "-k",
+            f"not {INTERPRETED}",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+        ]
         done = subprocess.run([str(python), "-m", "pytest", *options, *files], cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
             raise RuntimeError((done.stdout + done.stderr)[-500:])

@@ -215,6 +215,10 @@ def test_a_tensor_scale_of_the_native_loss_is_read_at_backward():
     for at_backward in (7.0, 0.25):
         out = compiled(x, w, scale)
         scale.fill_(at_backward)
+        if torch.__version__ < (2, 11):  # which refuses what was written to since forward
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out.sum(), (x, w))
+            return
         dx, dw = torch.autograd.grad(out.sum(), (x, w))
         assert_same(dx, torch.full_like(dx, 2.0))
         assert_same(dw, 2 * w.detach() * at_backward)

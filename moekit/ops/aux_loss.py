@@ -31,7 +31,8 @@ def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tenso
         output: any tensor on the way to the main loss, such as the layer's output.
         loss: the auxiliary loss, any shape (a scalar as a rule), any floating dtype.
         scale: what multiplies the loss's gradient, such as a gradient scaler's scale. A tensor is read when backward
-            runs, so writing into it in between takes effect; it is never written. Each call has its own.
+            runs, so writing into it in between takes effect (torch 2.10 refuses that in a compiled graph); it is never
+            written. Each call has its own.
 
     Returns:
         A tensor with the values of ``output``. **Use it**: a call whose result is discarded has no effect, and
