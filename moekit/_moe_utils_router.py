@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops import losses, rows
+from moekit.ops import losses, rows, select
 from moekit.ops import topk as topk_ops
 
 
@@ -83,7 +83,7 @@ def _select(
     if group_topk:
         num_tokens, num_experts = scores.shape
         return group_limited_topk(scores, topk, num_tokens, num_experts, num_groups or 0, group_topk)
-    indices = topk_ops.select_topk(scores, topk)
+    indices = select.select_topk(scores, topk)
     return scores.gather(1, indices), indices
 
 
@@ -92,13 +92,13 @@ def group_limited_topk(
 ) -> tuple[Tensor, Tensor]:
     """The best ``topk`` experts within each token's best ``group_topk`` groups.
 
-    See :func:`moekit.ops.topk.group_limited_select`. Returns ``(scores [T, K], indices [T, K] int64)``.
+    See :func:`moekit.ops.select.group_limited_select`. Returns ``(scores [T, K], indices [T, K] int64)``.
 
     Raises:
         ValueError: ``scores`` is not ``[num_tokens, num_experts]``, or the groups do not fit.
     """
     _check.shape("group_limited_topk", "scores", scores, (num_tokens, num_experts), "[num_tokens, num_experts]")
-    indices = topk_ops.group_limited_select(scores, topk, num_groups, group_topk)
+    indices = select.group_limited_select(scores, topk, num_groups, group_topk)
     return scores.gather(1, indices), indices
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moekit import _backend, _check, moe_utils
 from moekit._moe_utils_router import as_tables, choose_experts
-from moekit.ops import losses, rows, tables
+from moekit.ops import losses, rows, select, tables
 from moekit.ops import topk as topk_ops
 
 if TYPE_CHECKING:
@@ -356,14 +356,14 @@ def qb_dual_update(scores: Tensor, k: int, beta: Tensor, update_beta: bool = Tru
     scores = scores.detach()
     adjusted = scores - beta.detach()
     if not update_beta:
-        return topk_ops.select_topk(adjusted, k), beta
+        return select.select_topk(adjusted, k), beta
     if num_tokens * k % num_experts:
         raise _check.fail(op, "scores", f"of tokens times k divisible by {num_experts} experts", f"{num_tokens} times {k}")
     if num_tokens == 0:
         return scores.new_empty(0, k, dtype=torch.int64), beta
-    order = topk_ops.select_topk(adjusted, k + 1)
+    order = select.select_topk(adjusted, k + 1)
     above = scores - adjusted.gather(1, order[:, k:])
-    place = topk_ops.descending(above, dim=0)[num_tokens * k // num_experts]
+    place = select.descending(above, dim=0)[num_tokens * k // num_experts]
     return order[:, :k].contiguous(), above.gather(0, place.unsqueeze(0)).squeeze(0)
 
 

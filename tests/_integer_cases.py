@@ -21,6 +21,7 @@ INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 NO_INTEGERS = {
     *("x", "y", "grad", "rows", "left", "right", "tokens", "values", "weights", "bias", "scale", "logits", "matrices"),
     *("gate_up", "down", "gate_up_bias", "down_bias", "expert_bias", "projected", "kept_rows", "kept_act", "output", "loss"),
+    *("grad_sums", "link", "padding_mask"),
 }
 _GLU = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
 
@@ -231,7 +232,8 @@ def _(m: Make) -> dict[str, Any]:
     grad, score = m.floats(m.sizes.tokens, m.sizes.topk), m._rng.choice(("softmax", "sigmoid"))
     indices = logits.float().argsort(1, descending=True)[:, : m.sizes.topk]
     scoring = {"score": score, "pre_softmax": False, "epsilon": m._rng.choice((None, 1e-6)), "scaling": None}
-    return {"grad": grad, "logits": logits, "indices": indices, **scoring}
+    sums = m._rng.choice((None, logits.float().sum(0)))
+    return {"grad": grad, "grad_sums": sums, "logits": logits, "indices": indices, "mask": None, **scoring}
 
 
 @target("ops.weigh_experts", "indices")
@@ -239,7 +241,7 @@ def _(m: Make) -> dict[str, Any]:
     logits = m.floats(m.sizes.tokens, m.sizes.experts)
     indices = logits.float().argsort(1, descending=True)[:, : m.sizes.topk]
     scoring = {"score": m._rng.choice(("softmax", "sigmoid")), "pre_softmax": False, "epsilon": None, "scaling": 2.0}
-    return {"logits": logits, "indices": indices, **scoring}
+    return {"logits": logits, "indices": indices, "mask": None, **scoring}
 
 
 # --- the public functions -------------------------------------------------------------------------------------------

@@ -180,7 +180,8 @@ def glu_formula(
         x, bias = x + bias, None
     if layout != "ungated" and clamp is not None:
         gate, up = halves(x, layout)
-        x = joined(gate.clamp(max=clamp), up.clamp(min=-clamp, max=clamp), layout)
+        gate, up = torch.where(gate > clamp, clamp, gate), torch.where(up > clamp, clamp, up)  # a gradient at the limit, too
+        x = joined(gate, torch.where(up < -clamp, -clamp, up), layout)
     x = x if bias is None else x + bias
     if layout == "ungated":
         out = ACTIVATIONS[activation](x, alpha)

@@ -147,7 +147,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "unpermute does not apply the weights": operator("unpermute", with_argument(1, lambda weights: None)),
     "the last expert is dropped": operator("route_map", with_argument(0, without_last_expert)),
     "chunks stay where they are": operator("sort_chunk_rows", with_argument(1, lambda order: order.sort().values)),
-    "router weights are not scaled": operator("topk_router", with_argument(6, lambda factor: None)),
+    "router weights are not scaled": operator("topk_router", with_argument(7, lambda factor: None)),
     "the load-balancing loss ignores its coefficient": attribute(
         "ops.losses", "load_balancing_loss", lambda loss: lambda *args: loss(*args[:5], 1.0, *args[6:])
     ),

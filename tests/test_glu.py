@@ -274,7 +274,7 @@ def test_gates_at_the_largest_float64():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clamp_passes_the_gradient_at_its_boundary(dtype):
-    """As ``torch.clamp``: at the limit and inside, not beyond. The gate has no lower limit."""
+    """As ``torch.clamp`` up to 2.13: at the limit and inside, not beyond. The gate has no lower limit."""
     y = torch.tensor([[0.5, 0.5], [0.5625, 0.5625], [-0.5, -0.5], [-9.0, -0.5625], [0.25, 0.0]], dtype=dtype)
     inputs, grad = {"y": y, "bias": torch.zeros(2, dtype=dtype)}, torch.ones(5, 1, dtype=dtype)
     for after in (False, True):

@@ -255,9 +255,9 @@ def test_router_equals_the_reference_with_ties_and_nan(groups, by_logits, score,
     logits = torch.randn(64, 32).mul(4).round().div(4)
     logits[1, ::3], logits[2], logits[3, :20], logits[4] = float("nan"), float("nan"), float("-inf"), -0.0
     bias = torch.randn(32).mul(4).round() / 8 if biased else None
-    args = (logits, bias, 4, score, False, 1e-6, 2.5, by_logits, *groups)
-    weights, indices = KERNELS["topk_router"](*args)
-    wanted_weights, wanted_indices = topk._topk_router_reference(*args)
+    args = (logits, bias, None, 4, score, False, 1e-6, 2.5, by_logits, *groups)
+    weights, indices, _ = KERNELS["topk_router"](*args)
+    wanted_weights, wanted_indices, _ = topk._topk_router_reference(*args)
     assert torch.equal(indices, wanted_indices)
     torch.testing.assert_close(weights, wanted_weights, equal_nan=True)
 
@@ -269,7 +269,7 @@ def test_float64_is_left_to_the_reference(op):
     args = {
         "glu": (x, None, None, None, *SPECS["swiglu"]),
         "unpermute": (x, None, *found),
-        "topk_router": (x, None, 2, "softmax", False, None, None, False, 0, 0, 0),
+        "topk_router": (x, None, None, 2, "softmax", False, None, None, False, 0, 0, 0),
     }
     assert KERNELS[op](*args[op]) is NotImplemented
 
@@ -366,9 +366,11 @@ GUARDED = """
             call("sort_chunk_rows", torch.tensor([2, 3]), torch.tensor([1, 0]), 5, 5)
             for score in ("softmax", "sigmoid"):
                 logits, args = torch.randn(5, 12).to(dtype), (score, score == "softmax", 1e-20, None)
-                _, experts = call("topk_router", logits, torch.rand(12), 3, *args, False, 4, 2, 1)
-                call("weigh_experts", logits, experts, *args)
-                call("topk_router_backward", torch.randn(5, 3).to(dtype), logits, experts, *args)
+                _, experts, link = call("topk_router", logits, torch.rand(12), None, 3, *args, False, 4, 2, 1)
+                call("weigh_experts", logits, experts, None, *args)
+                mask = torch.tensor([True, False, False, True, False])
+                call("score_sums", logits, torch.rand(12), score, mask)
+                call("topk_router_backward", torch.randn(5, 3).to(dtype), torch.rand(12), logits, experts, mask, *args)
 """
 
 

@@ -22,12 +22,16 @@ OFFSETS = torch.tensor([3, 3, 8], dtype=torch.int32)
 @pytest.mark.parametrize("tokens", [6, 0])
 def test_topk_router(scoring, tokens):
     logits = transposed(draw(1, tokens, 8, dtype=torch.float32)).requires_grad_()
-    torch.library.opcheck(OPS.topk_router.default, (logits, None, 2, *scoring, 1e-6, 2.5, False, 0, 0, 0))
-    torch.library.opcheck(OPS.topk_router.default, (logits, torch.rand(8), 2, *scoring, None, None, False, 4, 2, 1))
+    mask = torch.arange(tokens) % 3 == 1
+    torch.library.opcheck(OPS.topk_router.default, (logits, None, None, 2, *scoring, 1e-6, 2.5, False, 0, 0, 0))
+    torch.library.opcheck(OPS.topk_router.default, (logits, torch.rand(8), mask, 2, *scoring, None, None, False, 4, 2, 1))
     indices = moekit.topk_router(logits, 2)[1]
+    torch.library.opcheck(OPS.score_sums.default, (logits, torch.rand(8, requires_grad=True), scoring[0], mask))
     grad = draw(2, tokens, 2, dtype=torch.float32)
-    torch.library.opcheck(OPS.weigh_experts.default, (logits, indices, *scoring, 1e-6, 2.5))
-    torch.library.opcheck(OPS.topk_router_backward.default, (grad, logits.detach(), indices, *scoring, 1e-6, 2.5))
+    torch.library.opcheck(OPS.weigh_experts.default, (logits, indices, mask, *scoring, 1e-6, 2.5))
+    torch.library.opcheck(
+        OPS.topk_router_backward.default, (grad, torch.rand(8), logits.detach(), indices, mask, *scoring, 1e-6, 2.5)
+    )
 
 
 def test_grouped_products():

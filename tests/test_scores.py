@@ -83,9 +83,9 @@ def test_a_score_that_a_backend_lacks_is_not_taken_for_another(backend, monkeypa
         with pytest.raises(ValueError, match=message):
             topk_router(logits, 2, score_function="made_up", **options)
     with pytest.raises(ValueError, match=message):
-        torch.ops.moekit.topk_router_backward(torch.ones(4, 2), logits, indices, "made_up", False, None, None)
+        torch.ops.moekit.topk_router_backward(torch.ones(4, 2), None, logits, indices, None, "made_up", False, None, None)
     with pytest.raises(ValueError, match=message):
-        torch.ops.moekit.weigh_experts(logits, indices, "made_up", False, None, None)
+        torch.ops.moekit.weigh_experts(logits, indices, None, "made_up", False, None, None)
     for call in (
         lambda: router_weights(logits, indices, score_function="made_up"),
         lambda: selection_scores(logits, score_function="made_up"),
@@ -114,7 +114,7 @@ def test_the_gradient_passes_over_index_minus_one(variant):
     named = {"scaling_factor": 1.5, **variant}
     (expected,) = torch.autograd.grad(router_weights(logits.double(), indices, **named), logits, grad.double())
     args = (variant["score_function"], variant.get("pre_softmax", False), epsilon_of(variant), 1.5)
-    found = torch.ops.moekit.topk_router_backward(grad, logits.detach(), indices, *args)
+    found = torch.ops.moekit.topk_router_backward(grad, None, logits.detach(), indices, None, *args)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -123,13 +123,13 @@ def test_the_gradient_passes_over_index_minus_one(variant):
 def test_the_gradient_of_an_index_out_of_range(backend, variant, index):
     logits, indices = bf16_logits(3, 8, dtype=torch.float32), torch.tensor([[0, 1], [2, index], [index, index]])
     scoring = (variant["score_function"], variant.get("pre_softmax", False), epsilon_of(variant), None)
-    args = (torch.ones(3, 2), logits, indices, *scoring)
+    args = (torch.ones(3, 2), None, logits, indices, None, *scoring)
     if backend != "triton":  # which does not look at values
         with pytest.raises(ValueError, match=rf"topk_router_backward: indices .*below 8 .*index {index}"):
             torch.ops.moekit.topk_router_backward(*args)
         return
     absent = torch.where(indices == index, -1, indices)
-    expected = topk._topk_router_backward_reference(args[0], logits, absent, *args[3:])
+    expected = topk._backward_reference(args[0], None, logits, absent, *args[4:])
     torch.testing.assert_close(torch.ops.moekit.topk_router_backward(*args), expected, rtol=1e-5, atol=1e-7)
 
 

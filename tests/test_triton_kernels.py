@@ -352,17 +352,24 @@ def test_topk_router(sizes, score):
         if tied:
             logits, bias = logits.round(), None if bias is None else bias.round()
         scoring = (*score, 1e-20 if score[0] != "softmax" and k > 1 else None, scaling)
-        args = (logits, bias, k, *scoring, False, *groups)
-        weights, indices = kernel("topk_router", *args)
-        _, expected = reference(topk_ops._topk_router_reference, *args)
+        args = (logits, bias, None, k, *scoring, False, *groups)
+        weights, indices, _ = kernel("topk_router", *args)
+        _, expected, _ = reference(topk_ops._topk_router_reference, *args)
         assert_exact(indices, expected, f"{args[2:]}")
         wide = (logits.double(), indices, *scoring)
-        true = reference(topk_ops._weigh_reference, *wide)
+        true = reference(topk_ops._weighed, *wide)
         assert_accurate(weights, true, work=torch.float32, scale=4.0, what=f"{args[2:]}")
         grad = draw(3, num_tokens, k, dtype=dtype)
-        found = kernel("topk_router_backward", grad, logits, indices, *scoring)
-        true = reference(topk_ops._topk_router_backward_reference, grad.double(), *wide)
-        assert_accurate(found, true, work=torch.float32, scale=16.0, what=f"{args[2:]} gradient")
+        again, _ = kernel("weigh_experts", logits, indices, None, *scoring)
+        assert_accurate(again, true, work=torch.float32, scale=4.0, what=f"{args[2:]} given")
+        grad_sums, mask = draw(4, num_experts, dtype=torch.float32), torch.arange(num_tokens) % 3 == 1
+        sums = kernel("score_sums", logits, grad_sums, score[0], mask)
+        assert_accurate(sums, reference(topk_ops._sums_reference, logits.double(), grad_sums, score[0], mask), scale=8.0)
+        for parts in ((grad, None), (None, grad_sums), (grad, grad_sums)):
+            found = kernel("topk_router_backward", *parts, logits, indices, mask, *scoring)
+            whole = (None if part is None else part.double() for part in parts)
+            true = reference(topk_ops._backward_reference, *whole, *wide[:2], mask, *scoring)
+            assert_accurate(found, true, work=torch.float32, scale=16.0, what=f"{args[2:]} gradient")
 
 
 def test_topk_of_what_is_no_number():
@@ -371,9 +378,9 @@ def test_topk_of_what_is_no_number():
     logits[0], logits[1, 3], logits[2, :4], logits[3, 2], logits[4] = nan, nan, -inf, inf, -inf
     logits[4, 7], logits[5] = nan, torch.tensor([-0.0, 0.0] * 4)
     for groups, score in itertools.product([(0, 0, 0), (4, 2, 2)], SCORES):
-        args = (logits, None, 4, *score, None, None, False, *groups)
-        weights, indices = kernel("topk_router", *args)
-        true, expected = reference(topk_ops._topk_router_reference, *args)
+        args = (logits, None, None, 4, *score, None, None, False, *groups)
+        weights, indices, _ = kernel("topk_router", *args)
+        true, expected, _ = reference(topk_ops._topk_router_reference, *args)
         assert_exact(indices, expected)
         assert torch.equal(weights.isnan(), true.isnan())
 
@@ -388,10 +395,11 @@ def test_a_name_that_a_launcher_knows_and_a_kernel_does_not(monkeypatch):
     for name, what, *args in (
         ("glu", "activation", y, *glu),
         ("glu_backward", "activation", y[:, :4], y, None, *glu, [True, True, False, False]),
-        ("topk_router", "score", logits, None, 2, "made_up", False, None, None, False, 0, 0, 0),
-        ("topk_router", "score", logits, logits[0], 2, "made_up", False, None, None, False, 0, 0, 0),
-        ("weigh_experts", "score", logits, indices, "made_up", False, None, None),
-        ("topk_router_backward", "score", logits[:, :2], logits, indices, "made_up", False, None, None),
+        ("topk_router", "score", logits, None, None, 2, "made_up", False, None, None, False, 0, 0, 0),
+        ("topk_router", "score", logits, logits[0], None, 2, "made_up", False, None, None, False, 0, 0, 0),
+        ("weigh_experts", "score", logits, indices, None, "made_up", False, None, None),
+        ("score_sums", "score", logits, logits[0], "made_up", None),
+        ("topk_router_backward", "score", logits[:, :2], None, logits, indices, None, "made_up", False, None, None),
     ):
         with pytest.raises(Exception, match=r"(?s).+") as raised:
             kernel(name, *args)
@@ -420,4 +428,4 @@ def test_float64_is_left_to_the_reference():
 
     y = place(torch.ones(3, 4, dtype=torch.float64))
     assert KERNELS["glu"](y, None, None, None, *glu_ops.make_glu()) is NotImplemented
-    assert KERNELS["topk_router"](y, None, 1, "softmax", False, None, None, False, 0, 0, 0) is NotImplemented
+    assert KERNELS["topk_router"](y, None, None, 1, "softmax", False, None, None, False, 0, 0, 0) is NotImplemented

@@ -101,8 +101,8 @@ def _gelu_slope(x: Tensor, spec: Glu) -> Tensor:
 _KINDS: dict[str, tuple[Callable[[Tensor, Glu], Tensor], Callable[[Tensor, Glu], Tensor]]] = {
     "sigmoid": (_gate, _gate_slope),
     "gelu": (_gelu, _gelu_slope),
-    "relu": (lambda x, spec: x.clamp(min=0), lambda x, spec: (x > 0).to(x.dtype)),
-    "relu2": (lambda x, spec: x.clamp(min=0).square(), lambda x, spec: 2 * x.clamp(min=0)),
+    "relu": (lambda x, spec: x.relu(), lambda x, spec: (x > 0).to(x.dtype)),
+    "relu2": (lambda x, spec: x.relu().square(), lambda x, spec: 2 * x.clamp(min=0)),
 }
 
 

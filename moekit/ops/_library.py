@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -116,7 +117,7 @@ def _with_autograd(
 
     title = "".join(part.capitalize() for part in name.split("_"))
     methods = {"forward": forward_node, "backward": backward_node, "jvp": tangent_node}
-    node = type(f"Moekit{title}", (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
+    node = type(f"Moekit{title}", (_SingleLevelFunction,), {key: staticmethod(f) for key, f in methods.items()})
 
     def run(keyset: Any, *args: Any) -> Any:
         dual = _within_levels() and any(map(_has_tangent, _tensors(args)))
@@ -168,8 +169,7 @@ def apply_in_transforms(node: Any, *args: Any) -> Any:
     functions that are called above the dispatcher.
     """
     with enable_single_level_autograd_function():
-        below: Any = super(torch.autograd.Function, node)  # the form without the question
-        return below.apply(*args)
+        return node.apply(*args)
 
 
 def _stacked(outputs: Sequence[Tensor]) -> Tensor:

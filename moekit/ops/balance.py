@@ -8,15 +8,15 @@ Precision: computed and returned in float32 (float64 for float64). Letters: T to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops import _library, tables
+from moekit.ops import tables
 from moekit.ops.losses import summed_over
-from moekit.ops.topk import NORMALISER_EPS, normalised, own_score
+from moekit.ops.topk import score_sums, token_scores
 from moekit.routing import Routing, Scored, require
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def balance_loss(
     if group is not None:
         processes = group.size()
         counts, num_tokens = summed_over(counts, group), summed_over(_as_tensor(num_tokens, counts), group)
-    sums = score_sums(scored)
+    sums = score_sums(scored.logits, scored.link, scored.score, scored.padding_mask)
     share = _reciprocal(num_tokens, sums)
     factor = coeff * routing.num_experts * processes / max(routing.topk, 1)
     return (sums * counts.to(sums.dtype)).sum() * share * share * factor
@@ -102,21 +102,6 @@ def sequence_balance_loss(routing: Routing, coeff: float, *, sequences: int | Te
     share = _reciprocal(spread @ present, scores)
     each = (counts.to(scores.dtype) * (spread @ scores)).sum(1) * share * share
     return each.sum() * (coeff * experts / max(routing.topk, 1) / max(number, 1))
-
-
-def token_scores(logits: Tensor, score: str, padding_mask: Tensor | None) -> Tensor:
-    """Scores ``[T, E]`` that sum to one a token, in float32 or wider; 0 for padding, whatever it holds."""
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if padding_mask is not None:
-        values = values.masked_fill(padding_mask.unsqueeze(1), 0)
-    own = own_score(score)
-    scores = values.softmax(1) if own is None else normalised(own.value(values))
-    return scores if padding_mask is None else scores.masked_fill(padding_mask.unsqueeze(1), 0)
-
-
-def score_sums(scored: Scored) -> Tensor:
-    """:func:`token_scores` summed over tokens, ``[E]``, without a tensor of their size."""
-    return _score_sums(scored.logits, scored.score, scored.padding_mask)
 
 
 def _scored(op: str, routing: Routing) -> Scored:
@@ -160,74 +145,3 @@ def _sequence_of_token(op: str, sequences: int | Tensor, routing: Routing) -> tu
         raise _check.fail(op, "sequences", "where each of them begins and the last ends", f"shape {list(sequences.shape)}")
     _check.offsets(op, sequences[1:], tokens)
     return torch.searchsorted(sequences[1:].contiguous(), position, right=True).clamp(max=number - 1), number
-
-
-# --- the operator ---------------------------------------------------------------------------------------------------
-
-
-def _sums_reference(logits: Tensor, score: str, padding_mask: Tensor | None) -> Tensor:
-    return token_scores(logits, score, padding_mask).sum(0)
-
-
-def _sums_fake(logits: Tensor, score: str, padding_mask: Tensor | None) -> Tensor:
-    return logits.new_empty(logits.shape[1], dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _sums_save(ctx: Any, args: tuple, output: Tensor) -> None:
-    logits, ctx.score, padding_mask = args
-    ctx.save_for_backward(logits, padding_mask)
-
-
-def _sums_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    logits, padding_mask = ctx.saved_tensors
-    return _score_sums_backward(grad, logits, ctx.score, padding_mask), None, None
-
-
-def _sums_backward_reference(grad: Tensor, logits: Tensor, score: str, padding_mask: Tensor | None) -> Tensor:
-    """``grad [E]`` of the sums to the gradient of ``logits [T, E]``."""
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if padding_mask is not None:
-        values = values.masked_fill(padding_mask.unsqueeze(1), 0)
-    own, g = own_score(score), grad.to(values.dtype)
-    if own is None:
-        scores = values.softmax(1)
-        found = scores * (g - (scores * g).sum(1, keepdim=True))
-    else:
-        scores = own.value(values)
-        total = scores.sum(1, keepdim=True) + NORMALISER_EPS
-        found = (g - (scores * g).sum(1, keepdim=True) / total) / total * own.slope(values, scores)
-    if padding_mask is not None:
-        found = found.masked_fill(padding_mask.unsqueeze(1), 0)
-    return found.to(logits.dtype)
-
-
-def _sums_backward_fake(grad: Tensor, logits: Tensor, score: str, padding_mask: Tensor | None) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _sums_backward_save(ctx: Any, args: tuple, output: Tensor) -> None:
-    grad, logits, ctx.score, padding_mask = args
-    ctx.save_for_backward(grad, logits, padding_mask)
-
-
-def _sums_double_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    g, logits, padding_mask = ctx.saved_tensors
-    _library.require_reference("score_sums_backward", logits)
-    args = (g, logits, ctx.score, padding_mask)
-    return _library.differentiate(lambda *a: (_sums_backward_reference(*a),), args, needs, (grad,))
-
-
-_score_sums_backward = _library.define(
-    "score_sums_backward(Tensor grad, Tensor logits, str score, Tensor? padding_mask) -> Tensor",
-    reference=_sums_backward_reference,
-    fake=_sums_backward_fake,
-    save=_sums_backward_save,
-    backward=_sums_double_backward,
-)
-_score_sums = _library.define(
-    "score_sums(Tensor logits, str score, Tensor? padding_mask) -> Tensor",
-    reference=_sums_reference,
-    fake=_sums_fake,
-    save=_sums_save,
-    backward=_sums_backward,
-)

@@ -196,7 +196,9 @@ def _halves(x: Tensor, bias: Tensor | None, spec: Glu) -> _Halves:
     gate, up = _split(x, spec)
     if spec.clamp is not None:
         inside = (gate <= spec.clamp, up.abs() <= spec.clamp)
-        gate, up = gate.clamp(max=spec.clamp), up.clamp(-spec.clamp, spec.clamp)
+        # Not by ``torch.clamp``, whose derivative at the limit itself depends on the release of PyTorch.
+        gate, up = torch.where(gate > spec.clamp, spec.clamp, gate), torch.where(up > spec.clamp, spec.clamp, up)
+        up = torch.where(up < -spec.clamp, -spec.clamp, up)
     if bias is not None:
         gate_bias, up_bias = _split(bias, spec)
         gate, up = gate + gate_bias, up + up_bias

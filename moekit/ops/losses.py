@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit.ops.topk import SCORE_FUNCTIONS, descending, normalised, own_score, select_topk
+from moekit.ops.select import descending, select_topk
+from moekit.ops.topk import SCORE_FUNCTIONS, normalised, own_score
 from moekit.routing import Routing
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def z_loss(logits: Tensor | Routing, coeff: float, padding_mask: Tensor | None =
         if padding_mask is not None or logits.scored is None:
             got = "padding_mask as well" if logits.scored is not None else "one without logits"
             raise _check.fail("z_loss", "logits", "logits, or a routing of moekit.route alone", got)
-        logits, _, padding_mask = logits.scored
+        logits, _, padding_mask, _ = logits.scored
     _check.floating("z_loss", "logits", logits)
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares = _without_padding("z_loss", values, padding_mask).logsumexp(-1).square()

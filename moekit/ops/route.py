@@ -16,14 +16,13 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import tables
 from moekit.ops._segments import expert_of_row
+from moekit.ops.select import check_choice, descending
 from moekit.ops.topk import (
     NORMALISER_EPS,
     SCORE_FUNCTIONS,
     Scoring,
-    check_choice,
     check_indices,
     choose_and_weigh,
-    descending,
     weigh,
 )
 from moekit.routing import Routing, Scored
@@ -99,28 +98,31 @@ def route(
     scoring = _scoring(score, select_by, normalise, epsilon, scale)
     logits = _reshaped(logits, multiplier, softcap)
     num_experts = logits.shape[1]
+    if padding_mask is not None:
+        _mask(op, padding_mask, logits)
     if indices is None:
-        weights, indices = _select(logits, k, select_by, bias, num_groups, group_topk, group_best, scoring)
+        groups = (num_groups, group_topk, group_best)
+        weights, chosen, link = _select(logits, k, select_by, bias, groups, padding_mask, scoring)
     else:
         _refuse_selection(
             select_by, score, k=k, bias=bias, num_groups=num_groups, group_topk=group_topk, group_best=group_best
         )
         check_indices(op, logits, indices)
-        weights = weigh(logits, indices, *scoring)
+        chosen = indices
+        weights, link = weigh(logits, indices, padding_mask, *scoring)
     if expert_scale is not None:
         _vector(op, "expert_scale", expert_scale, logits)
-        factors = expert_scale[indices.clamp(0, num_experts - 1)]
+        factors = expert_scale[chosen.clamp(0, num_experts - 1)]
         weights = (weights * factors).to(weights.dtype)
     if padding_mask is not None:
-        _mask(op, padding_mask, logits)
-        indices = indices.masked_fill(padding_mask.unsqueeze(1), -1)
+        chosen = chosen.masked_fill(padding_mask.unsqueeze(1), -1)
     limited = _capacity(capacity, capacity_by, overflow)
     if limited is not None:
-        indices = _limit(indices, weights, num_experts, *limited)
+        chosen = _limit(chosen, weights, num_experts, *limited)
     if padding_mask is not None or limited is not None:
-        weights = weights.masked_fill(indices < 0, 0)
-    scored = Scored(logits, score, padding_mask)
-    routing = Routing(indices, weights, *tables.route_indices(indices, num_experts), scored)
+        weights = weights.masked_fill(chosen < 0, 0)
+    scored = Scored(logits, score, padding_mask, link)
+    routing = Routing(chosen, weights, *tables.route_indices(chosen, num_experts), scored=scored)
     return _padded_to(routing, limited[0]) if limited is not None and limited[2] == "pad" else routing
 
 
@@ -168,19 +170,19 @@ def _select(
     k: int | None,
     select_by: str,
     bias: Tensor | None,
-    num_groups: int | None,
-    group_topk: int | None,
-    group_best: int | None,
+    groups: tuple[int | None, int | None, int | None],
+    padding_mask: Tensor | None,
     scoring: Scoring,
 ) -> Any:
-    """``(weights, indices)`` of the best."""
+    """``(weights, indices, link)`` of the best."""
     if k is None:
         raise _check.fail("route", "k", "given, or indices", None)
     if bias is not None:
         _vector("route", "bias", bias, logits)
-    best = 2 if group_topk and group_best is None else group_best
+    num_groups, group_topk, best = groups
+    best = 2 if group_topk and best is None else best
     k, choice = check_choice("route", logits, k, num_groups, group_topk, best, by_logits=select_by == "logits")
-    return choose_and_weigh(logits, bias, k, *scoring, *choice)
+    return choose_and_weigh(logits, bias, padding_mask, k, *scoring, *choice)
 
 
 def _refuse_selection(select_by: str, score: str, **given: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.ops import _library
+from moekit.ops.select import Choice, check_choice, check_matrix, group_limited_select, select_topk
 
 # Keeps a token whose scores are all zero from dividing by zero (as DeepSeek-V3's router does).
 NORMALISER_EPS = 1e-20
@@ -69,72 +70,6 @@ def own_score(score_function: str) -> Score | None:
 
 
 # --- selection ----------------------------------------------------------------------------------------------
-
-
-def descending(scores: Tensor, dim: int) -> Tensor:
-    """The order that sorts ``scores`` descending along ``dim``: ties by position, NaN last.
-
-    Sorting the negated scores ascending puts NaN last by itself. ``0.0 - x`` makes one zero of both, and the
-    fill one NaN of all: a radix sort may look at the sign bits.
-    """
-    scores = scores.detach()
-    keys = (0.0 - scores).masked_fill(scores.isnan(), float("nan"))
-    return keys.argsort(dim=dim, stable=True)
-
-
-def select_topk(scores: Tensor, k: int) -> Tensor:
-    """The K highest-scored experts of each token.
-
-    Args:
-        scores: ``[T, E]``, floating point.
-        k: experts per token, 1 to E.
-
-    Returns:
-        indices ``[T, K]`` int64, descending by score. Ties go to the lowest expert and NaN ranks below
-        ``-inf``, so the indices are unique and in range whatever the scores. Not differentiable.
-
-    Raises:
-        ValueError: ``k`` is below 1 or above E, or ``scores`` is not 2-D.
-        TypeError: ``scores`` is not floating point.
-    """
-    _check_matrix("select_topk", "scores", scores)
-    k = _check.topk("select_topk", k, scores.shape[1])
-    return descending(scores, dim=1)[:, :k].contiguous()
-
-
-def group_limited_select(scores: Tensor, k: int, num_groups: int, group_topk: int, group_best: int | None = None) -> Tensor:
-    """The K highest-scored experts of each token among those of its best groups.
-
-    The E experts form ``num_groups`` groups of neighbours. A group is scored by the sum of its ``group_best`` highest; a
-    token takes its ``group_topk`` best groups, then its K best experts in them. It limits the devices (DeepSeek-V2, arXiv
-    2405.04434) or the nodes (DeepSeek-V3, arXiv 2412.19437) that a token travels to.
-
-    Args:
-        scores: ``[T, E]``, floating point.
-        k: experts per token, 1 to ``group_topk * E // num_groups``.
-        num_groups: number of groups, a divisor of E.
-        group_topk: groups per token, 1 to ``num_groups``.
-        group_best: scores that a group's is the sum of, 1 to ``E // num_groups``; None is ``max(1, K // group_topk)``.
-
-    Returns:
-        indices ``[T, K]`` int64, descending by score; ties go to the lowest group and the lowest expert, NaN
-        ranks lowest. Always within the chosen groups.
-
-    Raises:
-        ValueError: a number is out of its range, or ``scores`` is not 2-D.
-        TypeError: ``scores`` is not floating point.
-    """
-    op = "group_limited_select"
-    _check_matrix(op, "scores", scores)
-    num_experts = scores.shape[1]
-    k, num_groups, group_topk, group_best = check_groups(op, k, num_experts, num_groups, group_topk, group_best)
-    size = num_experts // num_groups
-    grouped = scores.detach().reshape(-1, num_groups, size)
-    best = descending(grouped, dim=2)[:, :, :group_best]
-    # Back in ascending order, so that a tie between two chosen groups goes to the lower expert.
-    chosen = select_topk(grouped.gather(2, best).sum(2), group_topk).sort(dim=1).values
-    experts = (chosen[:, :, None] * size + torch.arange(size, device=scores.device)).flatten(1)
-    return experts.gather(1, select_topk(scores.detach().gather(1, experts), k))
 
 
 def selection_scores(
@@ -211,7 +146,7 @@ def router_weights(
     _check_router("router_weights", logits, score_function, pre_softmax, None)
     _check.tensor_dim("router_weights", "indices", indices, 2)
     epsilon = _megatron_epsilon(score_function, indices.shape[1])
-    return _weigh_reference(logits, indices, score_function, pre_softmax, epsilon, scaling_factor)
+    return _weighed(logits, indices, score_function, pre_softmax, epsilon, scaling_factor)
 
 
 def _megatron_epsilon(score_function: str, k: int) -> float | None:
@@ -264,7 +199,8 @@ def topk_router(
     if scaling_factor is not None:
         scaling_factor = _check.real("topk_router", "scaling_factor", scaling_factor)
     scoring = Scoring(score_function, bool(pre_softmax), _megatron_epsilon(score_function, k), scaling_factor)
-    return choose_and_weigh(logits, expert_bias, k, *scoring, *choice)
+    weights, indices, _ = choose_and_weigh(logits, expert_bias, None, k, *scoring, *choice)
+    return weights, indices
 
 
 # --- the operators ----------------------------------------------------------------------------------------------
@@ -279,26 +215,33 @@ class Scoring(NamedTuple):
     scaling_factor: float | None
 
 
-class Choice(NamedTuple):
-    """How experts are chosen, in the order of the operators' schemas."""
-
-    by_logits: bool = False  # the choice compares logits, not scores
-    num_groups: int = 0  # 0: no groups
-    group_topk: int = 0
-    group_best: int = 0
-
-
-def _topk_router_reference(logits: Tensor, expert_bias: Tensor | None, k: int, *constants: Any) -> tuple[Tensor, Tensor]:
+def _topk_router_reference(
+    logits: Tensor, expert_bias: Tensor | None, padding_mask: Tensor | None, k: int, *constants: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     scoring, choice = Scoring(*constants[:4]), Choice(*constants[4:])
     indices = _choose(logits, expert_bias, k, scoring.score_function, scoring.pre_softmax, choice)
-    return _weigh_reference(logits, indices, *scoring), indices
+    return _weighed(logits, indices, *scoring), indices, link(logits)
 
 
-def _topk_router_fake(logits: Tensor, expert_bias: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0], k), logits.new_empty(logits.shape[0], k, dtype=torch.int64)
+def _topk_router_fake(logits: Tensor, _: Any, __: Any, k: int, *___: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weights, tokens = logits.new_empty(logits.shape[0], k), logits.shape[0]
+    return weights, logits.new_empty(tokens, k, dtype=torch.int64), link(logits)
 
 
-def _weigh_reference(
+def link(logits: Tensor) -> Tensor:
+    """Zeros ``[E]``: the gradient of the sums of scores reaches the router's backward by it, which is one for both."""
+    return torch.zeros(logits.shape[1], dtype=_wide(logits), device=logits.device)
+
+
+def _weigh_reference(logits: Tensor, indices: Tensor, padding_mask: Tensor | None, *scoring: Any) -> tuple[Tensor, Tensor]:
+    return _weighed(logits, indices, *scoring), link(logits)
+
+
+def _weigh_fake(logits: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(indices.shape), link(logits)
+
+
+def _weighed(
     logits: Tensor,
     indices: Tensor,
     score_function: str,
@@ -328,11 +271,52 @@ def _weigh_reference(
     return weights.to(logits.dtype)
 
 
-def _weigh_fake(logits: Tensor, indices: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(indices.shape)
+def token_scores(logits: Tensor, score_function: str, padding_mask: Tensor | None) -> Tensor:
+    """Scores ``[T, E]`` that sum to one a token, in float32 or wider; 0 for padding, whatever it holds."""
+    values = logits.to(_wide(logits))
+    if padding_mask is not None:
+        values = values.masked_fill(padding_mask.unsqueeze(1), 0)
+    own = own_score(score_function)
+    scores = values.softmax(1) if own is None else normalised(own.value(values))
+    return scores if padding_mask is None else scores.masked_fill(padding_mask.unsqueeze(1), 0)
 
 
-def _topk_router_backward_reference(
+def _sums_reference(logits: Tensor, link: Tensor, score_function: str, padding_mask: Tensor | None) -> Tensor:
+    return token_scores(logits, score_function, padding_mask).sum(0)
+
+
+def _sums_fake(logits: Tensor, link: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(link)
+
+
+def _backward_reference(
+    grad: Tensor | None,
+    grad_sums: Tensor | None,
+    logits: Tensor,
+    indices: Tensor,
+    padding_mask: Tensor | None,
+    score_function: str,
+    pre_softmax: bool,
+    epsilon: float | None,
+    scaling_factor: float | None,
+) -> Tensor:
+    """The gradient of ``logits [T, E]`` from those of the weights ``[T, K]`` and of the sums of scores ``[E]``.
+
+    An index that names no expert takes no part, as in :func:`router_weights`.
+    """
+    op = "topk_router_backward"
+    check_indices(op, logits, indices)
+    found = logits.new_zeros(logits.shape, dtype=_wide(logits))
+    if grad is not None:
+        _check.shape(op, "grad", grad, indices.shape, "[tokens, topk]")
+        found = found + _weights_gradient(grad, logits, indices, score_function, pre_softmax, epsilon, scaling_factor)
+    if grad_sums is not None:
+        _check.shape(op, "grad_sums", grad_sums, logits.shape[1:], "[experts]")
+        found = found + _sums_gradient(grad_sums, logits, padding_mask, score_function)
+    return found.to(logits.dtype)
+
+
+def _weights_gradient(
     grad: Tensor,
     logits: Tensor,
     indices: Tensor,
@@ -341,13 +325,7 @@ def _topk_router_backward_reference(
     epsilon: float | None,
     scaling_factor: float | None,
 ) -> Tensor:
-    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``.
-
-    An index that names no expert takes no part, as in :func:`router_weights`.
-    """
     num_experts = logits.shape[1]
-    check_indices("topk_router_backward", logits, indices)
-    _check.shape("topk_router_backward", "grad", grad, indices.shape, "[tokens, topk]")
     absent = (indices < 0) | (indices >= num_experts)
     index = indices.long().masked_fill(absent, 0)
     values = logits.to(_wide(logits))
@@ -368,79 +346,104 @@ def _topk_router_backward_reference(
         total = scores.sum(1, keepdim=True) + epsilon
         g = (g - (g * scores).sum(1, keepdim=True) / total) / total
     if own is not None:
-        g = (g * own.slope(chosen, scores)).masked_fill(absent, 0.0)
-    elif pre_softmax:
-        mean = (g * scores).sum(1, keepdim=True)
-        return (probs * (_spread(g, indices, absent, num_experts) - mean)).to(logits.dtype)
+        return _spread(g * own.slope(chosen, scores), index, absent, num_experts)
+    mean = (g * scores).sum(1, keepdim=True)
+    if pre_softmax:
+        return probs * (_spread(g, index, absent, num_experts) - mean)
+    return _spread(scores * (g - mean), index, absent, num_experts)
+
+
+def _spread(values: Tensor, index: Tensor, absent: Tensor, num_experts: int) -> Tensor:
+    """``values [T, K]`` added at their experts in zeros ``[T, E]``; one slot after the other, in an order that is fixed."""
+    spread = values.new_zeros(values.shape[0], num_experts)
+    for slot, value in zip(index.unbind(1), values.masked_fill(absent, 0.0).unbind(1), strict=True):
+        spread = spread.scatter_add(1, slot.unsqueeze(1), value.unsqueeze(1))
+    return spread
+
+
+def _sums_gradient(grad: Tensor, logits: Tensor, padding_mask: Tensor | None, score_function: str) -> Tensor:
+    """The gradient of the sums of :func:`token_scores`."""
+    values, own = logits.to(_wide(logits)), own_score(score_function)
+    if padding_mask is not None:
+        values = values.masked_fill(padding_mask.unsqueeze(1), 0)
+    g = grad.to(values.dtype)
+    if own is None:
+        scores = values.softmax(1)
+        found = scores * (g - (scores * g).sum(1, keepdim=True))
     else:
-        g = scores * (g - (g * scores).sum(1, keepdim=True))
-    return _spread(g, indices, absent, num_experts).to(logits.dtype)
+        scores = own.value(values)
+        total = scores.sum(1, keepdim=True) + NORMALISER_EPS
+        found = (g - (scores * g).sum(1, keepdim=True) / total) / total * own.slope(values, scores)
+    return found if padding_mask is None else found.masked_fill(padding_mask.unsqueeze(1), 0)
 
 
-def _spread(values: Tensor, indices: Tensor, absent: Tensor, num_experts: int) -> Tensor:
-    """``values [T, K]`` at their experts in zeros ``[T, E]``; a spare last column takes those of no expert."""
-    values = values.masked_fill(absent, 0.0)
-    place = indices.long().masked_fill(absent, num_experts)
-    spread = values.new_zeros(values.shape[0], num_experts + 1).scatter(1, place, values)
-    return spread[:, :num_experts].contiguous()
-
-
-def _topk_router_backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _backward_fake(grad: Any, grad_sums: Any, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
-    logits, _, _, *constants = args
+    logits, _, padding_mask, _, *constants = args
     ctx.scoring = constants[:4]
-    ctx.save_for_backward(logits, outputs[1])
+    ctx.set_materialize_grads(False)  # of a link that no loss has used
+    ctx.save_for_backward(logits, outputs[1], padding_mask)
 
 
-def _backward(ctx: Any, needs: tuple, grad: Tensor, _: Any) -> tuple:
-    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 10)
+def _backward(ctx: Any, needs: tuple, grad: Tensor | None, _: Any, grad_sums: Tensor | None) -> tuple:
+    return (_topk_router_backward(grad, grad_sums, *ctx.saved_tensors, *ctx.scoring), *[None] * 11)
 
 
 def _save_weigh(ctx: Any, args: tuple, outputs: Any) -> None:
-    logits, indices, *ctx.scoring = args
-    ctx.save_for_backward(logits, indices)
+    *tensors, ctx.scoring = *args[:3], args[3:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
 
 
-def _backward_weigh(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return (_topk_router_backward(grad, *ctx.saved_tensors, *ctx.scoring), *[None] * 5)
+def _backward_weigh(ctx: Any, needs: tuple, grad: Tensor | None, grad_sums: Tensor | None) -> tuple:
+    return (_topk_router_backward(grad, grad_sums, *ctx.saved_tensors, *ctx.scoring), *[None] * 6)
 
 
 def _save_backward(ctx: Any, args: tuple, outputs: Any) -> None:
-    *tensors, ctx.scoring = *args[:3], args[3:]
+    *tensors, ctx.scoring = *args[:5], args[5:]
     ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    _library.require_reference("topk_router_backward", ctx.saved_tensors[1])
+    _library.require_reference("topk_router_backward", ctx.saved_tensors[2])
     args = (*ctx.saved_tensors, *ctx.scoring)
-    return _library.differentiate(lambda *a: (_topk_router_backward_reference(*a),), args, needs, (grad,))
+    return _library.differentiate(lambda *a: (_backward_reference(*a),), args, needs, (grad,))
 
 
 _SCORING = "str score_function, bool pre_softmax, float? epsilon, float? scaling_factor"
 _topk_router_backward = _library.define(
-    f"topk_router_backward(Tensor grad, Tensor logits, Tensor indices, {_SCORING}) -> Tensor",
-    reference=_topk_router_backward_reference,
-    fake=_topk_router_backward_fake,
+    "topk_router_backward(Tensor? grad, Tensor? grad_sums, Tensor logits, Tensor indices, Tensor? padding_mask,"
+    f" {_SCORING}) -> Tensor",
+    reference=_backward_reference,
+    fake=_backward_fake,
     save=_save_backward,
     backward=_double_backward,
 )
 weigh = _library.define(
-    f"weigh_experts(Tensor logits, Tensor indices, {_SCORING}) -> Tensor",
+    f"weigh_experts(Tensor logits, Tensor indices, Tensor? padding_mask, {_SCORING}) -> (Tensor, Tensor)",
     reference=_weigh_reference,
     fake=_weigh_fake,
     save=_save_weigh,
     backward=_backward_weigh,
 )
 choose_and_weigh = _library.define(
-    f"topk_router(Tensor logits, Tensor? expert_bias, SymInt k, {_SCORING},"
-    " bool by_logits, int num_groups, int group_topk, int group_best) -> (Tensor, Tensor)",
+    f"topk_router(Tensor logits, Tensor? expert_bias, Tensor? padding_mask, SymInt k, {_SCORING},"
+    " bool by_logits, int num_groups, int group_topk, int group_best) -> (Tensor, Tensor, Tensor)",
     reference=_topk_router_reference,
     fake=_topk_router_fake,
     save=_save,
     backward=_backward,
+)
+# Its gradient goes to ``link``, and by it to the logits; forward-mode differentiation takes the direct way.
+score_sums = _library.define(
+    "score_sums(Tensor logits, Tensor link, str score_function, Tensor? padding_mask) -> Tensor",
+    reference=_sums_reference,
+    fake=_sums_fake,
+    save=lambda ctx, args, output: None,
+    backward=lambda ctx, needs, grad: (None, grad, None, None),
 )
 
 
@@ -451,11 +454,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check_matrix(op: str, name: str, value: Tensor) -> None:
-    _check.tensor_dim(op, name, value, 2)
-    _check.floating(op, name, value)
-
-
 def _check_scoring(op: str, score_function: str, pre_softmax: bool) -> None:
     _check.one_of(op, "score_function", score_function, SCORE_FUNCTIONS)
     if pre_softmax and score_function != "softmax":
@@ -463,7 +461,7 @@ def _check_scoring(op: str, score_function: str, pre_softmax: bool) -> None:
 
 
 def _check_router(op: str, logits: Tensor, score_function: str, pre_softmax: bool, expert_bias: Tensor | None) -> None:
-    _check_matrix(op, "logits", logits)
+    check_matrix(op, "logits", logits)
     _check_scoring(op, score_function, pre_softmax)
     if expert_bias is not None:
         _check.floating(op, "expert_bias", expert_bias)
@@ -478,47 +476,3 @@ def check_indices(op: str, logits: Tensor, indices: Tensor) -> None:
     _check.shape(op, "indices", indices, (logits.shape[0], indices.shape[1]), "[tokens, topk]")
     _check.same_device(op, logits=logits, indices=indices)
     _check.in_range(op, "indices", indices, logits.shape[1], "the number of experts")
-
-
-def check_choice(
-    op: str,
-    logits: Tensor,
-    k: int,
-    num_groups: int | None,
-    group_topk: int | None,
-    group_best: int | None = None,
-    *,
-    by_logits: bool = False,
-) -> tuple[int, Choice]:
-    """``k`` and the groups as Python's integers, looked at."""
-    num_experts = logits.shape[1]
-    if group_topk:
-        if num_groups is None:
-            raise _check.fail(op, "num_groups", f"given with group_topk={group_topk}", None)
-        k, *groups = check_groups(op, k, num_experts, num_groups, group_topk, group_best)
-        return k, Choice(by_logits, *groups)
-    for name, value in (("num_groups", num_groups), ("group_best", group_best)):
-        if value is not None:
-            raise _check.unused(op, name, value, "without group_topk")
-    return _check.topk(op, k, num_experts), Choice(by_logits)
-
-
-def check_groups(
-    op: str, k: int, num_experts: int, num_groups: int, group_topk: int, group_best: int | None
-) -> tuple[int, int, int, int]:
-    """The numbers of :func:`group_limited_select`, looked at."""
-    num_groups = _check.positive(op, "num_groups", num_groups)
-    group_topk = _check.positive(op, "group_topk", group_topk)
-    if num_experts % num_groups:
-        raise _check.fail(op, "num_groups", f"a divisor of the number of experts ({num_experts})", num_groups)
-    if group_topk > num_groups:
-        raise _check.fail(op, "group_topk", f"at most the number of groups ({num_groups})", group_topk)
-    size = num_experts // num_groups
-    k = _check.positive(op, "k", k)
-    if k > group_topk * size:
-        raise _check.fail(op, "k", f"at most the {group_topk * size} experts of the {group_topk} chosen groups", k)
-    # What Megatron-core has, where it is not said; no more than a group has.
-    group_best = max(1, k // group_topk) if group_best is None else _check.positive(op, "group_best", group_best)
-    if group_best > size:
-        raise _check.fail(op, "group_best", f"at most the {size} experts of a group", group_best)
-    return k, num_groups, group_topk, group_best

@@ -52,4 +52,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "topk_router": router.topk_router,
     "topk_router_backward": router.topk_router_backward,
     "weigh_experts": router.weigh_experts,
+    "score_sums": router.score_sums,
 }

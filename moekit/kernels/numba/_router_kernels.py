@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import overload
 
 from moekit.kernels.numba._activations import exp, sigmoid
-from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, write_i64, zero
+from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, read_u8, write_f32, write_i64
 from moekit.kernels.numba._elements import SIZES, load, store
 from moekit.kernels.numba._jit import INLINE, inline, kernel
 
@@ -261,34 +261,86 @@ def weigh_kernel(element: int, scoring: int) -> Callable:
     return weigh
 
 
+# --- sums of scores, for the losses ---------------------------------------------------------------------------------
+
+SUMMED = 256  # tokens of a partial sum: as many whatever the number of threads
+
+
+@inline
+def score_all(scoring, own, values, scores, experts):
+    """The scores of one token's logits, not divided by their sum yet, which is returned."""
+    total = _ZERO
+    largest = values[0]
+    for expert in range(experts):
+        largest = values[expert] if values[expert] > largest else largest
+    for expert in range(experts):
+        scores[expert] = own_score(scoring, values[expert]) if own else decay(values[expert] - largest)
+        total = plus(total, scores[expert])
+    return total + _NORMALISER_EPS if own else total
+
+
+@functools.cache
+def score_sums_kernel(element: int, scoring: int) -> Callable:
+    """Sums ``[blocks, E]`` of the tokens' scores, which sum to one each; padding (a mask with an address) is left out."""
+    size, own = SIZES[element], scoring in _OWN
+
+    @kernel(element, scoring)
+    def score_sums(start: int, stop: int, logits: int, mask: int, tokens: int, experts: int, sums: int):
+        values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
+        added = np.empty(experts, np.float32)
+        for block in range(start, stop):
+            for expert in range(experts):
+                added[expert] = _ZERO
+            for token in range(block * SUMMED, min((block + 1) * SUMMED, tokens)):
+                if mask != 0 and read_u8(mask, token) != 0:
+                    continue
+                for expert in range(experts):
+                    values[expert] = load(element, logits + token * experts * size, expert)
+                share = _ONE / score_all(scoring, own, values, scores, experts)
+                for expert in range(experts):
+                    added[expert] += scores[expert] * share
+            for expert in range(experts):
+                write_f32(sums, block * experts + expert, added[expert])
+
+    return score_sums
+
+
+# --- the way back ---------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Callable:
-    """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]``; -1 is no expert.
+    """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]`` and that of the sums ``[E]``, if there.
 
-    ``wrong`` becomes 1 if an index is neither -1 nor an expert; it is not followed.
+    An index of -1 is no expert. ``wrong`` becomes 1 if one is neither that nor an expert; it is not followed.
     """
     size, own = SIZES[element], scoring in _OWN
 
     @kernel(element, grad_element, scoring)
     def route_backward(
-        start: int, stop: int, grad: int, logits: int, indices: int, experts: int, slots: int,
+        start: int, stop: int, grad: int, sums_grad: int, logits: int, indices: int, mask: int, experts: int, slots: int,
         epsilon: float, scale: float, out: int, wrong: int,
     ):  # fmt: skip
-        values, chosen, g = np.empty(experts, np.float32), np.empty(slots, np.float32), np.empty(slots, np.float32)
+        values, scores, dense = np.empty(experts, np.float32), np.empty(experts, np.float32), np.empty(experts, np.float32)
+        chosen, g = np.empty(slots, np.float32), np.empty(slots, np.float32)
         for token in range(start, stop):
-            row, out_row = logits + token * experts * size, out + token * experts * size
-            grad_row, picks = token * slots, indices + token * slots * 8
+            row, picks = logits + token * experts * size, indices + token * slots * 8
             for expert in range(experts):
                 values[expert] = load(element, row, expert)
-            if scoring == PRE_SOFTMAX:
-                soften(values, experts)
+            share = _ZERO
+            if sums_grad != 0 or scoring == PRE_SOFTMAX:
+                share = _ONE / score_all(scoring, own, values, scores, experts)
             for slot in range(slots):
                 expert = read_i64(picks, slot)
                 inside = 0 <= expert < experts
                 if not inside and expert != -1:
                     write_i64(wrong, 0, 1)
-                chosen[slot] = own_score(scoring, values[expert]) if inside else _LOWEST
-                g[slot] = load(grad_element, grad, grad_row + slot) * scale if inside else _ZERO
+                chosen[slot] = _LOWEST
+                g[slot] = _ZERO
+                if inside:
+                    chosen[slot] = scores[expert] * share if scoring == PRE_SOFTMAX else own_score(scoring, values[expert])
+                    if grad != 0:
+                        g[slot] = load(grad_element, grad, token * slots + slot) * scale
             if scoring == SOFTMAX:
                 soften(chosen, slots)
             total, dot = _ZERO, _ZERO
@@ -299,20 +351,35 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
                 dot += g[slot] * chosen[slot]
             if epsilon >= _ZERO:
                 total += epsilon
-                for slot in range(slots):
-                    g[slot] = (g[slot] - dot / total) / total
+                mean = dot / total
                 dot = _ZERO
                 for slot in range(slots):
+                    g[slot] = (g[slot] - mean) / total
                     dot += g[slot] * chosen[slot]
+            if sums_grad != 0 and (mask == 0 or read_u8(mask, token) == 0):
+                mean = _ZERO
+                for expert in range(experts):
+                    mean = plus(mean, scores[expert] * read_f32(sums_grad, expert))
+                mean *= share
+                for expert in range(experts):
+                    slope = score_slope(scoring, values[expert], scores[expert]) if own else scores[expert]
+                    dense[expert] = (read_f32(sums_grad, expert) - mean) * share * slope
+            else:
+                for expert in range(experts):
+                    dense[expert] = _ZERO
             if scoring == PRE_SOFTMAX:
                 for expert in range(experts):
-                    store(element, out_row, expert, -values[expert] * dot)
-            else:
-                zero(out_row, experts * size)
+                    dense[expert] -= scores[expert] * share * dot
             for slot in range(slots):
                 expert = read_i64(picks, slot)
                 if 0 <= expert < experts:
-                    slope = score_slope(scoring, values[expert], chosen[slot])
-                    store(element, out_row, expert, (g[slot] if own else g[slot] - dot) * slope)
+                    if own:
+                        dense[expert] += g[slot] * score_slope(scoring, values[expert], chosen[slot])
+                    elif scoring == SOFTMAX:
+                        dense[expert] += (g[slot] - dot) * chosen[slot]
+                    else:
+                        dense[expert] += g[slot] * chosen[slot]
+            for expert in range(experts):
+                store(element, out + token * experts * size, expert, dense[expert])
 
     return route_backward

@@ -57,6 +57,8 @@ def _usual() -> Iterator[Callable[[], Any]]:
         ):
             yield lambda element=element, scoring=scoring: _router_kernels.router_backward_kernel(element, element, scoring)
             yield lambda element=element, scoring=scoring: _router_kernels.weigh_kernel(element, scoring)
+            if scoring != _router_kernels.PRE_SOFTMAX:
+                yield lambda element=element, scoring=scoring: _router_kernels.score_sums_kernel(element, scoring)
             for has_bias, grouped in itertools.product((False, True), repeat=2):
                 by_logits = scoring == _router_kernels.SOFTMAX or not (has_bias or grouped)
                 yield lambda args=(element, scoring, has_bias, grouped, by_logits): _router_kernels.router_kernel(*args)

@@ -1,4 +1,4 @@
-"""Launchers of the router: ``topk_router``, ``weigh_experts``, ``topk_router_backward``."""
+"""Launchers of the router: ``topk_router``, ``weigh_experts``, ``score_sums`` and the backward of all."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def _factors(epsilon: float | None, scaling_factor: float | None) -> tuple[float
 def topk_router(
     logits: Tensor,
     expert_bias: Tensor | None,
+    padding_mask: Tensor | None,
     k: int,
     score_function: str,
     pre_softmax: bool,
@@ -44,7 +45,7 @@ def topk_router(
     group_topk: int,
     group_best: int,
 ) -> Any:
-    """``logits [T, E]`` to ``(weights [T, K], indices [T, K])``."""
+    """``logits [T, E]`` to ``(weights [T, K], indices [T, K], link [E])``."""
     element = KINDS.get(logits.dtype, E4M3)
     if element == E4M3 or (expert_bias is not None and expert_bias.dtype is torch.float64):
         return NotImplemented
@@ -60,12 +61,13 @@ def topk_router(
         logits.data_ptr(), address(expert_bias), experts, k, num_groups, group_topk, group_best,
         *_factors(epsilon, scaling_factor), weights.data_ptr(), indices.data_ptr(),
     )  # fmt: skip
-    return weights, indices
+    return weights, indices, torch.zeros(experts)
 
 
 def weigh_experts(
     logits: Tensor,
     indices: Tensor,
+    padding_mask: Tensor | None,
     score_function: str,
     pre_softmax: bool,
     epsilon: float | None,
@@ -83,39 +85,60 @@ def weigh_experts(
         logits.data_ptr(), indices.data_ptr(), experts, slots, *_factors(epsilon, scaling_factor),
         weights.data_ptr(), ctypes.addressof(wrong),
     )  # fmt: skip
-    return NotImplemented if wrong.value else weights
+    return NotImplemented if wrong.value else (weights, torch.zeros(experts))
 
 
-def _fits(grad: Tensor, logits: Tensor, indices: Tensor) -> bool:
-    """Whether there are a few indices for each token, and a gradient for each of them."""
-    return (
-        indices.dtype in INDICES
-        and indices.dim() == 2
-        and indices.shape[0] == logits.shape[0]
-        and grad.shape == indices.shape
-    )
+def _optional(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether ``value`` is None, or of this kind."""
+    return value is None or (value.dtype is dtype and value.shape == shape)
+
+
+def score_sums(logits: Tensor, link: Tensor, score_function: str, padding_mask: Tensor | None) -> Any:
+    """Sums ``[E]`` of the scores of ``logits [T, E]``, which sum to one a token."""
+    element = KINDS.get(logits.dtype, E4M3)
+    if element == E4M3 or not logits.shape[1] or not _optional(padding_mask, torch.bool, logits.shape[:1]):
+        return NotImplemented
+    logits, padding_mask = dense(logits), dense(padding_mask)
+    tokens, experts = logits.shape
+    blocks = -(-tokens // kernels.SUMMED)
+    sums = torch.empty(blocks, experts)
+    run(
+        kernels.score_sums_kernel(element, _scoring(score_function, False)), blocks, logits.nbytes * _EFFORT,
+        logits.data_ptr(), address(padding_mask), tokens, experts, sums.data_ptr(),
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def topk_router_backward(
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_sums: Tensor | None,
     logits: Tensor,
     indices: Tensor,
+    padding_mask: Tensor | None,
     score_function: str,
     pre_softmax: bool,
     epsilon: float | None,
     scaling_factor: float | None,
 ) -> Any:
-    """``grad [T, K]`` of the weights to the gradient of ``logits [T, E]``; an index out of range is the reference's."""
-    element, grad_element = KINDS.get(logits.dtype, E4M3), KINDS.get(grad.dtype, E4M3)
-    if E4M3 in (element, grad_element) or not _fits(grad, logits, indices):
+    """The gradient of ``logits [T, E]``; an index out of range is the reference's."""
+    element, grad_element = KINDS.get(logits.dtype, E4M3), KINDS.get(logits.dtype if grad is None else grad.dtype, E4M3)
+    if E4M3 in (element, grad_element) or indices.dtype not in INDICES or indices.shape[:-1] != logits.shape[:1]:
         return NotImplemented
-    grad, logits, indices = dense(grad), dense(logits), dense(indices, torch.int64)
+    fits = grad is None or grad.shape == indices.shape
+    if not (
+        fits
+        and _optional(grad_sums, torch.float32, logits.shape[1:])
+        and _optional(padding_mask, torch.bool, logits.shape[:1])
+    ):
+        return NotImplemented
+    grad, grad_sums, padding_mask = dense(grad), dense(grad_sums), dense(padding_mask)
+    logits, indices = dense(logits), dense(indices, torch.int64)
     (tokens, experts), slots = logits.shape, indices.shape[1]
     out, wrong = torch.empty(logits.shape, dtype=logits.dtype), ctypes.c_int64()
     run(
         kernels.router_backward_kernel(element, grad_element, _scoring(score_function, pre_softmax)),
         tokens, logits.nbytes * _EFFORT,
-        grad.data_ptr(), logits.data_ptr(), indices.data_ptr(), experts, slots,
+        address(grad), address(grad_sums), logits.data_ptr(), indices.data_ptr(), address(padding_mask), experts, slots,
         *_factors(epsilon, scaling_factor), out.data_ptr(), ctypes.addressof(wrong),
     )  # fmt: skip
     return NotImplemented if wrong.value else out

@@ -25,6 +25,7 @@ KERNELS: dict[str, Callable] = {
     "put": entries.put,
     "topk_router": topk.topk_router,
     "topk_router_backward": topk.topk_router_backward,
+    "score_sums": topk.score_sums,
     "weigh_experts": topk.weigh_experts,
 }
 """Operator name to the function that runs it, with the reference's arguments and results."""

@@ -135,12 +135,14 @@ def _all_routers() -> Iterator[Case]:
         logits, bias = _meta(tokens, experts, dtype=dtype), _meta(experts) if biased else None
         what = f"{label} {name} T={tokens} E={experts} K={k}" + (" grouped" if groups[0] else "")
         shown = name == "fp32" and not biased and experts in (_E, 256)
-        args = (logits, bias, k, *score, False, *groups)
+        args = (logits, bias, None, k, *score, False, *groups)
         yield Case(f"topk {what}" + (" biased" if biased else ""), "topk_router", args, shown, aligned=False)
         if not biased:
-            grads = (_meta(tokens, k, dtype=dtype), logits, _meta(tokens, k, dtype=torch.int64))
-            yield Case(f"topk backward {what}", "topk_router_backward", (*grads, *score), shown, aligned=False)
-            yield Case(f"weigh {what}", "weigh_experts", (*grads[1:], *score), shown, aligned=False)
+            grads = (_meta(tokens, k, dtype=dtype), _meta(experts), logits, _meta(tokens, k, dtype=torch.int64))
+            yield Case(f"topk backward {what}", "topk_router_backward", (*grads, None, *score), shown, aligned=False)
+            if not score[1]:
+                yield Case(f"score sums {what}", "score_sums", (logits, grads[1], score[0], None), shown, aligned=False)
+            yield Case(f"weigh {what}", "weigh_experts", (*grads[2:], None, *score), shown, aligned=False)
 
 
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:

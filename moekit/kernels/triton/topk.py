@@ -18,6 +18,7 @@ from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import OWN_SCORES, own_score, own_score_slope
 
 _ENTRIES = 512  # scores that a program holds
+_TILES = 8  # of as many that a program adds up
 _NAN = tl.constexpr(-(2**31) + 1)
 _OUT = tl.constexpr(-(2**31))  # what is out of the race: below NaN
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # what the reference gives the logit of no expert
@@ -97,7 +98,7 @@ def _weighed(scores, epsilon, scaling):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _topk_kernel(
-    logits, expert_bias, weights, indices, num_tokens, num_experts, stride, num_groups, group_topk, group_best,
+    logits, expert_bias, weights, indices, link, num_tokens, num_experts, stride, num_groups, group_topk, group_best,
     epsilon, scaling,
     K: tl.constexpr, SCORE: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr, BY_LOGITS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,6 +138,9 @@ def _topk_kernel(
     place = token.to(tl.int64)[:, None] * K + slot
     tl.store(weights + place, value, mask=mask_k)
     tl.store(indices + place, found.to(tl.int64), mask=mask_k)
+    # By the first program alone.
+    first = expert + tl.program_id(0) * num_experts < num_experts
+    tl.store(link + expert, tl.zeros([1, BLOCK_G * BLOCK_S], tl.float32), mask=first)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -163,46 +167,93 @@ def _weigh_kernel(
     tl.store(weights + place, value, mask=mask_k)
 
 
+@triton.jit
+def _all_scores(x, mask, top, total, SCORE: tl.constexpr):
+    """The scores ``[T, E]`` of all experts, 0 past the last, which sum to one a token; and what each is divided by."""
+    if SCORE == "softmax" or SCORE == "pre_softmax":
+        scores = tl.where(mask, tl.exp(x - top[:, None]), 0.0)
+        whole = total[:, None]
+    else:
+        scores = tl.where(mask, own_score(x, SCORE), 0.0)
+        whole = tl.sum(scores, axis=1)[:, None] + 1e-20
+    return scores / whole, whole
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _score_sums_kernel(
+    logits, padding_mask, sums, num_tokens, num_experts, stride,
+    SCORE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program adds the scores of TILE * TILES tokens, in a fixed order; ``sums [programs, E]``."""
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    added = tl.zeros([1, BLOCK_E], tl.float32)
+    for step in range(TILES):
+        token = (tl.program_id(0) * TILES + step) * TILE + tl.arange(0, TILE)
+        inside = token < num_tokens
+        if padding_mask is not None:
+            inside &= tl.load(padding_mask + token, mask=inside, other=1) == 0
+        mask = inside[:, None] & (expert < num_experts)
+        x = tl.load(logits + token.to(tl.int64)[:, None] * stride + expert, mask=mask, other=0).to(tl.float32)
+        top, total = _row_softmax(
+            x[:, None, :], (inside[:, None] | (expert == 0))[:, None, :] & (expert < num_experts)[:, None, :]
+        )
+        scores, _ = _all_scores(x, mask, top, total, SCORE)
+        added += tl.sum(tl.where(mask, scores, 0.0), axis=0)[None, :]
+    tl.store(sums + tl.program_id(0).to(tl.int64) * num_experts + expert, added, mask=expert < num_experts)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _topk_backward_kernel(
-    grad, logits, indices, dlogits, num_tokens, num_experts, stride, epsilon, scaling,
+    logits, grad, grad_sums, indices, padding_mask, dlogits, num_tokens, num_experts, stride, epsilon, scaling,
     K: tl.constexpr, SCORE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the gradients of TILE tokens' logits, zero for the experts that were not chosen.
+    """One program writes the gradients of TILE tokens' logits; ``grad`` is that of weights, ``grad_sums`` of summed scores.
 
-    An index out of range names no expert and takes no part.
+    An index out of range names no expert and takes no part; the gradients of an expert named twice are added.
     """
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     expert, slot = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask_k = (token < num_tokens)[:, None] & (slot < K)
     mask_e = (token < num_tokens)[:, None] & (expert < num_experts)
     rows = logits + token.to(tl.int64)[:, None] * stride
-    place = token.to(tl.int64)[:, None] * K + slot
-    index = tl.load(indices + place, mask=mask_k, other=-1)
-    known = mask_k & (index >= 0) & (index < num_experts)
-    index = index.to(tl.int32)
-    g = tl.load(grad + place, mask=known, other=0).to(tl.float32) * scaling
-    chosen = tl.load(rows + index, mask=known, other=0).to(tl.float32)
-    dense = tl.zeros([TILE, BLOCK_E], tl.float32)
+    x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
     top, total = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    if SCORE == "pre_softmax":
-        x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
+    if SCORE == "pre_softmax" or (SCORE == "softmax" and grad_sums is not None):
         top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
-    score = _scored(chosen, mask_k, known, top, total, SCORE)
-    if epsilon is not None:
-        whole = tl.sum(score, axis=1)[:, None] + epsilon
-        g = tl.where(known, (g - tl.sum(g * score, axis=1)[:, None] / whole) / whole, 0.0)
-    if SCORE == "softmax" or SCORE == "pre_softmax":
-        mean = tl.sum(g * score, axis=1)[:, None]
-        g = score * (g - mean)
-        if SCORE == "pre_softmax":
-            dense = tl.exp(x - top[:, None]) / total[:, None] * -mean
-    else:
-        g = g * own_score_slope(chosen, score, SCORE)
-    target = dlogits + token.to(tl.int64)[:, None] * num_experts
-    tl.store(target + expert, dense, mask=mask_e)
-    tl.debug_barrier()  # the chosen ones come on top
-    tl.store(target + index, g, mask=known)
+    dense = tl.zeros([TILE, BLOCK_E], tl.float32)
+    if grad_sums is not None:
+        g_sums = tl.load(grad_sums + expert, mask=expert < num_experts, other=0)
+        scores, whole = _all_scores(x, mask_e, top, total, SCORE)
+        dense = g_sums - tl.sum(scores * g_sums, axis=1)[:, None]
+        if SCORE == "softmax" or SCORE == "pre_softmax":
+            dense *= scores
+        else:
+            dense *= own_score_slope(x, scores * whole, SCORE) / whole
+        if padding_mask is not None:
+            padding = tl.load(padding_mask + token, mask=token < num_tokens, other=1)
+            dense = tl.where(padding[:, None] == 0, dense, 0.0)
+    if grad is not None:
+        place = token.to(tl.int64)[:, None] * K + slot
+        index = tl.load(indices + place, mask=mask_k, other=-1)
+        known = mask_k & (index >= 0) & (index < num_experts)
+        index = tl.where(known, index, -1).to(tl.int32)
+        g = tl.load(grad + place, mask=known, other=0).to(tl.float32) * scaling
+        chosen = tl.load(rows + index, mask=known, other=0).to(tl.float32)
+        score = _scored(chosen, mask_k, known, top, total, SCORE)
+        if epsilon is not None:
+            divisor = tl.sum(score, axis=1)[:, None] + epsilon
+            g = tl.where(known, (g - tl.sum(g * score, axis=1)[:, None] / divisor) / divisor, 0.0)
+        if SCORE == "softmax" or SCORE == "pre_softmax":
+            mean = tl.sum(g * score, axis=1)[:, None]
+            g = score * (g - mean) if SCORE == "softmax" else score * g
+            if SCORE == "pre_softmax":
+                dense -= tl.exp(x - top[:, None]) / total[:, None] * mean
+        else:
+            g = tl.where(known, g * own_score_slope(chosen, score, SCORE), 0.0)
+        for j in range(K):
+            named = tl.sum(tl.where(slot == j, index, 0), axis=1)[:, None]
+            dense += tl.where(expert == named, tl.sum(tl.where(slot == j, g, 0.0), axis=1)[:, None], 0.0)
+    tl.store(dlogits + token.to(tl.int64)[:, None] * num_experts + expert, dense, mask=mask_e)
 
 
 def _score(score_function: str, pre_softmax: bool) -> str:
@@ -218,6 +269,7 @@ def _scaling(scaling_factor: float | None) -> float:
 def topk_router(
     logits: Tensor,
     expert_bias: Tensor | None,
+    padding_mask: Tensor | None,
     k: int,
     score_function: str,
     pre_softmax: bool,
@@ -228,7 +280,7 @@ def topk_router(
     group_topk: int,
     group_best: int,
 ) -> Any:
-    """``moekit::topk_router``: weights ``[T, K]`` and indices ``[T, K]``."""
+    """``moekit::topk_router``: weights ``[T, K]``, indices ``[T, K]`` and link ``[E]``."""
     if not _launch.computes(logits, expert_bias):
         return NotImplemented
     logits = _launch.rows_of(logits)
@@ -236,18 +288,19 @@ def topk_router(
     groups, score, biased = num_groups or 1, _score(score_function, pre_softmax), expert_bias is not None
     weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=logits.device)
     indices = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
+    link = torch.empty(num_experts, device=logits.device) if num_tokens else torch.zeros(num_experts, device=logits.device)
     block_g, block_s = _launch.power_of_two(groups), _launch.power_of_two(num_experts // groups)
     tile = max(_ENTRIES // (block_g * block_s), 1)
     _launch.launch(
         _topk_kernel, (_launch.blocks(num_tokens, tile),),
-        logits, _launch.dense(expert_bias), weights, indices, num_tokens, num_experts, logits.stride(0),
+        logits, _launch.dense(expert_bias), weights, indices, link, num_tokens, num_experts, logits.stride(0),
         groups, group_topk or 1, group_best or 1, epsilon, _scaling(scaling_factor),
         K=k, SCORE=score, GROUPED=bool(num_groups), BIASED=biased,
         # Every score keeps the order of the logits, and adds ties where it saturates.
         BY_LOGITS=by_logits or score == "softmax" or not (biased or num_groups),
         TILE=tile, BLOCK_G=block_g, BLOCK_S=block_s, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
-    return weights, indices
+    return weights, indices, link
 
 
 def _indices_fit(logits: Tensor, indices: Tensor) -> bool:
@@ -258,6 +311,7 @@ def _indices_fit(logits: Tensor, indices: Tensor) -> bool:
 def weigh_experts(
     logits: Tensor,
     indices: Tensor,
+    padding_mask: Tensor | None,
     score_function: str,
     pre_softmax: bool,
     epsilon: float | None,
@@ -277,20 +331,48 @@ def weigh_experts(
         _scaling(scaling_factor),
         K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
-    return weights
+    return weights, torch.zeros(num_experts, device=logits.device)
+
+
+def _optional(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether ``value`` is None, or of this kind."""
+    return value is None or (value.dtype is dtype and value.shape == shape)
+
+
+def score_sums(logits: Tensor, link: Tensor, score_function: str, padding_mask: Tensor | None) -> Any:
+    """``moekit::score_sums``: sums ``[E]`` of the tokens' scores."""
+    if not _launch.computes(logits) or not _optional(padding_mask, torch.bool, logits.shape[:1]):
+        return NotImplemented
+    logits = _launch.rows_of(logits)
+    num_tokens, num_experts = logits.shape
+    block_e = _launch.power_of_two(num_experts)
+    tile = max(_ENTRIES // block_e, 1)
+    programs = _launch.blocks(num_tokens, tile * _TILES)
+    sums = torch.empty(programs, num_experts, device=logits.device)
+    _launch.launch(
+        _score_sums_kernel, (programs,),
+        logits, _launch.dense(padding_mask), sums, num_tokens, num_experts, logits.stride(0),
+        SCORE=_score(score_function, False), TILE=tile, TILES=_TILES, BLOCK_E=block_e,
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def topk_router_backward(
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_sums: Tensor | None,
     logits: Tensor,
     indices: Tensor,
+    padding_mask: Tensor | None,
     score_function: str,
     pre_softmax: bool,
     epsilon: float | None,
     scaling_factor: float | None,
 ) -> Any:
     """``moekit::topk_router_backward``: the gradient of the logits."""
-    if not _launch.computes(grad, logits) or not _indices_fit(logits, indices) or grad.shape != indices.shape:
+    fits = _indices_fit(logits, indices) and (grad is None or grad.shape == indices.shape)
+    if not fits or not _launch.computes(logits, grad) or not _optional(padding_mask, torch.bool, logits.shape[:1]):
+        return NotImplemented
+    if not _optional(grad_sums, torch.float32, logits.shape[1:]):
         return NotImplemented
     logits = _launch.rows_of(logits)
     num_tokens, num_experts = logits.shape
@@ -299,8 +381,8 @@ def topk_router_backward(
     tile = max(_ENTRIES // block_e, 1)
     _launch.launch(
         _topk_backward_kernel, (_launch.blocks(num_tokens, tile),),
-        grad.contiguous(), logits, indices.contiguous(), dlogits, num_tokens, num_experts, logits.stride(0),
-        epsilon, _scaling(scaling_factor),
+        logits, _launch.dense(grad), _launch.dense(grad_sums), indices.contiguous(), _launch.dense(padding_mask), dlogits,
+        num_tokens, num_experts, logits.stride(0), epsilon, _scaling(scaling_factor),
         K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
     return dlogits
