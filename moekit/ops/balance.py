@@ -66,8 +66,8 @@ def balance_loss(
         counts, num_tokens = summed_over(counts, group), summed_over(_as_tensor(num_tokens, counts), group)
     sums = score_sums(scored.logits, scored.link, scored.score, scored.padding_mask)
     share = _reciprocal(num_tokens, sums)
-    factor = coeff * routing.num_experts * processes / max(routing.topk, 1)
-    return (sums * counts.to(sums.dtype)).sum() * share * share * factor
+    factor = share * share * (coeff * routing.num_experts * processes / max(routing.topk, 1))
+    return torch.dot(sums, counts.to(sums.dtype)) * factor
 
 
 def sequence_balance_loss(routing: Routing, coeff: float, *, sequences: int | Tensor) -> Tensor:

@@ -302,7 +302,7 @@ def _backward_reference(
 ) -> Tensor:
     """The gradient of ``logits [T, E]`` from those of the weights ``[T, K]`` and of the sums of scores ``[E]``.
 
-    An index that names no expert takes no part, as in :func:`router_weights`.
+    Padding has none, whatever it holds. An index that names no expert takes no part, as in :func:`router_weights`.
     """
     op = "topk_router_backward"
     check_indices(op, logits, indices)
@@ -313,7 +313,9 @@ def _backward_reference(
     if grad_sums is not None:
         _check.shape(op, "grad_sums", grad_sums, logits.shape[1:], "[experts]")
         found = found + _sums_gradient(grad_sums, logits, padding_mask, score_function)
-    return found.to(logits.dtype)
+    return (
+        found.to(logits.dtype) if padding_mask is None else found.masked_fill(padding_mask.unsqueeze(1), 0).to(logits.dtype)
+    )
 
 
 def _weights_gradient(

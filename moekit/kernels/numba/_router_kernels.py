@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import overload
 
 from moekit.kernels.numba._activations import exp, sigmoid
-from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, read_u8, write_f32, write_i64
+from moekit.kernels.numba._bits import bits_of, plus, read_f32, read_i64, read_u8, write_f32, write_i64, zero
 from moekit.kernels.numba._elements import SIZES, load, store
 from moekit.kernels.numba._jit import INLINE, inline, kernel
 
@@ -325,6 +325,9 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
         chosen, g = np.empty(slots, np.float32), np.empty(slots, np.float32)
         for token in range(start, stop):
             row, picks = logits + token * experts * size, indices + token * slots * 8
+            if mask != 0 and read_u8(mask, token) != 0:
+                zero(out + token * experts * size, experts * size)
+                continue
             for expert in range(experts):
                 values[expert] = load(element, row, expert)
             share = _ZERO
@@ -356,7 +359,7 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
                 for slot in range(slots):
                     g[slot] = (g[slot] - mean) / total
                     dot += g[slot] * chosen[slot]
-            if sums_grad != 0 and (mask == 0 or read_u8(mask, token) == 0):
+            if sums_grad != 0:
                 mean = _ZERO
                 for expert in range(experts):
                     mean = plus(mean, scores[expert] * read_f32(sums_grad, expert))

@@ -229,9 +229,6 @@ def _topk_backward_kernel(
             dense *= scores
         else:
             dense *= own_score_slope(x, scores * whole, SCORE) / whole
-        if padding_mask is not None:
-            padding = tl.load(padding_mask + token, mask=token < num_tokens, other=1)
-            dense = tl.where(padding[:, None] == 0, dense, 0.0)
     if grad is not None:
         place = token.to(tl.int64)[:, None] * K + slot
         index = tl.load(indices + place, mask=mask_k, other=-1)
@@ -253,6 +250,9 @@ def _topk_backward_kernel(
         for j in range(K):
             named = tl.sum(tl.where(slot == j, index, 0), axis=1)[:, None]
             dense += tl.where(expert == named, tl.sum(tl.where(slot == j, g, 0.0), axis=1)[:, None], 0.0)
+    if padding_mask is not None:
+        padding = tl.load(padding_mask + token, mask=token < num_tokens, other=1)
+        dense = tl.where(padding[:, None] == 0, dense, 0.0)
     tl.store(dlogits + token.to(tl.int64)[:, None] * num_experts + expert, dense, mask=mask_e)
 
 
