@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moekit import _check
