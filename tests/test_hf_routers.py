@@ -101,14 +101,14 @@ def inputs(module: nn.Module, entry: dict[str, Any], kind: str = "random") -> tu
                 if dim is not None:
                     pairs = tensor.transpose(0, dim)
                     pairs[1::2] = pairs[::2]
-            if hasattr(module, "per_expert_scale"):  # a tie of all experts is one of their weights
-                module.per_expert_scale.fill_(0.7)
+            scale: Any = getattr(module, "per_expert_scale", torch.empty(0))
+            scale.fill_(0.7)  # a tie of all experts is one of their weights
             hidden[::3] = 0
         if kind == "large":
             hidden *= torch.logspace(0, 1.6, T).unsqueeze(1)
         matrix = next(tensor for tensor in module.parameters() if tensor.dim() == 2 and tensor.shape[1] == 8)
         if kind == "low":  # logits fall from token to token: what is added to sums shows
-            hidden[:, 0], matrix[:, 0] = torch.linspace(0, 60, T), -1
+            hidden[:, 0], matrix[:, 0] = torch.linspace(0, 40, T), -1
         if kind == "-inf":
             hidden[:, 0] = hidden[:, 0].abs() + 0.5
             matrix[3::5, 0] = -torch.inf
@@ -194,9 +194,7 @@ def test_ties_and_extremes(name, entry, settings, kind):
     routing = ours(module, entry, hidden, extra)
     assert weights.isfinite().all()
     difference = weights_of(routing).sort(1).values - weights
-    assert (
-        difference.abs() <= 8 * EPS * weights.abs().amax(1, keepdim=True) + 1e-24
-    ).all()  # of numbers without full precision
+    assert (difference.abs() <= 8 * EPS * weights.abs().amax(1, keepdim=True)).all()
     assert (routing.indices.sort(1).values.diff(dim=1) > 0).all()
 
 
