@@ -41,13 +41,26 @@ SMALL = {
 MORE = {
     "MiniMaxM2": {"rotary_dim": 4},
     "Ernie4_5_Moe": {"moe_num_experts": E, "moe_k": K},
+    "DeepseekV4": {"num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"]},
+    "Flint": {"mlp_only_layers": [0]},
     "JetMoe": {"aux_loss_coef": COEFFICIENT},
     "GptOss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 RIGHT = ["Qwen3Moe", "Mixtral", "Olmoe", "GptOss"]  # softmax, no bias, no groups
 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
     RIGHT += ["GraniteMoe", "JetMoe"]  # 5.12 records no logits of the first, and each of the second twice
-OFF = ["MiniMaxM2", "Laguna", "Ernie4_5_Moe"]  # a sigmoid with a bias, and softcapped; softmax with a bias
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
+}
+OFF = {
+    "MiniMaxM2": "sigmoid",
+    "Laguna": "sigmoid",
+    "Flint": "sigmoid",
+    "DeepseekV4": "sqrtsoftplus",  # all with a bias, but Flint; the logits of a hashed layer are not recorded
+    "Ernie4_5_Moe": "softmax",
+}
 
 
 def make(name: str, **settings: Any) -> Any:
@@ -60,7 +73,7 @@ def make(name: str, **settings: Any) -> Any:
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "correction_bias" in key:
                 tensor.copy_(torch.randn(tensor.shape) * 0.4)
-            elif "router" in key or ".gate." in key:
+            elif tensor.is_floating_point() and ("router" in key or ".gate." in key):
                 tensor.copy_(torch.randn(tensor.shape) * 0.7)
     return model.eval()
 
@@ -92,7 +105,7 @@ def routers_of(model: nn.Module) -> list[Any]:
 
 
 def seen_by(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-    """What ``call()`` returns, and ``(logits, indices)`` of each router on the way."""
+    """What ``call()`` returns, and ``(logits, indices)`` of each router whose logits it recorded."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def look(router: nn.Module, args: tuple, output: Any) -> None:
@@ -105,7 +118,7 @@ def seen_by(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[
     output = call()
     for handle in handles:
         handle.remove()
-    return output, found
+    return output, [choice for choice in found if any(choice[0] is logits for logits in output.router_logits)]
 
 
 def by_hand(choices: list[tuple[Tensor, Tensor]], score: str, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -114,8 +127,8 @@ def by_hand(choices: list[tuple[Tensor, Tensor]], score: str, mask: Tensor | Non
     kept = torch.ones(len(leaves[0]), dtype=torch.bool) if mask is None else mask.flatten().bool()
     counts, sums = torch.zeros(E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
     for logits, (_, indices) in zip(leaves, choices, strict=True):
-        scores = logits.softmax(1) if score == "softmax" else logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
-        sums = sums + scores[kept].sum(0)
+        scores = SCORES[score](logits)
+        sums = sums + (scores / scores.sum(1, keepdim=True))[kept].sum(0)
         counts = counts + torch.stack([(indices[kept] == expert).sum() for expert in range(E)])
     number = int(kept.sum()) * len(leaves)
     loss = E * (counts / number * (sums / number)).sum()
@@ -151,8 +164,7 @@ def test_the_actual_choice_where_the_original_is_off(name, masked):
     theirs = model(**inputs)
     fix_aux_loss(model)
     ours, choices = seen_by(model, lambda: model(**inputs))
-    score = "softmax" if name == "Ernie4_5_Moe" else "sigmoid"
-    exact, slopes = by_hand(choices, score, inputs.get("attention_mask"))
+    exact, slopes = by_hand(choices, OFF[name], inputs.get("attention_mask"))
     assert abs(ours.aux_loss / exact - 1) < 1e-6
     assert abs(theirs.aux_loss / exact - 1) > 0.02, (float(theirs.aux_loss), float(exact))
     assert abs(ours.loss - (theirs.loss + COEFFICIENT * (exact - theirs.aux_loss))) < 1e-6
