@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import pytest
@@ -47,7 +47,8 @@ MORE = {
     "GptOss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 RIGHT = ["Qwen3Moe", "Mixtral", "Olmoe", "GptOss"]  # softmax, no bias, no groups
-if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+if NEWEST:
     RIGHT += ["GraniteMoe", "JetMoe"]  # 5.12 records no logits of the first, and each of the second twice
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(1),
@@ -300,23 +301,49 @@ def test_distributed_data_parallel(tmp_path):
 
 def test_a_forward_that_accelerate_wraps():
     """It converts every output to float32, router logits too: new tensors."""
-    model = make("MiniMaxM2").bfloat16()
+    accelerate = pytest.importorskip("accelerate")
+    model = make("MiniMaxM2")
+    theirs = model(**batch()).aux_loss
     fix_aux_loss(model)
-    expected = model(**batch())
-    inner = model.forward
+    try:
+        wrapped = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        output = wrapped(**batch())
+        assert vars(wrapped)["forward"] and output.router_logits[0].dtype is torch.float32
+        assert 0.05 < abs(output.aux_loss - theirs) / theirs < 0.15  # 0.11 in float32
+        fix_aux_loss(wrapped).remove()
+        assert abs(wrapped(**batch()).aux_loss / theirs - 1) < 0.01
+        with fix_aux_loss(wrapped):
+            assert torch.equal(wrapped(**batch()).aux_loss, output.aux_loss)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
-    @functools.wraps(inner)
-    def converted(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        output["router_logits"] = tuple(logits.float() for logits in output.router_logits)
-        return output
 
-    model.forward = converted
-    output = model(**batch())
-    assert torch.equal(output.aux_loss, expected.aux_loss) and torch.equal(output.loss, expected.loss)
-    fix_aux_loss(model).remove()
-    assert not torch.equal(model(**batch()).aux_loss, expected.aux_loss)
-    assert torch.equal(fix_aux_loss(model) and model(**batch()).aux_loss, expected.aux_loss)
+def test_threads_do_not_see_each_other():
+    model = make("MiniMaxM2")
+    fix_aux_loss(model)
+    with torch.no_grad():
+        expected = [float(model(**batch(seed)).aux_loss) for seed in range(6)]
+    with futures.ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(lambda seed: float(model(**batch(seed)).aux_loss.detach()), range(6))] == expected
+
+
+def test_a_model_of_text_and_images():
+    """Its coefficient is its text's, and the routers are one model further down."""
+    kind = getattr(transformers, "Qwen3VLMoeForConditionalGeneration", None)
+    if kind is None or not NEWEST:
+        pytest.skip("written otherwise in this release")
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    text = {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    vision = {**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    model = kind(transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)).eval()
+    theirs = model(**batch())
+    fix_aux_loss(model)
+    ours = model(**batch())
+    torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-6, atol=0)
+    model.config.text_config.router_aux_loss_coef = 0.0
+    plain = model(**batch())
+    assert abs(ours.loss - plain.loss - COEFFICIENT * ours.aux_loss) < 1e-6
+    assert len(routers_of(model)) == len(ours.router_logits) == 2
 
 
 # --- one instance, and back -----------------------------------------------------------------------------------------
