@@ -383,3 +383,43 @@ def test_the_table_names_the_options():
         call = ast.parse(f"f({entry['route']})", mode="eval").body
         assert isinstance(call, ast.Call)
         assert {keyword.arg for keyword in call.keywords} == used - {"k"}, entry["classes"]
+
+
+def recipe(beginning: str) -> dict[str, Any]:
+    """What the recipe of the page that begins so leaves behind."""
+    text = PAGE.read_text(encoding="utf-8").split(f"*{beginning}")[1]
+    generator = torch.Generator().manual_seed(1)
+    scope: dict[str, Any] = {"moekit": moekit, "torch": torch, "k": 3, "num_experts": 5, "scale": 2.0, "eps": 0.3}
+    shapes = {"logits": (6, 8), "bias": (8,), "x": (6, 4), "gate_up": (5, 6, 4), "down": (5, 4, 3), "weight": (8, 4)}
+    scope |= {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    scope["input_ids"] = torch.randint(0, 9, (2, 3), generator=generator)
+    scope["table"] = torch.rand(9, 8, generator=generator).argsort(1)[:, :3]
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    return scope
+
+
+def test_the_recipe_of_null_experts():
+    found = recipe("Experts that compute nothing")
+    x, logits, bias = (found[name].double() for name in ("x", "logits", "bias"))
+    probs = logits.softmax(1)
+    expected = torch.zeros_like(x)
+    for token, chosen in enumerate((probs + bias).topk(3)[1].tolist()):
+        for expert in chosen:
+            out = x[token]
+            if expert < 5:
+                gate, up = (found["gate_up"][expert].double() @ out).chunk(2)
+                out = found["down"][expert].double() @ (nn.functional.silu(gate) * up)
+            expected[token] += 2.0 * probs[token, expert] * out
+    assert (found["routing"].indices >= 5).any() and (found["routing"].indices < 5).any()
+    assert (found["out"] - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_the_other_recipes():
+    balanced = recipe("Forced balance")["routing"]
+    counts = balanced.tokens_per_expert
+    assert counts.max() - counts.min() <= 1 and (balanced.indices.sort(1).values.diff(dim=1) > 0).all()
+    hashed = recipe("A hash table")
+    assert torch.equal(hashed["routing"].indices, hashed["table"][hashed["input_ids"].flatten()])
+    jittered = recipe("Jitter")
+    change = jittered["noisy"] / jittered["x"] - 1
+    assert 0.1 < change.abs().max() <= 0.3 + 1e-6 and jittered["routing"].num_tokens == 6
