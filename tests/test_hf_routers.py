@@ -216,14 +216,20 @@ def test_nan_stays_with_its_token(name, entry, settings):
 
 
 @pytest.mark.parametrize(("name", "entry", "settings"), cases("variants", first=True))
+@pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
-def test_packing_in_half_precision(name, entry, settings):
+def test_packing_in_half_precision(name, entry, settings, autocast):
     """What a router returned packs to itself; ours in its place has its dtypes, and its values to their rounding."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        packing(name, entry, settings, torch.float32 if autocast else torch.bfloat16)
+
+
+def packing(name: str, entry: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype) -> None:
     module = make(name, entry, settings)
-    module = module if name in entry.get("float32", []) else module.bfloat16()
+    module = module if name in entry.get("float32", []) else module.to(dtype)
     spec = known(module)
     hidden, extra = inputs(module, entry)
-    hidden = hidden.bfloat16()
+    hidden = hidden.to(dtype)
     output = theirs(module, entry, hidden, extra)
     logits, weights, indices = spec.unpack(output)
     assert logits.shape == (T, ours(module, entry, hidden, extra).num_experts)

@@ -115,7 +115,8 @@ _SORTED = Layout(_unpack_sorted, _pack_sorted)
 
 
 # --- logits ---------------------------------------------------------------------------------------------------------
-# In the dtype from which moekit.route gives the weights the precision of the router's own.
+# In the dtype from which moekit.route gives the weights the precision of the router's own: float32 wherever the router
+# computes in it, for under autocast a product of float32 is not.
 
 
 def _rows(arguments: Arguments) -> Tensor:
@@ -142,11 +143,11 @@ def _native_matrix(module: Any, arguments: Arguments) -> Tensor:
 
 
 def _float(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_rows(arguments).float(), module.weight.float())
+    return functional.linear(_rows(arguments).float(), module.weight.float()).float()
 
 
 def _float_rows(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_rows(arguments).float(), module.weight)
+    return functional.linear(_rows(arguments).float(), module.weight).float()
 
 
 def _float_without_autocast(module: Any, arguments: Arguments) -> Tensor:
@@ -174,7 +175,7 @@ def _wg(module: Any, arguments: Arguments) -> Tensor:
 
 def _classifier(module: Any, arguments: Arguments) -> Tensor:
     """Without the bias that the classifier may have: the router leaves it out."""
-    return functional.linear(_rows(arguments).float(), module.classifier.weight.float())
+    return functional.linear(_rows(arguments).float(), module.classifier.weight.float()).float()
 
 
 def _gemma4(module: Any, arguments: Arguments) -> Tensor:
@@ -187,7 +188,7 @@ def _gpt_oss(module: Any, arguments: Arguments) -> Tensor:
 
 
 def _privacy_filter(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_matrix(arguments).float(), module.weight.float(), module.bias.float())
+    return functional.linear(_matrix(arguments).float(), module.weight.float(), module.bias.float()).float()
 
 
 def _kolibri1(module: Any, arguments: Arguments) -> Tensor:
