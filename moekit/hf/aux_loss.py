@@ -28,8 +28,7 @@ from moekit import _check
 from moekit.hf.gates import digest
 from moekit.hf.routers import spec_of
 from moekit.ops import tables
-from moekit.ops.balance import score_sums
-from moekit.routing import Scored
+from moekit.ops.topk import token_scores
 
 _OP = "hf.fix_aux_loss"
 _FIXED = "_moekit_aux_loss"  # the attribute by which a fixed model is known
@@ -315,7 +314,7 @@ def loss_of_choices(notes: list[_Note], attention_mask: Tensor | None) -> Tensor
             padding = attention_mask.reshape(-1).to(logits.device) == 0
             indices = indices.masked_fill(padding.unsqueeze(1), -1)
         counts.append(tables.route_indices(indices, experts)[0].to(device))
-        sums.append(score_sums(Scored(logits, score, padding)).to(device))
+        sums.append(token_scores(logits, score, padding).sum(0).to(device))
     tokens = sum(note.logits.shape[0] for note in notes)
     number: Any = tokens if attention_mask is None else (attention_mask != 0).sum().to(device) * len(notes)
     scores = torch.stack(sums).sum(0)

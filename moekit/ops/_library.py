@@ -117,7 +117,7 @@ def _with_autograd(
 
     title = "".join(part.capitalize() for part in name.split("_"))
     methods = {"forward": forward_node, "backward": backward_node, "jvp": tangent_node}
-    node = type(f"Moekit{title}", (_SingleLevelFunction,), {key: staticmethod(f) for key, f in methods.items()})
+    node: Any = type(f"Moekit{title}", (_SingleLevelFunction,), {key: staticmethod(f) for key, f in methods.items()})
 
     def run(keyset: Any, *args: Any) -> Any:
         dual = _within_levels() and any(map(_has_tangent, _tensors(args)))

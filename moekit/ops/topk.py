@@ -313,9 +313,9 @@ def _backward_reference(
     if grad_sums is not None:
         _check.shape(op, "grad_sums", grad_sums, logits.shape[1:], "[experts]")
         found = found + _sums_gradient(grad_sums, logits, padding_mask, score_function)
-    return (
-        found.to(logits.dtype) if padding_mask is None else found.masked_fill(padding_mask.unsqueeze(1), 0).to(logits.dtype)
-    )
+    if padding_mask is not None:
+        found = found.masked_fill(padding_mask.unsqueeze(1), 0)
+    return found.to(logits.dtype)
 
 
 def _weights_gradient(

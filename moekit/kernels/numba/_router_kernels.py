@@ -308,6 +308,35 @@ def score_sums_kernel(element: int, scoring: int) -> Callable:
 # --- the way back ---------------------------------------------------------------------------------------------------
 
 
+@inline
+def sums_gradient(scoring, own, sums_grad, values, scores, share, dense, experts):
+    """Add to ``dense [E]`` the gradient of a token's logits from that of the sums of scores."""
+    mean = _ZERO
+    for expert in range(experts):
+        mean = plus(mean, scores[expert] * read_f32(sums_grad, expert))
+    mean *= share
+    for expert in range(experts):
+        slope = score_slope(scoring, values[expert], scores[expert]) if own else scores[expert]
+        dense[expert] += (read_f32(sums_grad, expert) - mean) * share * slope
+
+
+@inline
+def weights_gradient(g, chosen, slots, epsilon):
+    """Turn ``g [K]`` of the weights into that of the scores ``chosen [K]``; returns the sum of ``g * chosen``."""
+    total, dot = _ZERO, _ZERO
+    for slot in range(slots):
+        total += chosen[slot]
+        dot += g[slot] * chosen[slot]
+    if epsilon < _ZERO:
+        return dot
+    total += epsilon
+    mean, dot = dot / total, _ZERO
+    for slot in range(slots):
+        g[slot] = (g[slot] - mean) / total
+        dot += g[slot] * chosen[slot]
+    return dot
+
+
 @functools.cache
 def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Callable:
     """The gradient of the logits ``[T, E]`` from that of the weights ``[T, K]`` and that of the sums ``[E]``, if there.
@@ -346,30 +375,14 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
                         g[slot] = load(grad_element, grad, token * slots + slot) * scale
             if scoring == SOFTMAX:
                 soften(chosen, slots)
-            total, dot = _ZERO, _ZERO
             for slot in range(slots):
                 if not 0 <= read_i64(picks, slot) < experts:
                     chosen[slot] = _ZERO
-                total += chosen[slot]
-                dot += g[slot] * chosen[slot]
-            if epsilon >= _ZERO:
-                total += epsilon
-                mean = dot / total
-                dot = _ZERO
-                for slot in range(slots):
-                    g[slot] = (g[slot] - mean) / total
-                    dot += g[slot] * chosen[slot]
+            dot = weights_gradient(g, chosen, slots, epsilon)
+            for expert in range(experts):
+                dense[expert] = _ZERO
             if sums_grad != 0:
-                mean = _ZERO
-                for expert in range(experts):
-                    mean = plus(mean, scores[expert] * read_f32(sums_grad, expert))
-                mean *= share
-                for expert in range(experts):
-                    slope = score_slope(scoring, values[expert], scores[expert]) if own else scores[expert]
-                    dense[expert] = (read_f32(sums_grad, expert) - mean) * share * slope
-            else:
-                for expert in range(experts):
-                    dense[expert] = _ZERO
+                sums_gradient(scoring, own, sums_grad, values, scores, share, dense, experts)
             if scoring == PRE_SOFTMAX:
                 for expert in range(experts):
                     dense[expert] -= scores[expert] * share * dot
