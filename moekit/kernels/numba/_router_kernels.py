@@ -173,14 +173,17 @@ def normaliser_of(total, epsilon):
 
 @functools.cache
 def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool, by_logits: bool) -> Callable:
-    """Weights ``[T, K]`` and experts ``[T, K]``, chosen by scores or ``by_logits``."""
+    """Weights ``[T, K]`` and experts ``[T, K]``, chosen by scores or ``by_logits``; zeros in ``link [E]``."""
     size, own = SIZES[element], scoring in _OWN
 
     @kernel(element, scoring, has_bias, grouped, by_logits)
     def route(
         start: int, stop: int, logits: int, bias: int, experts: int, slots: int,
         groups: int, group_topk: int, group_best: int, epsilon: float, scale: float, weights: int, indices: int,
+        link: int,
     ):  # fmt: skip
+        if start == 0:
+            zero(link, experts * 4)
         values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
         keys, group_keys = np.empty(experts, np.int64), np.empty(max(groups, 1), np.int64)
         chosen = np.empty(slots, np.float32)

@@ -52,16 +52,16 @@ def topk_router(
     logits, expert_bias = dense(logits), dense(expert_bias, torch.float32)
     tokens, experts = logits.shape
     weights = torch.empty((tokens, k), dtype=logits.dtype)
-    indices = torch.empty((tokens, k), dtype=torch.int64)
+    indices, link = torch.empty((tokens, k), dtype=torch.int64), torch.empty(experts)
     scoring, biased = _scoring(score_function, pre_softmax), expert_bias is not None
     # Every score keeps the order of the logits, and adds ties where it saturates.
     by_logits = by_logits or scoring == kernels.SOFTMAX or not (biased or num_groups)
     run(
         kernels.router_kernel(element, scoring, biased, bool(num_groups), by_logits), tokens, logits.nbytes * _EFFORT,
         logits.data_ptr(), address(expert_bias), experts, k, num_groups, group_topk, group_best,
-        *_factors(epsilon, scaling_factor), weights.data_ptr(), indices.data_ptr(),
+        *_factors(epsilon, scaling_factor), weights.data_ptr(), indices.data_ptr(), link.data_ptr(),
     )  # fmt: skip
-    return weights, indices, torch.zeros(experts)
+    return weights, indices, link
 
 
 def weigh_experts(
