@@ -43,6 +43,8 @@ MAY_REFUSE: list[tuple[str, Callable[[Situation], bool], str]] = [
     ("the fused operator has no double backward", lambda s: s["mode"] == "double", "double backward"),
     # Without slots of other ranks they repeat an expert; moekit.Routing takes that for another mistake.
     ("more slots than experts", lambda s: s["K"] > s["E"], "indices must be at most num_experts"),
+    # As many slots as experts, and in every token only the first two: a map of 0 and 1 in the place of indices.
+    ("what can only be a map", lambda s: s["routing"] == "duplicates" and s["K"] == s["E"], "a map? use"),
     # Eager code calls the activation only where an expert has tokens, and raises the same there.
     ("an in-place activation of a half", lambda s: s["act"].endswith("inplace"), "modified inplace"),
     ("an activation with a parameter of another dtype", lambda s: s["act"] == "prelu", "Type promoting not supported"),
