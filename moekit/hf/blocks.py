@@ -211,7 +211,8 @@ def _router(block: Any, form: _Form) -> tuple[dict[str, Any], list[Slot]]:
     strange = [name for name, value in options.items() if isinstance(value, Tensor)]
     if strange:
         raise _unknown(type(block), f"router's {strange[0]} (a tensor)")
-    return {"hidden": weight.shape[1], "num_experts": weight.shape[0], **options, "device": weight.device}, slots
+    wide = {"dtype": torch.float64} if weight.dtype is torch.float64 else {}
+    return {"hidden": weight.shape[1], "num_experts": weight.shape[0], **options, **wide, "device": weight.device}, slots
 
 
 def _map_of(spec: Any, router: Any, others: tuple, flat: bool) -> tuple[Tensor, Tensor | None]:

@@ -122,12 +122,12 @@ class MoE(nn.Module):
             raise _check.wrong_type(f"{_OP}.build", "options", wanted, ", ".join(sorted(unknown)))
         if shared_gate is not None and shared_intermediate is None:
             raise _check.unused(f"{_OP}.build", "shared_gate", shared_gate, "without shared_intermediate")
-        shared = None
+        router = Router(hidden, num_experts + ours.get("null_experts", 0), k, **routers)
+        experts, shared = Experts(num_experts, hidden, intermediate, **of_experts), None
         if shared_intermediate is not None:
             alike = {name: value for name, value in of_experts.items() if name not in ("save", "weight_after_down")}
             shared = SharedExpert(hidden, shared_intermediate, gate=bool(shared_gate), **alike)
-        router = Router(hidden, num_experts + ours.get("null_experts", 0), k, **routers)
-        return cls(router, Experts(num_experts, hidden, intermediate, **of_experts), shared, **ours)
+        return cls(router, experts, shared, **ours)
 
     def reset_parameters(self) -> None:
         """Draw the parameters of all parts anew."""

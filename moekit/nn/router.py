@@ -235,13 +235,13 @@ class Router(nn.Module):
         return ", ".join(said + [f"{name}=True" for name, value in flags.items() if value is not None])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Whatever is done to the tensors of a module, but for a cast below float32."""
+        """Whatever is done to the tensors of a module, but for a cast below float32, or of counts."""
 
         def kept(tensor: Tensor) -> Tensor:
             found = fn(tensor)
-            if found.dtype.is_floating_point and found.dtype.itemsize < 4:
-                return tensor.to(found.device, torch.float32)
-            return found
+            if not tensor.dtype.is_floating_point:
+                return tensor.to(found.device) if found.dtype is not tensor.dtype else found
+            return tensor.to(found.device, torch.float32) if found.dtype.itemsize < 4 else found
 
         return super()._apply(kept, recurse)
 
