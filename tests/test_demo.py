@@ -176,7 +176,7 @@ def test_balancing_loss_reaches_the_router():
         torch.manual_seed(1)
         layer = MoE(Config(balance_coeff=coeff))
         layer(x).sum().backward()
-        grads.append(layer.router.grad)
+        grads.append(layer.router.weight.grad)
     assert (grads[0] - grads[1]).abs().max() > 1e-3
 
 
@@ -195,7 +195,7 @@ def test_parameters_depend_on_the_seed_alone():
     first, plain, other = build_model(TINY, 3, CPU), build_model(TINY, 3, CPU, LoopMoE), build_model(TINY, 4, CPU)
     for name, value in first.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name])
-    assert not torch.equal(first.layers[0].router, other.layers[0].router)
+    assert not torch.equal(first.layers[0].router.weight, other.layers[0].router.weight)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_other_choices_are_counted(corpus):
     run, rival = new_run(corpus), new_run(corpus, LoopMoE)
     assert step_together(run, rival) == 0
     with torch.no_grad():
-        rival.model.layers[0].router.neg_()
+        rival.model.layers[0].router.weight.neg_()
     assert 0 < step_together(run, rival) <= TINY.batch * TINY.context * TINY.layers
     assert torch.equal(rival.model.layers[0].load, run.model.layers[0].load)
 

@@ -65,25 +65,27 @@ class Settings:
         return H if "hidden" in name else E if "expert" in name else 1.0
 
 
-BLOCKS = """
-afmoe.AfmoeSparseMoeBlock aria.AriaTextMoELayer bailing_hybrid.BailingHybridMoE beam.BeamMoE deepseek_ocr2.DeepseekOcr2TextMoe
-deepseek_v2.DeepseekV2Moe deepseek_v3.DeepseekV3MoE deepseek_v32.DeepseekV32MoE deepseek_v4.DeepseekV4SparseMoeBlock
-dots1.Dots1MoE dots3_note.Dots3NoteTextMoE dots3_note.Dots3NoteVisionMoE ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock
-exaone_moe.ExaoneMoeSparseMoEBlock flex_olmo.FlexOlmoSparseMoeBlock flint.FlintSparseMoeBlock glm4_moe.Glm4MoeMoE
-glm4_moe_lite.Glm4MoeLiteMoE glm4v_moe.Glm4vMoeTextMoE glm5_next.Glm5NextTextMoE glm_moe_dsa.GlmMoeDsaMoE gpt_oss.GptOssMLP
-granitemoe.GraniteMoeMoE granitemoe_swa.GraniteMoeSWAMoE granitemoehybrid.GraniteMoeHybridMoE
-granitemoeshared.GraniteMoeSharedMoE hunyuan_v1_moe.HunYuanMoEV1Moe hy_v3.HYV3MoE hy_v4.HYV4MoE hy_v4_vl.HYV4VLMoE
-jamba.JambaSparseMoeBlock kimi_linear.KimiLinearMoE kolibri1.Kolibri1SparseMoeBlock laguna.LagunaSparseMoeBlock
-lara_mini.LaraMiniSparseMoeBlock lfm2_moe.Lfm2MoeSparseMoeBlock longcat_flash.LongcatFlashMoE mellum.MellumSparseMoeBlock
-mimo_v2_flash.MiMoV2FlashMoE minimax.MiniMaxSparseMoeBlock minimax_m2.MiniMaxM2SparseMoeBlock
-minimax_m3_vl.MiniMaxM3VLSparseMoeBlock mistral4.Mistral4MoE mistral_large4.MistralLarge4TextMoE
-mixtral.MixtralSparseMoeBlock nemotron_h.NemotronHMoE olmoe.OlmoeSparseMoeBlock
-openai_privacy_filter.OpenAIPrivacyFilterMLP qwen2_moe.Qwen2MoeSparseMoeBlock qwen3_5_moe.Qwen3_5MoeSparseMoeBlock
-qwen3_moe.Qwen3MoeSparseMoeBlock qwen3_next.Qwen3NextSparseMoeBlock
-qwen3_omni_moe.Qwen3OmniMoeTalkerTextSparseMoeBlock qwen3_omni_moe.Qwen3OmniMoeThinkerTextSparseMoeBlock
-qwen3_vl_moe.Qwen3VLMoeTextSparseMoeBlock qwen4_exp.Qwen4ExpTextSparseMoeBlock solar_open.SolarOpenMoE
-unlimited_ocr.UnlimitedOcrTextMoe
-""".split()
+BLOCKS = [
+    "afmoe.AfmoeSparseMoeBlock", "aria.AriaTextMoELayer", "bailing_hybrid.BailingHybridMoE", "beam.BeamMoE",
+    "deepseek_ocr2.DeepseekOcr2TextMoe", "deepseek_v2.DeepseekV2Moe", "deepseek_v3.DeepseekV3MoE",
+    "deepseek_v32.DeepseekV32MoE", "deepseek_v4.DeepseekV4SparseMoeBlock", "dots1.Dots1MoE",
+    "dots3_note.Dots3NoteTextMoE", "dots3_note.Dots3NoteVisionMoE", "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock",
+    "exaone_moe.ExaoneMoeSparseMoEBlock", "flex_olmo.FlexOlmoSparseMoeBlock", "flint.FlintSparseMoeBlock",
+    "glm4_moe.Glm4MoeMoE", "glm4_moe_lite.Glm4MoeLiteMoE", "glm4v_moe.Glm4vMoeTextMoE", "glm5_next.Glm5NextTextMoE",
+    "glm_moe_dsa.GlmMoeDsaMoE", "gpt_oss.GptOssMLP", "granitemoe.GraniteMoeMoE", "granitemoe_swa.GraniteMoeSWAMoE",
+    "granitemoehybrid.GraniteMoeHybridMoE", "granitemoeshared.GraniteMoeSharedMoE", "hunyuan_v1_moe.HunYuanMoEV1Moe",
+    "hy_v3.HYV3MoE", "hy_v4.HYV4MoE", "hy_v4_vl.HYV4VLMoE", "jamba.JambaSparseMoeBlock", "kimi_linear.KimiLinearMoE",
+    "kolibri1.Kolibri1SparseMoeBlock", "laguna.LagunaSparseMoeBlock", "lara_mini.LaraMiniSparseMoeBlock",
+    "lfm2_moe.Lfm2MoeSparseMoeBlock", "longcat_flash.LongcatFlashMoE", "mellum.MellumSparseMoeBlock",
+    "mimo_v2_flash.MiMoV2FlashMoE", "minimax.MiniMaxSparseMoeBlock", "minimax_m2.MiniMaxM2SparseMoeBlock",
+    "minimax_m3_vl.MiniMaxM3VLSparseMoeBlock", "mistral4.Mistral4MoE", "mistral_large4.MistralLarge4TextMoE",
+    "mixtral.MixtralSparseMoeBlock", "nemotron_h.NemotronHMoE", "olmoe.OlmoeSparseMoeBlock",
+    "openai_privacy_filter.OpenAIPrivacyFilterMLP", "qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "qwen3_5_moe.Qwen3_5MoeSparseMoeBlock", "qwen3_moe.Qwen3MoeSparseMoeBlock", "qwen3_next.Qwen3NextSparseMoeBlock",
+    "qwen3_omni_moe.Qwen3OmniMoeTalkerTextSparseMoeBlock", "qwen3_omni_moe.Qwen3OmniMoeThinkerTextSparseMoeBlock",
+    "qwen3_vl_moe.Qwen3VLMoeTextSparseMoeBlock", "qwen4_exp.Qwen4ExpTextSparseMoeBlock", "solar_open.SolarOpenMoE",
+    "unlimited_ocr.UnlimitedOcrTextMoe",
+]  # fmt: skip
 
 
 def kind_of(name: str) -> type:

@@ -107,15 +107,16 @@ class MoE(nn.Module):
             k: experts a token.
             shared_intermediate: I of a shared expert; None for none.
             **options: keyword arguments of :class:`Router`, :class:`Experts` and this class, each by its own name;
-                ``dtype`` is of the experts (the router's is float32), ``device`` of all. The shared expert has the
-                activation of the experts; ``shared_gate=True`` gives it a gate.
+                ``dtype`` is of the experts (of the router only if it is float64), ``device`` of all. The shared expert has
+                the activation of the experts; ``shared_gate=True`` gives it a gate.
 
         Raises:
             ValueError: as the parts. TypeError: an option that none of them has.
         """
         ours, routers, of_experts = (_taken(options, kind) for kind in (cls, Router, Experts))
         shared_gate = options.pop("shared_gate", None)
-        routers.pop("dtype", None)
+        if routers.get("dtype") is not torch.float64:
+            routers.pop("dtype", None)
         unknown = set(options) - set(ours) - set(routers) - set(of_experts)
         if unknown:
             wanted = "those of moekit.nn.Router, Experts and MoE"

@@ -127,18 +127,25 @@ def _dense(dense: Any, activation: str | None) -> _Dense:
 
 
 def _of_module(dense: nn.Module, activation: str | None) -> _Dense:
-    if activation is None:
-        blocks = importlib.import_module("moekit.hf.blocks")
-        try:
-            options, slots = blocks.mlp(dense)
-        except TypeError as error:
+    blocks = importlib.import_module("moekit.hf.blocks")
+    try:
+        options, slots = blocks.mlp(dense)
+    except TypeError as error:
+        if activation is None:
             wanted = "a module whose code moekit knows, or down(act(gate(x)) * up(x)) and the activation said"
             raise _check.wrong_type(_OP, "dense", wanted, type(dense).__name__) from error
-        parts = {slot.name.removeprefix("shared."): slot.parts for slot in slots}
-        firsts = _halves(list(parts["gate_up"]), options)
-        biases = _halves(list(parts.get("gate_up_bias", ())), options)
-        options.pop("bias")
-        return _Dense(options, firsts, parts["down"][0], biases, parts["down_bias"][0] if biases else None)
+        return _as_said(dense, activation)
+    if activation is not None:
+        raise _check.unused(_OP, "activation", activation, "with a module that says its own")
+    parts = {slot.name.removeprefix("shared."): slot.parts for slot in slots}
+    firsts = _halves(list(parts["gate_up"]), options)
+    biases = _halves(list(parts.get("gate_up_bias", ())), options)
+    options.pop("bias")
+    return _Dense(options, firsts, parts["down"][0], biases, parts["down_bias"][0] if biases else None)
+
+
+def _as_said(dense: nn.Module, activation: str) -> _Dense:
+    """A module of which the caller says that it is ``down(act(gate(x)) * up(x))``."""
     maps: list[Any] = [getattr(dense, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(each, nn.Linear) for each in maps):
         raise _check.wrong_type(_OP, "dense", "a module with nn.Linear gate_proj, up_proj, down_proj", type(dense).__name__)
