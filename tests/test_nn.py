@@ -297,6 +297,15 @@ def test_loading_a_state_forgets_counts():
     assert counted(layer) == [0] * E and torch.equal(layer.router.expert_bias, other.router.expert_bias)
 
 
+def test_counts_go_where_the_layer_goes_and_are_each_process_own():
+    layer = build(expert_bias=True)
+    assert "router.expert_counts" not in dict(layer.named_buffers())  # DistributedDataParallel broadcasts buffers
+    layer(tokens())
+    before = counted(layer)
+    assert layer.half().router.expert_counts.dtype is torch.int64 and counted(layer) == before
+    assert layer.to("meta").router.expert_counts.is_meta
+
+
 def test_update_bias_needs_a_bias():
     with pytest.raises(ValueError, match=r"nn.Router.update_bias: the router must be made with expert_bias=True"):
         build().router.update_bias()
@@ -410,6 +419,23 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_for_any_number_of_tokens():
+    layer = build(score="sigmoid", balance_coeff=0.1, z_coeff=0.1, shared_intermediate=8)
+    plain = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 5), (3, 7), (4, 11)):
+        with torch.compiler.set_stance("default" if shape == (2, 5) else "fail_on_recompile"):
+            out = compiled(tokens(*shape))
+        torch.testing.assert_close(out, plain(tokens(*shape)))
+
+
+def test_exports():
+    layer, x = build(score="sigmoid", expert_bias=True, shared_intermediate=8).eval(), tokens(2, 5)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_and_checkpointed_counts_once(inside, monkeypatch):
     layer, x = build(expert_bias=True), tokens()
@@ -433,26 +459,47 @@ def test_functional_gradients():
     assert sum(counted(layer)) == 2 * T * K
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # on any module whose output is a view
-def test_fully_sharded(tmp_path):
-    """FSDP2 on one gloo rank: parameters become shards and are whole again within the layer."""
-    dist, fsdp = torch.distributed, pytest.importorskip("torch.distributed.fsdp")
+@pytest.fixture
+def mesh(tmp_path):
+    """One gloo rank."""
+    dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        layer = build(expert_bias=True, balance_coeff=0.1, shared_intermediate=8)
-        plain, x = copy.deepcopy(layer), tokens()
-        layer.balance_group = dist.group.WORLD
-        fsdp.fully_shard(layer, mesh=mesh)
-        for each in (plain, layer):
-            each(x).square().sum().backward()
-        torch.testing.assert_close(layer.experts.down.grad.full_tensor(), plain.experts.down.grad)
-        torch.testing.assert_close(layer.router.weight.grad.full_tensor(), plain.router.weight.grad)
-        layer.router.update_bias(group=dist.group.WORLD)
-        plain.router.update_bias()
-        assert torch.equal(layer.router.expert_bias, plain.router.expert_bias)
-    finally:
-        dist.destroy_process_group()
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # on any module whose output is a view
+@pytest.mark.parametrize("narrow", [False, True])
+def test_fully_sharded(mesh, narrow):
+    """Parameters become shards and are whole again within the layer; the router's stay in float32."""
+    fsdp, world = pytest.importorskip("torch.distributed.fsdp"), torch.distributed.group.WORLD
+    layer = build(expert_bias=True, balance_coeff=0.1, shared_intermediate=8)
+    plain, x = copy.deepcopy(layer), tokens()
+    layer.balance_group = world
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None)
+    fsdp.fully_shard(layer.router, mesh=mesh)
+    fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if narrow:
+        plain, x = plain.bfloat16(), x.bfloat16()
+    for each in (plain, layer):
+        each(x).float().square().sum().backward()
+    tolerance = {"rtol": 2**-7, "atol": 2**-7} if narrow else {}
+    for name in ("experts.down", "experts.gate_up", "shared.down", "router.weight"):
+        found, expected = (dict(each.named_parameters())[name].grad for each in (layer, plain))
+        assert name != "router.weight" or found.dtype is torch.float32
+        torch.testing.assert_close(found.full_tensor(), expected.to(found.dtype), **tolerance)
+    layer.router.update_bias(group=world)
+    plain.router.update_bias()
+    assert torch.equal(layer.router.expert_bias, plain.router.expert_bias)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_data_parallel_leaves_counts_alone():
+    layer = build(expert_bias=True)
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    for seed in range(2):
+        parallel(tokens(seed=seed)).sum().backward()
+    assert sum(counted(layer)) == 2 * T * K
 
 
 # --- what a module is -------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ class Config:
     warmup: float = 0.04
     weight_decay: float = 0.1
     balance: str = "loss"
-    balance_coeff: float = 0.01
-    bias_rate: float = 2e-3
+    balance_coeff: float = 0.05
+    bias_rate: float = 1e-2
     unbalanced: float = 0.08
     collapsed: int = 0
     heldout_windows: int = 256

@@ -207,7 +207,8 @@ class MoE(nn.Module):
             losses["sequence_balance"] = sequence_balance_loss(routing, self.sequence_balance_coeff, sequences=sequences)
         if self.z_coeff:
             losses["z"] = z_loss(routing, self.z_coeff)
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        if not torch.compiler.is_exporting():
+            self.losses = {name: loss.detach() for name, loss in losses.items()}
         if losses and torch.is_grad_enabled():
             out = aux_loss(out, torch.stack(list(losses.values())), self.loss_scale)
         return out

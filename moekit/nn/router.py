@@ -64,8 +64,8 @@ class Router(nn.Module):
             are dropped by ``copy.deepcopy`` and ``pickle``.
         given: ``[T, K]`` to use as the choice of every forward in place of the router's own, with the weights of today's
             logits; None for its own. The argument ``indices`` wins over it.
-        expert_counts: ``[E]`` int64, what was chosen in training since the last :meth:`update_bias`. Not in the state dict:
-            loading one starts it anew.
+        expert_counts: ``[E]`` int64, what was chosen in training since the last :meth:`update_bias`; None without
+            ``expert_bias``. Each process has its own, and loading a state dict starts it anew.
 
     Counting needs no care under gradient accumulation, activation checkpointing or evaluation: every training forward counts
     once, one that a backward computes again does not. Since ``indices`` are an attribute, checkpointing *inside* code that
@@ -79,7 +79,6 @@ class Router(nn.Module):
     bias: Tensor | None
     expert_scale: Tensor | None
     expert_bias: Tensor | None
-    expert_counts: Tensor | None
 
     def __init__(
         self,
@@ -137,8 +136,8 @@ class Router(nn.Module):
         for name, wanted in (("bias", logit_bias), ("expert_scale", expert_scale)):
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, **place)) if wanted else None)
         self.register_buffer("expert_bias", torch.empty(self.num_experts, **place) if expert_bias else None)
-        counts = torch.empty(self.num_experts, dtype=torch.int64, device=device) if expert_bias else None
-        self.register_buffer("expert_counts", counts, persistent=False)
+        # No buffer: DistributedDataParallel would overwrite it with the first process's at every forward.
+        self.expert_counts = torch.empty(self.num_experts, dtype=torch.int64, device=device) if expert_bias else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -180,7 +179,8 @@ class Router(nn.Module):
             padding_mask=padding_mask,
             **how,
         )
-        self.indices, self.tokens_per_expert = routing.indices.detach(), routing.tokens_per_expert.detach()
+        if not torch.compiler.is_exporting():  # a program that is exported has no place for them
+            self.indices, self.tokens_per_expert = routing.indices.detach(), routing.tokens_per_expert.detach()
         if self.training and self.expert_counts is not None:
             accumulate(self.expert_counts, routing.tokens_per_expert)
         return routing
@@ -243,6 +243,8 @@ class Router(nn.Module):
                 return tensor.to(found.device) if found.dtype is not tensor.dtype else found
             return tensor.to(found.device, torch.float32) if found.dtype.itemsize < 4 else found
 
+        if self.expert_counts is not None:
+            self.expert_counts = kept(self.expert_counts)
         return super()._apply(kept, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
