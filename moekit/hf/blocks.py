@@ -126,7 +126,10 @@ def read(block: Any) -> Block:
     Raises:
         TypeError: a block that is not known; the message says what about it is not.
     """
-    gates.learn_transformers(importlib.import_module("transformers.activations"))
+    try:
+        gates.learn_transformers(importlib.import_module("transformers.activations"))
+    except ImportError as error:
+        raise ImportError("moekit.nn.MoE.from_transformers needs Transformers: pip install 'moekit[hf]'") from error
     form = _BLOCKS.get(_digest(block))
     if form is None:
         raise _unknown(type(block), "forward")
