@@ -536,6 +536,16 @@ def test_meta_then_empty_then_drawn(poisoned):
     assert counted(layer) == [0] * E and (made.router.expert_scale == 1).all()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shapes_on_meta_and_in_fakes(name):
+    with torch.device("meta"):
+        layer, x = MoE.build(H, I, E, K, balance_coeff=0.1, **VARIANTS[name]), torch.empty(2, 5, H)
+    assert layer(x).shape == (2, 5, H) and layer(x).is_meta
+    with torch._subclasses.FakeTensorMode():
+        fake = MoE.build(H, I, E, K, balance_coeff=0.1, **VARIANTS[name])
+        assert fake(torch.empty(2, 5, H)).shape == (2, 5, H)
+
+
 def test_assigning_to_a_module_on_meta():
     state = build(expert_bias=True).state_dict()
     with torch.device("meta"):

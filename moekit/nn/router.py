@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +196,8 @@ class Router(nn.Module):
         if self.jitter is not None and self.training:
             x = x.to(wide)
             x = x * (1 - self.jitter + 2 * self.jitter * torch.rand_like(x))
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # which has no meta device
             if x.dtype is self.weight.dtype is wide:
                 return nn.functional.linear(x, self.weight, self.bias)
             return router_gating_linear(x, self.weight, self.bias, wide)
