@@ -46,6 +46,12 @@ def demo(
     device: Annotated[str, typer.Option(help="Where to train, such as cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="The PNG to write, or a folder for it.")] = Path("out/demo.png"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of parameters, batches and sample.")] = 0,
+    balance: Annotated[
+        str | None, typer.Option(help="How experts are kept evenly loaded: loss (the default), bias or none.")
+    ] = None,
+    collapsed: Annotated[
+        int | None, typer.Option(min=0, help="Begin with routers that send every token to so many experts.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train the plain PyTorch loop over experts, and compare.")
     ] = False,
@@ -61,7 +67,7 @@ def demo(
 
     try:
         result = run_demo(
-            load_config(config, steps),
+            load_config(config, steps, balance, collapsed),
             data=data,
             device=device,
             out=out,
@@ -72,7 +78,7 @@ def demo(
     except DemoError as error:
         typer.echo(f"moekit demo: {error}", err=True)
         raise typer.Exit(2) from error
-    as_shipped = config is None and steps is None and data is None
+    as_shipped = all(option is None for option in (config, steps, data, balance, collapsed))
     if as_shipped and result.model_bits > result.bigram_bits - _CLEAR_WIN:
         typer.echo(f"moekit demo: expected to beat the bigram model by {_CLEAR_WIN} bits per byte", err=True)
         raise typer.Exit(1)

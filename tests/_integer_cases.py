@@ -22,6 +22,7 @@ NO_INTEGERS = {
     *("x", "y", "grad", "rows", "left", "right", "tokens", "values", "weights", "bias", "scale", "logits", "matrices"),
     *("gate_up", "down", "gate_up_bias", "down_bias", "expert_bias", "projected", "kept_rows", "kept_act", "output", "loss"),
     *("grad_sums", "link", "padding_mask"),
+    *("total", "counts"),  # of accumulate: added, in place; never addresses
 }
 _GLU = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -150,11 +151,15 @@ def test_bigram_equals_an_independent_computation():
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coeff", [0.0, 0.5])
-def test_layers_have_equal_outputs_and_gradients(coeff):
+@pytest.mark.parametrize(
+    "settings", [{"balance_coeff": 0.0}, {"balance_coeff": 0.5}, {"balance": "bias"}, {"balance": "none", "collapsed": 3}]
+)
+def test_layers_have_equal_outputs_and_gradients(settings):
     torch.manual_seed(0)
-    config = Config(hidden=32, heads=2, experts=8, topk=2, intermediate=24, balance_coeff=coeff)
+    config = Config(hidden=32, heads=2, experts=8, topk=2, intermediate=24, **settings)
     layer, plain = MoE(config), LoopMoE(config)
+    if layer.router.expert_bias is not None:
+        layer.router.expert_bias.normal_()
     plain.load_state_dict(layer.state_dict())
     x, weight = torch.randn(100, 32), torch.randn(100, 32)
     results = []
@@ -164,6 +169,8 @@ def test_layers_have_equal_outputs_and_gradients(coeff):
         ((out * weight).sum() + each.extra_loss).backward()
         results.append({"out": out, "x": tokens.grad, **{name: p.grad for name, p in each.named_parameters()}})
     assert (layer.load == plain.load).all() and layer.load.sum() == 200
+    if layer.router.expert_counts is not None:
+        assert torch.equal(layer.router.expert_counts, plain.router.expert_counts)
     for name, got in results[0].items():
         assert got.abs().max() > 0.1, name
         torch.testing.assert_close(got, results[1][name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -176,8 +183,36 @@ def test_balancing_loss_reaches_the_router():
         torch.manual_seed(1)
         layer = MoE(Config(balance_coeff=coeff))
         layer(x).sum().backward()
-        grads.append(layer.router.grad)
+        grads.append(layer.router.weight.grad)
     assert (grads[0] - grads[1]).abs().max() > 1e-3
+
+
+def test_collapsed_routers_send_every_token_to_the_same_experts():
+    model = build_model(replace(TINY, collapsed=2), 0, CPU)
+    model(torch.randint(256, (8, 32)))
+    assert model.load().tolist() == [[256, 256, 0, 0]] * TINY.layers
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias", "none"])
+def test_balancing_undoes_a_collapse(corpus, balance):
+    config = replace(TINY, balance=balance, collapsed=2, steps=200, balance_coeff=0.2, bias_rate=0.02)
+    run = new_run(corpus, config=config)
+    for _ in range(config.steps):
+        run.step()
+    run.measure()
+    load = run.measurements[-1].load.double()
+    worst = (load.max(1).values / load.mean(1)).max()
+    assert worst > 1.8 if balance == "none" else worst < 1.5
+
+
+def test_measuring_moves_no_bias(corpus):
+    run = new_run(corpus, config=replace(TINY, balance="bias"))
+    for step in range(4):  # of which the first three are without balancing
+        run.step()
+        run.measure()
+        biases = [layer.router.expert_bias.abs().max().item() for layer in run.model.layers]
+        assert biases == pytest.approx([0.0 if step < 3 else 0.01] * TINY.layers)
+        assert all((layer.router.expert_counts == 0).all() for layer in run.model.layers)
 
 
 def test_model_sees_no_later_byte():
@@ -195,7 +230,7 @@ def test_parameters_depend_on_the_seed_alone():
     first, plain, other = build_model(TINY, 3, CPU), build_model(TINY, 3, CPU, LoopMoE), build_model(TINY, 4, CPU)
     for name, value in first.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name])
-    assert not torch.equal(first.layers[0].router, other.layers[0].router)
+    assert not torch.equal(first.layers[0].router.weight, other.layers[0].router.weight)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -235,7 +270,7 @@ def test_other_choices_are_counted(corpus):
     run, rival = new_run(corpus), new_run(corpus, LoopMoE)
     assert step_together(run, rival) == 0
     with torch.no_grad():
-        rival.model.layers[0].router.neg_()
+        rival.model.layers[0].router.weight.neg_()
     assert 0 < step_together(run, rival) <= TINY.batch * TINY.context * TINY.layers
     assert torch.equal(rival.model.layers[0].load, run.model.layers[0].load)
 
@@ -389,6 +424,17 @@ def test_steps_replace_the_config(folder, config_file, tmp_path):
 
 
 @needs_toml
+def test_the_bias_and_a_collapse_are_options(folder, config_file, tmp_path):
+    options = ("--config", config_file, "--data", folder, "--out", tmp_path, "--balance", "bias", "--collapsed", 2)
+    result = invoke(*options)
+    assert result.exit_code == 0, result.output
+    assert "step 12: with the balancing bias since step 1" in result.output
+    assert "200  200    0    0" in result.output
+    result = invoke(*options[:-3], "luck")
+    assert result.exit_code == 2 and "setting 'balance': expected one of loss, bias, none" in result.output
+
+
+@needs_toml
 def test_time_limit_ends_the_run(folder, config_file, tmp_path):
     config_file.write_text(TOML + "time_limit = 0.0\n")
     result = invoke("--config", config_file, "--data", folder, "--out", tmp_path)
@@ -437,6 +483,8 @@ def test_unusable_text_is_refused(tmp_path, make, message):
         ("heads = 3", "setting 'hidden': expected a multiple of twice the heads"),
         ("warmup = 1", "setting 'warmup': expected a share"),
         ("steps =", "not a TOML file"),
+        ("balance = 'luck'", "setting 'balance': expected one of loss, bias, none, got 'luck'"),
+        ("collapsed = 17", "setting 'collapsed': expected at most experts (16), got 17"),
     ],
 )
 def test_bad_settings_are_refused(config_file, content, message):
@@ -463,6 +511,7 @@ def test_shipped_settings_are_valid():
     assert load_config(None) == Config()
     for name in config_names():
         assert load_config(name) != Config()
+    assert load_config(None, balance="bias", collapsed=2) == Config(balance="bias", collapsed=2)
     changed = load_config("tiny", steps=7)
     assert (changed.steps, changed.time_limit) == (7, math.inf)
 

@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- ops <- moe_utils, hf <- demo, cli. Read from the syntax trees."""
+"""Imports point one way: kernels <- ops <- moe_utils, hf, nn <- demo, cli. Read from the syntax trees."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LAYERS = {
     "moekit._compat_calls": 3,
     "moekit._compat_probes": 3,
     "moekit.hf": 3,
+    "moekit.nn": 3,  # finds moekit.hf.blocks by name, at the call
     "moekit": 4,  # the public names, and what is not listed: demo, cli
 }
 

@@ -50,6 +50,7 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
     exist without it and are not counted.
     """
     x = x.detach().requires_grad_()
+    layer.train()
     theirs = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses unique
 
@@ -69,6 +70,7 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
 def layer_input(model: ByteLM, windows: Tensor) -> Tensor:
     """``[T, H]``: what the first mixture layer receives for ``windows [B, C]``."""
     caught: list[Tensor] = []
+    model.eval()
     handle = model.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     model(windows)
     handle.remove()

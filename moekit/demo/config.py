@@ -28,8 +28,12 @@ class Config:
         learning_rate: the highest; a cosine takes it down to a twentieth.
         warmup: share of the steps over which the learning rate rises.
         weight_decay: decoupled, on matrices only.
+        balance: how experts are kept evenly loaded: by a ``loss``, by a ``bias`` of the choice alone (arXiv 2408.15664), or
+            by ``none``.
         balance_coeff: weight of the load-balancing loss.
-        unbalanced: share of the steps, from the start, that leave the load-balancing loss out, to show what it changes.
+        bias_rate: by how much a step changes the bias.
+        unbalanced: share of the steps, from the start, that leave balancing out, to show what it changes.
+        collapsed: how many experts take every token at the start, in every layer; 0 for an ordinary router.
         heldout_windows: held-out windows that every measurement uses.
         measurements: how many times the held-out windows are measured, the end included.
         time_limit: seconds of training after which a run of the configured ``steps`` stops early.
@@ -48,8 +52,11 @@ class Config:
     learning_rate: float = 2e-3
     warmup: float = 0.04
     weight_decay: float = 0.1
-    balance_coeff: float = 0.01
+    balance: str = "loss"
+    balance_coeff: float = 0.05
+    bias_rate: float = 1e-2
     unbalanced: float = 0.08
+    collapsed: int = 0
     heldout_windows: int = 256
     measurements: int = 10
     time_limit: float = 130.0
@@ -59,7 +66,8 @@ class Config:
         """Refuse values that no run can have."""
         for name in _COUNTS:
             _demand(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("weight_decay", "balance_coeff"):
+        _demand(self.balance in BALANCES, "balance", f"one of {', '.join(BALANCES)}", self.balance)
+        for name in ("weight_decay", "balance_coeff", "bias_rate", "collapsed"):
             _demand(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("warmup", "unbalanced"):
             _demand(0 <= getattr(self, name) < 1, name, "a share, at least 0 and below 1", getattr(self, name))
@@ -67,7 +75,8 @@ class Config:
         _demand(self.hidden % (2 * self.heads) == 0, "hidden", "a multiple of twice the heads", self.hidden)
         _demand(self.hidden % 4 == 0, "hidden", "a multiple of 4", self.hidden)
         _demand(self.intermediate % 4 == 0, "intermediate", "a multiple of 4", self.intermediate)
-        _demand(self.topk <= self.experts, "topk", f"at most experts ({self.experts})", self.topk)
+        for name in ("topk", "collapsed"):
+            _demand(getattr(self, name) <= self.experts, name, f"at most experts ({self.experts})", getattr(self, name))
         _demand(bool(self.prompt), "prompt", "not empty", self.prompt)
 
     @property
@@ -77,10 +86,11 @@ class Config:
 
     @property
     def unbalanced_steps(self) -> int:
-        """Steps before the load-balancing loss joins in."""
-        return round(self.unbalanced * self.steps)
+        """Steps before balancing joins in."""
+        return self.steps if self.balance == "none" else round(self.unbalanced * self.steps)
 
 
+BALANCES = ("loss", "bias", "none")
 _SIZES = ("layers", "hidden", "heads", "experts", "topk", "intermediate", "context", "batch")
 _COUNTS = (*_SIZES, "steps", "heldout_windows", "measurements")
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
@@ -100,12 +110,16 @@ def config_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
 
 
-def load_config(name_or_path: str | None, steps: int | None = None) -> Config:
-    """The defaults, changed by a TOML file and by ``--steps``.
+def load_config(
+    name_or_path: str | None, steps: int | None = None, balance: str | None = None, collapsed: int | None = None
+) -> Config:
+    """The defaults, changed by a TOML file and by options of the command.
 
     Args:
         name_or_path: one of :func:`config_names`, the path of a TOML file with some of the settings, or None.
         steps: replaces the number of steps and lifts the time limit.
+        balance: replaces the setting.
+        collapsed: replaces the setting.
 
     Raises:
         DemoError: no such file, not TOML, an unknown setting or a value of the wrong type or range.
@@ -113,7 +127,8 @@ def load_config(name_or_path: str | None, steps: int | None = None) -> Config:
     config = Config() if name_or_path is None else Config(**_checked(name_or_path, _read_toml(name_or_path)))
     if steps is not None:
         config = replace(config, steps=steps, time_limit=float("inf"))
-    return config
+    given = {"balance": balance, "collapsed": collapsed}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def _read_toml(name_or_path: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The language model of the demo: a byte-level decoder whose feed-forward layers are mixtures of SwiGLU experts.
 
-:class:`MoE` runs on moekit's operators, :class:`LoopMoE` is the same layer in plain PyTorch, one expert after another.
+:class:`MoE` is moekit's layer, :class:`LoopMoE` is the same layer in plain PyTorch, one expert after another.
 Both have the same parameters and, up to the order of float32 sums, the same outputs and gradients.
 
 Sources: SwiGLU, arXiv 2002.05202; load-balancing loss, Switch Transformer, arXiv 2101.03961; rotary position
@@ -9,51 +9,58 @@ embeddings, arXiv 2104.09864; normalised queries and keys, arXiv 2302.05442.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import moekit
+import moekit.nn
 from moekit.demo.config import Config
 
 BYTE_VALUES = 256
+# A router that begins collapsed: the spread of its logits, and what the experts that take everything are ahead by.
+_COLLAPSED_STD = 0.1
+_COLLAPSED_BIAS = 0.5
 
 
-class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts on moekit's operators: ``[T, H]`` to ``[T, H]``.
+class MoE(moekit.nn.MoE):
+    """The layer of :mod:`moekit.nn` in the sizes of the demo: a top-k mixture of SwiGLU experts, ``[T, H]`` to ``[T, H]``.
 
     Attributes:
-        balance_coeff: weight of the load-balancing loss in the gradients; 0 leaves it out.
-        indices: ``[T, K]`` int64, the experts of each token in the last forward pass.
+        indices: ``[T, K]``, the experts of each token in the last forward pass.
         load: ``[E]`` int64, tokens of each expert in that pass.
         extra_loss: what the caller has to add to its loss; here 0, because the loss travels with the output.
     """
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.topk = config.topk
-        self.balance_coeff = config.balance_coeff
-        hidden, intermediate, num_experts = config.hidden, config.intermediate, config.experts
-        self.router = nn.Parameter(torch.randn(num_experts, hidden) * hidden**-0.5)
-        self.w_in = nn.Parameter(torch.randn(num_experts, hidden, 2 * intermediate) * hidden**-0.5)
-        self.w_out = nn.Parameter(torch.randn(num_experts, intermediate, hidden) * intermediate**-0.5)
+        by_bias, collapsed = config.balance == "bias", config.collapsed > 0
+        options: dict[str, Any] = {"select_by": "logits", "expert_bias": by_bias, "logit_bias": collapsed}
+        router = moekit.nn.Router(config.hidden, config.experts, config.topk, **options)
+        experts = moekit.nn.Experts(config.experts, config.hidden, config.intermediate)
+        super().__init__(router, experts, balance_coeff=config.balance_coeff if config.balance == "loss" else 0.0)
+        for weight in (router.weight, experts.gate_up, experts.down):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        if router.bias is not None:
+            _collapse(router.weight, router.bias, config.collapsed)
         self.indices = torch.zeros(0, config.topk, dtype=torch.int64)
-        self.load = torch.zeros(num_experts, dtype=torch.int64)
+        self.load = torch.zeros(config.experts, dtype=torch.int64)
         self.extra_loss: Tensor | float = 0.0
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Route every token to its experts and sum what they make of it."""
-        logits_TE = F.linear(x_TH, self.router)
-        weights_TK, indices_TK = moekit.topk_router(logits_TE, self.topk)
-        routing = moekit.Routing.from_topk(indices_TK, weights_TK, num_experts=logits_TE.shape[1])
-        out_TH = moekit.experts(x_TH, routing, self.w_in, self.w_out, transposed=True)
-        self.indices, self.load = indices_TK, routing.tokens_per_expert
-        if self.balance_coeff == 0:
-            return out_TH
-        balance = moekit.load_balancing_loss(
-            logits_TE.softmax(-1), self.load, len(x_TH), self.topk, len(self.load), self.balance_coeff
-        )
-        return moekit.aux_loss(out_TH, balance)
+        out_TH = super().forward(x_TH)
+        indices, load = self.router.indices, self.router.tokens_per_expert
+        if indices is not None and load is not None:
+            self.indices, self.load = indices, load
+        return out_TH
+
+
+@torch.no_grad()
+def _collapse(weight: Tensor, bias: Tensor, experts: int) -> None:
+    """Make a router that sends every token to its first experts: small weights, and a bias far above what they give."""
+    weight.mul_(_COLLAPSED_STD)
+    bias[:experts] = _COLLAPSED_BIAS
 
 
 class LoopMoE(MoE):
@@ -65,22 +72,26 @@ class LoopMoE(MoE):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.topk = config.topk
         self.given: Tensor | None = None
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Route every token to its experts and sum what they make of it."""
-        logits_TE = F.linear(x_TH, self.router)
-        self.indices = logits_TE.topk(self.topk, dim=-1).indices
+        logits_TE = F.linear(x_TH, self.router.weight, self.router.bias)
+        compared_TE = logits_TE if self.router.expert_bias is None else logits_TE + self.router.expert_bias
+        self.indices = compared_TE.topk(self.topk, dim=-1).indices
         indices_TK = self.indices if self.given is None else self.given
         weights_TK = logits_TE.gather(1, indices_TK).softmax(-1)
         out_TH = torch.zeros_like(x_TH)
         # unbind has one gradient for all experts; indexing each expert would make a full-sized one every time
-        for expert, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
+        for expert, (w_in, w_out) in enumerate(zip(self.experts.gate_up.unbind(), self.experts.down.unbind(), strict=True)):
             token, slot = torch.where(indices_TK == expert)
-            gate, up = (x_TH[token] @ w_in).chunk(2, dim=-1)
-            rows = (F.silu(gate) * up) @ w_out
+            gate, up = F.linear(x_TH[token], w_in).chunk(2, dim=-1)
+            rows = F.linear(F.silu(gate) * up, w_out)
             out_TH = out_TH.index_add(0, token, rows * weights_TK[token, slot].unsqueeze(1))
         self.load = torch.bincount(indices_TK.flatten(), minlength=logits_TE.shape[1])
+        if self.training and self.router.expert_counts is not None:
+            self.router.expert_counts += self.load
         share_E = self.load / indices_TK.numel()
         balance = len(share_E) * (share_E * logits_TE.softmax(-1).mean(0)).sum()
         self.extra_loss = self.balance_coeff * balance
@@ -165,6 +176,11 @@ class ByteLM(nn.Module):
         for layer in self.layers:
             layer.balance_coeff = coeff
 
+    def update_bias(self, rate: float) -> None:
+        """Let every router's bias follow what was chosen since the last time."""
+        for layer in self.layers:
+            layer.router.update_bias(rate)
+
 
 def build_model(config: Config, seed: int, device: torch.device, layer: type[MoE] = MoE) -> ByteLM:
     """A fresh model whose parameters depend on the seed alone, not on ``layer`` or ``device``."""
@@ -176,6 +192,7 @@ def build_model(config: Config, seed: int, device: torch.device, layer: type[MoE
 @torch.no_grad()
 def sample(model: ByteLM, prompt: bytes, length: int, seed: int, temperature: float = 0.8) -> bytes:
     """Continue the prompt by ``length`` bytes, each drawn from the model's distribution."""
+    model.eval()
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)
     text = list(prompt)

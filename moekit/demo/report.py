@@ -12,17 +12,19 @@ from moekit.demo.display import relative_load
 from moekit.demo.train import Measurement, Run
 
 _SMOOTHED_STEPS = 20
+WHAT_BALANCES = {"loss": "the balancing loss", "bias": "the balancing bias", "none": "balancing"}
 
 
 def key_measurements(run: Run) -> list[tuple[str, Measurement]]:
     """The measurements that show what balancing does, each with what it is, in order and each once."""
     start, balanced_from, last = 0, run.config.unbalanced_steps, run.measurements[-1].step
+    what = WHAT_BALANCES[run.config.balance]
     titles = {start: "step 0: untrained"}
     if start < balanced_from < last:
-        titles[balanced_from] = f"step {balanced_from}: trained so far without the balancing loss"
-        titles[last] = f"step {last}: with the balancing loss since step {balanced_from}"
+        titles[balanced_from] = f"step {balanced_from}: trained so far without {what}"
+        titles[last] = f"step {last}: with {what} since step {balanced_from}"
     elif last:
-        titles[last] = f"step {last}: {'without' if last <= balanced_from else 'with'} the balancing loss throughout"
+        titles[last] = f"step {last}: {'without' if last <= balanced_from else 'with'} {what} throughout"
     by_step = {measured.step: measured for measured in run.measurements}
     return [(title, by_step[step]) for step, title in titles.items() if step in by_step]
 
@@ -60,7 +62,9 @@ def _draw_curves(axis: Any, run: Run, bigram_bits: float) -> None:
     axis.plot(at, heldout, "o-", color="tab:orange", label=f"held-out: {heldout[-1]:.3f} at the end")
     axis.axhline(bigram_bits, color="black", linestyle="--", label=f"byte bigram model, held-out: {bigram_bits:.3f}")
     if 0 < run.config.unbalanced_steps < len(run.losses):
-        axis.axvline(run.config.unbalanced_steps, color="grey", linewidth=0.8, label="balancing loss joins in")
+        axis.axvline(
+            run.config.unbalanced_steps, color="grey", linewidth=0.8, label=f"{WHAT_BALANCES[run.config.balance]} joins in"
+        )
     axis.set(title="Loss", xlabel="step", ylabel="bits per byte", ylim=(0, 8.2))
     axis.legend()
     axis.grid(alpha=0.3)

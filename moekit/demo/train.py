@@ -79,7 +79,9 @@ class Run:
         start = time.perf_counter()
         number = len(self.losses)
         balanced = number >= self.config.unbalanced_steps
-        self.model.set_balance(self.config.balance_coeff if balanced else 0.0)
+        by = self.config.balance if balanced else "none"
+        self.model.train()
+        self.model.set_balance(self.config.balance_coeff if by == "loss" else 0.0)
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate(self.config, number)
         loss = self.model.loss(self.next_batch())
@@ -87,6 +89,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
         self._optimiser.step()
         self._optimiser.zero_grad()
+        if self.config.balance == "bias":  # counts are cleared from the first step on
+            self.model.update_bias(self.config.bias_rate if by == "bias" else 0.0)
         self.losses.append(bits(loss.item()))
         self.load = self.model.load()
         self.seconds.append(time.perf_counter() - start)
@@ -96,6 +100,7 @@ class Run:
     @torch.no_grad()
     def measure(self) -> None:
         """Record bits per byte and expert load on the held-out windows."""
+        self.model.eval()
         total, load = 0.0, torch.zeros_like(self.load)
         for windows in self.windows.split(self.config.batch):
             total += bits(self.model.loss(windows.to(self.device)).item()) * len(windows)

@@ -1,0 +1,132 @@
+"""The routed experts' weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit import _check
+from moekit.ops._activations import make_glu
+from moekit.ops.experts import SAVES, experts
+from moekit.routing import Routing
+
+_OP = "nn.Experts"
+
+
+class Experts(nn.Module):
+    """E gated MLPs, of which each token goes through those of its routing: :func:`moekit.experts` with its weights.
+
+    Args:
+        num_experts: E.
+        hidden: H.
+        intermediate: I, the width of one expert.
+        activation: this and the following down to ``layout`` as in :func:`moekit.glu`.
+        alpha: as there.
+        linear_offset: as there.
+        clamp: as there; after the bias.
+        layout: as there. ``interleaved`` and ``concatenated`` say how gate and up stand in ``gate_up``.
+        bias: have ``gate_up_bias`` and ``down_bias``.
+        weight_after_down: as in :func:`moekit.experts`.
+        save: what to keep for backward, as in :func:`moekit.experts`.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Attributes:
+        gate_up: ``[E, 2I, H]`` (``[E, I, H]`` if ``layout="ungated"``).
+        down: ``[E, H, I]``.
+        gate_up_bias: ``[E, 2I]`` or None.
+        down_bias: ``[E, H]`` or None.
+
+    Raises:
+        ValueError: sizes or options that do not fit together, or an option that would have no effect.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        activation: str = "silu",
+        alpha: float | None = None,
+        linear_offset: float = 0.0,
+        clamp: float | None = None,
+        layout: str = "concatenated",
+        bias: bool = False,
+        weight_after_down: bool = False,
+        save: str = "recompute",
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = _check.positive(_OP, "num_experts", num_experts)
+        self.hidden = _check.positive(_OP, "hidden", hidden)
+        self.intermediate = _check.positive(_OP, "intermediate", intermediate)
+        self.options = gate_options(_OP, activation, alpha, linear_offset, clamp, layout)
+        _check.one_of(_OP, "save", save, SAVES)
+        self.weight_after_down, self.save = weight_after_down, save
+        width = self.intermediate * (1 if layout == "ungated" else 2)
+        made = {"dtype": dtype, "device": device}
+        self.gate_up = nn.Parameter(torch.empty(self.num_experts, width, self.hidden, **made))
+        self.down = nn.Parameter(torch.empty(self.num_experts, self.hidden, self.intermediate, **made))
+        for name, size in (("gate_up_bias", width), ("down_bias", self.hidden)):
+            value = nn.Parameter(torch.empty(self.num_experts, size, **made)) if bias else None
+            self.register_parameter(name, value)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weights as ``nn.Linear`` does, an expert at a time; biases 0."""
+        draw_uniform(self.gate_up, self.gate_up_bias)
+        draw_uniform(self.down, self.down_bias)
+
+    def forward(self, x: Tensor, routing: Routing | tuple[Tensor, Tensor]) -> Tensor:
+        """``[T, H]`` to ``[T, H]``, in the dtype of ``x``; arguments and errors as of :func:`moekit.experts`."""
+        return experts(
+            x,
+            routing,
+            self.gate_up,
+            self.down,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+            weight_after_down=self.weight_after_down,
+            save=self.save,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, and the options that are not the default."""
+        said = [f"num_experts={self.num_experts}", f"hidden={self.hidden}", f"intermediate={self.intermediate}"]
+        said += said_gate(self.options)
+        said += ["bias=True"] * (self.down_bias is not None) + ["weight_after_down=True"] * self.weight_after_down
+        return ", ".join(said + ([] if self.save == "recompute" else [f"save={self.save!r}"]))
+
+
+def gate_options(
+    op: str, activation: str, alpha: float | None, linear_offset: float, clamp: float | None, layout: str
+) -> dict[str, Any]:
+    """The constants of a gate, looked at, as arguments of :func:`moekit.experts`."""
+    options = {"activation": activation, "alpha": alpha, "linear_offset": linear_offset, "clamp": clamp, "layout": layout}
+    make_glu(**options, clamp_after_bias=True, op=op)
+    return options
+
+
+def said_gate(gate: dict[str, Any]) -> list[str]:
+    """The constants that are not the default, but always the activation."""
+    plain = {"alpha": None, "linear_offset": 0.0, "clamp": None, "layout": "concatenated"}
+    return [f"{name}={value!r}" for name, value in gate.items() if name not in plain or value != plain[name]]
+
+
+def draw_uniform(weight: Tensor, bias: Tensor | None) -> None:
+    """Numbers as of ``nn.Linear``, by the size of the last dimension."""
+    bound = weight.shape[-1] ** -0.5
+    weight.uniform_(-bound, bound)
+    if bias is not None:
+        bias.zero_()
