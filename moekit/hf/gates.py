@@ -233,21 +233,25 @@ def _gate_digest(kind: type) -> str:
     return _digests[gate]
 
 
-def digest(function: FunctionType) -> str:
+def digest(function: FunctionType, cells: tuple[str, ...] = (), decorators: tuple[str, ...] = ()) -> str:
     """A digest of what a function computes: its statements, without comments and annotations, and what they refer to.
 
     Empty for a function whose source cannot be had, or does not tell: a closure, decorators, names that do not mean
-    what they say.
+    what they say. ``cells`` and ``decorators`` are those that the caller knows and has looked at.
     """
     code, scope = function.__code__, function.__globals__
     honest = {"torch": torch, "nn": nn, "F": functional}
-    if function.__closure__ or any(scope.get(name) is not what for name, what in honest.items() if name in code.co_names):
+    if code.co_freevars != cells or any(
+        scope.get(name) is not what for name, what in honest.items() if name in code.co_names
+    ):
         return ""
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return ""
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+    if not isinstance(definition, ast.FunctionDef):
+        return ""
+    if tuple(map(ast.unparse, definition.decorator_list)) != decorators:
         return ""
     body = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
     names = [argument.arg for argument in definition.args.args]
