@@ -19,7 +19,6 @@ from torch.utils import _pytree
 from moekit import _check
 from moekit._routers import Found, Hook, find, in_backward
 from moekit.choices import Choices, Pass, stored
-from moekit.ops.route import route
 
 _OP = "Replay"
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
@@ -315,6 +314,8 @@ class _Slot:
 
     def _replace(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Of Transformers' routers: put the given choice into the output, weighed by the router's own logits."""
+        from moekit.hf._replayed import replayed
+
         if self._given is None and not self._active:
             return None
         chosen = self._spec.unpack(output)[2]
@@ -323,18 +324,15 @@ class _Slot:
             logits = self._spec.logits(module, args, kwargs)
             num_experts = logits.shape[1]
             given = self._fitting(logits, num_experts, self._spec.topk)
-            weights = route(logits, indices=given, **self._spec.weighing(module, args, kwargs)).weights
-            chosen = _somewhere(given, num_experts)
-            output = self._spec.pack(output, weights, chosen)
+            output = replayed(self._spec, module, args, kwargs, output, logits, given)
+            chosen = given
         if self._active:
             self._note(chosen.detach(), num_experts or self._spec.unpack(output)[0].shape[1])
         return output
 
     def _note(self, indices: Tensor, num_experts: int) -> None:
         if self.indices is not None:
-            raise RuntimeError(
-                f"moekit.Replay: the router {self.name!r} runs twice in a pass, which no recording tells apart"
-            )
+            raise RuntimeError(f"moekit.Replay: the router {self.name!r} ran twice in a pass, which is not told apart")
         self.indices, self.num_experts = indices, num_experts
 
     def _fitting(self, rows: Tensor, num_experts: int, topk: int) -> Tensor:
@@ -350,16 +348,6 @@ class _Slot:
 
     def _what(self) -> str:  # not looked at by code that is compiled, which would be compiled for each pass
         return f"choices of pass {self._pass} and router {self.name!r}"
-
-
-def _somewhere(indices: Tensor, num_experts: int) -> Tensor:
-    """The indices with an expert of no other slot in the place of -1: Transformers' experts know no slot without one.
-
-    Its weight is 0, so it does not matter which.
-    """
-    used = torch.zeros(indices.shape[0], num_experts + 1, dtype=torch.int8, device=indices.device)
-    used = used.scatter(1, indices.where(indices >= 0, num_experts), 1)[:, :num_experts]
-    return indices.where(indices >= 0, used.argmin(1, keepdim=True))
 
 
 def _leaves(output: Any) -> Iterator[Any]:

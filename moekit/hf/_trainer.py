@@ -23,6 +23,17 @@ def callback(trainer: Any, monitor: Any, layers: bool, attach: Callable[..., Any
 
         def __init__(self) -> None:
             self.monitor = monitor if monitor is not None else attach(trainer.model, group=_everybody(trainer))
+            self._require_model()
+
+        def _require_model(self) -> None:
+            if not self.monitor.watches(trainer.model):
+                raise _check.fail(_OP, "monitor", "of the trainer's model", "one of another model")
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if monitor is None and not self.monitor.watches(trainer.model):  # made anew, by the trainer's model_init
+                self.monitor.remove()
+                self.monitor = attach(trainer.model, group=_everybody(trainer))
+            self._require_model()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.monitor.step()

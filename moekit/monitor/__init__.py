@@ -87,11 +87,12 @@ class Monitor:
         ]
 
     def step(self) -> None:
-        """Close an interval of the history, after an optimiser's step as a rule. Nothing waits for the device."""
-        if not self._history:
-            raise _check.fail("monitor.step", "history", "above 0 when attaching", 0)
+        """Close an interval of the history, after an optimiser's step as a rule. Nothing waits for the device.
+
+        An interval is a step, or as many as it took to have no more intervals than asked for; without a history, nothing.
+        """
         self._steps += 1
-        if self._steps % self._span:
+        if not self._history or self._steps % self._span:
             return
         with torch.no_grad():
             for counter in self._counters:
@@ -100,8 +101,7 @@ class Monitor:
         if self._length == self._history:
             for counter in self._counters:
                 counter.training.halve()
-            self._length, self._span = self._history // 2, self._span * 2
-            self._steps = 0
+            self._length, self._span, self._steps = self._history // 2, self._span * 2, 0
 
     def stats(self, *, layers: bool = True, evaluation: bool = False) -> dict[str, float]:
         """The figures since the last :meth:`read` or :meth:`reset`, of all routers and of each; waits for the device.
@@ -160,6 +160,11 @@ class Monitor:
         if self._length:
             timelines = {n: t if t[-1].any() else t[:-1] for n, t in timelines.items()}
         _show.heatmap(path, timelines, self._span)
+
+    def watches(self, model: nn.Module) -> bool:
+        """Whether the routers that are watched are those of ``model``, wrapped or not."""
+        inside = {id(module) for module in model.modules()}
+        return all(id(counter.router.module) in inside for counter in self._counters)
 
     def remove(self) -> None:
         """Take the hooks off the model. What was counted can still be read."""
@@ -238,9 +243,8 @@ def callback(trainer: Any, *, monitor: Monitor | None = None, layers: bool = Fal
         moekit.monitor.callback(trainer)
         trainer.train()
 
-    At its logging steps the figures since the last ones join the others as ``moe/load_cv`` and so on, summed over all
-    processes; what evaluation counted joins its metrics as ``eval_moe/...``. An interval of the history is an optimiser's
-    step.
+    At its logging steps the figures since the last ones join the others as ``moe/load_cv`` and so on, of training, summed
+    over all processes. An interval of the history is an optimiser's step.
 
     Args:
         trainer: the ``transformers.Trainer``. The callback becomes the first of its callbacks, since those that report
@@ -253,6 +257,7 @@ def callback(trainer: Any, *, monitor: Monitor | None = None, layers: bool = Fal
 
     Raises:
         ImportError: Transformers is not installed.
+        ValueError: the monitor of another model.
         TypeError: something else than a trainer.
     """
     from moekit.hf import _trainer

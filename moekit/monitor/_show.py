@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moekit.monitor._figures import FIGURES
 from moekit.monitor._totals import EXTRA
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_HEADINGS = {
+    "tokens": "tokens",
+    "load_max_over_mean": "max/mean",
+    "load_cv": "cv",
+    "load_entropy": "entropy",
+    "dead_experts": "dead",
+    "dropped_share": "dropped",
+    "router_entropy": "router entropy",
+    "router_z": "router z",
+}
 _COLUMNS = 6  # of panels
 _MOST = 3.0  # times the mean, where the colours end
 
@@ -25,19 +34,19 @@ def table(layers: Mapping[str, dict[str, float]], total: dict[str, float], unrea
 
     shown = Table(title="Expert load")
     shown.add_column("router", overflow="fold")
-    for name in FIGURES:
-        shown.add_column(name.replace("_", " "), justify="right")
+    for heading in _HEADINGS.values():
+        shown.add_column(heading, justify="right")
     for name, found in layers.items():
         shown.add_row(name, *_cells(found))
     for name in unread:
-        shown.add_row(name, "not read", *[""] * (len(FIGURES) - 1))
+        shown.add_row(name, "not read", *[""] * (len(_HEADINGS) - 1))
     shown.add_section()
     shown.add_row("all", *_cells(total))
     return shown
 
 
 def _cells(found: dict[str, float]) -> list[str]:
-    return ["-" if math.isnan(found[name]) else _number(name, found[name]) for name in FIGURES]
+    return ["-" if math.isnan(found[name]) else _number(name, found[name]) for name in _HEADINGS]
 
 
 def _number(name: str, value: float) -> str:
@@ -48,6 +57,7 @@ def heatmap(path: str | Path, timelines: Mapping[str, Tensor], span: int) -> Non
     """Draw ``[intervals, E + 2]`` of each router into a PNG file: experts over time, and all routers in one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(_COLUMNS, len(timelines))
     rows = math.ceil(len(timelines) / columns)
@@ -59,9 +69,10 @@ def heatmap(path: str | Path, timelines: Mapping[str, Tensor], span: int) -> Non
     grid = bottom.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     images = []
     for axis, (name, timeline) in zip(grid, timelines.items(), strict=False):
-        images.append(axis.imshow(relative(timeline).mT, **_look()))
+        images.append(axis.imshow(relative(timeline).mT.numpy(), **_look()))
         axis.set_title(name, fontsize=7)
         axis.tick_params(labelsize=6)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in grid[len(timelines) :]:
         axis.set_visible(False)
     bottom.supxlabel(f"interval of {span} step{'s' * (span > 1)}", fontsize=8)
@@ -76,7 +87,7 @@ def _draw_all(axis: Any, timelines: Mapping[str, Tensor]) -> None:
     picture = sums[0].new_full((len(sums), max(len(row) for row in sums)), math.nan)
     for place, row in enumerate(sums):
         picture[place, : len(row)] = row
-    axis.imshow(picture, **_look())
+    axis.imshow(picture.numpy(), **_look())
     axis.set_yticks(range(len(sums)), list(timelines), fontsize=6)
     axis.set(title="Load of each expert over the whole time", xlabel="expert")
 
