@@ -50,16 +50,20 @@ def inputs(number: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(T, H, generator=generator, dtype=dtype) for _ in range(number)]
 
 
-def qwen3(**settings: object):
-    """Qwen3-MoE of Transformers with random weights, in training mode."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def causal(name: str, **settings: object):
+    """A model of Transformers with random weights, in training mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": H, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    experts = {"num_experts": E, "num_experts_per_tok": K, "norm_topk_prob": True}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": K}
     others = {"vocab_size": 32, "max_position_embeddings": 64, "initializer_range": 0.3}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, **others, **settings)).train()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **heads, **others, **settings})).train()
+
+
+def qwen3():
+    """Qwen3-MoE, whose router is that of most."""
+    return causal("qwen3_moe", num_experts=E, norm_topk_prob=True)
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _layers import LAYERS, REENTRANT, E, K, T, inputs, net, perturbed
+from _layers import LAYERS, REENTRANT, E, H, K, Net, T, inputs, net, perturbed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moekit
@@ -121,6 +122,30 @@ def test_evaluation_is_kept_apart():
     both.read(evaluation=True)
     assert not any(counts.any() for counts in both.counts(evaluation=True).values())
     assert_counts(both, trained)
+
+
+def test_inference_mode_may_come_first():
+    model, (x, y) = net(), inputs(2)
+    monitor = monitoring.attach(model, evaluation=True)
+    for _ in range(2):
+        with torch.inference_mode():
+            model(x)
+        model.eval()
+    model(y)
+    model.train()
+    model(y)
+    monitor.step()
+    assert monitor.read()["tokens"] == 2 * T and monitor.read(evaluation=True)["tokens"] == 2 * T
+
+
+def test_no_value_is_read_in_a_step():
+    with FakeTensorMode():  # whose tensors have none
+        model = Net()
+        monitor = monitoring.attach(model, history=4)
+        for _ in range(5):
+            model(torch.zeros(T, H)).sum().backward()
+            monitor.step()
+        monitor.reset()
 
 
 def test_padding_and_capacity():

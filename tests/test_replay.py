@@ -9,12 +9,14 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from _layers import LAYERS, REENTRANT, E, H, K, Net, T, checkpointed, gradients, ids, inputs, net, perturbed, qwen3
+from _layers import LAYERS, REENTRANT, E, H, K, Net, T, causal, checkpointed, gradients, ids, inputs, net, perturbed, qwen3
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import moekit
 from moekit import Choices, Replay
+from moekit.hf._replayed import weights_of
 
 N = 4  # micro-batches
 
@@ -119,6 +121,28 @@ def test_after_the_block_routers_choose_by_themselves():
     with replay.record() as again:
         model(batches[1])
     assert all(map(torch.equal, again.passes[0], own.passes[1]))
+
+
+def test_no_value_is_read():
+    with FakeTensorMode():  # whose tensors have none
+        model = Net()
+        x, replay = torch.zeros(T, H, requires_grad=True), Replay(model)
+        with replay.record() as choices:
+            model(x)
+        model.reentrant = False
+        with replay.play(choices):
+            model(x).sum().backward()
+
+
+def test_recorded_in_inference_mode_and_played_in_torch_func():
+    model, (x,) = net(), inputs(1)
+    with torch.inference_mode(), Replay(other := perturbed(model)).record() as choices:
+        other(x)
+    wanted = by_hand(model, [x], choices)[1]
+    parameters = dict(model.named_parameters())
+    with Replay(model).play(choices):
+        found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().mean())(parameters)
+    assert_same({name: grad for name, grad in found.items() if name in wanted}, wanted)
 
 
 def test_a_failed_forward_leaves_nothing_behind():
@@ -505,6 +529,70 @@ def plain(model: nn.Module, batches: list[Tensor], choices: Choices) -> dict[str
         for hook in hooks:
             hook.remove()
     return gradients(model)
+
+
+OTHERS = {
+    "mixtral": {"num_local_experts": E},
+    "gpt_oss": {"num_local_experts": E},
+    "llama4_text": {"num_local_experts": E, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1},
+    "deepseek_v3": {
+        "n_routed_experts": E,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_of_transformers_keep_their_bits_too(name: str):
+    model, (batch,) = causal(name, **OTHERS[name]), ids(1)
+    replay, found = Replay(model), []
+    with replay.record() as choices:
+        found.append(model(batch, labels=batch, use_cache=False).loss)
+    with replay.play(choices):
+        found.append(model(batch, labels=batch, use_cache=False).loss)
+    grads = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in found]
+    assert torch.equal(*found) and any(grad is not None and grad.any() for grad in grads[0])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epsilon": 0.0},
+        {"normalise": False, "scale": 0.5},
+        {"select_by": "logits"},
+        {"score": "sigmoid", "multiplier": 2.0, "softcap": 3.0},
+        {"score": "sqrtsoftplus", "epsilon": 1e-6},
+        {"epsilon": 0.0, "expert_scale": torch.linspace(0.5, 1.5, E, dtype=torch.float64)},
+    ],
+)
+def test_weights_of_transformers_choices_are_those_of_route(options: dict):
+    logits = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    indices = torch.rand(T, E, generator=torch.Generator().manual_seed(7)).argsort(1)[:, :3]
+    indices[1, 2] = indices[2, 0] = -1
+    factors = torch.linspace(-1, 1, 3 * T, dtype=torch.float64).view(T, 3)
+    found, wanted = weights_of(logits, indices, **options), moekit.route(logits, indices=indices, **options).weights
+    grads = [torch.autograd.grad((weights * factors).sum(), logits)[0] for weights in (found, wanted)]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-14)
+    none = indices.clone()
+    none[3] = -1
+    weights = weights_of(logits, none, **options)
+    (grad,) = torch.autograd.grad((weights * factors).sum(), logits)
+    assert (
+        not weights[3].any()
+        and torch.equal(weights[4], found[4])
+        and not grad[3].any()
+        and torch.equal(grad[4], grads[0][4])
+    )
 
 
 def test_transformers_with_slots_of_no_expert():

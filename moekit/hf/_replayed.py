@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekit.ops.route import _reshaped, _scoring
-from moekit.ops.topk import _weigh_reference
+from moekit.ops.topk import normalised, own_score
 
 
 def weights_of(
@@ -26,8 +26,9 @@ def weights_of(
 ) -> Tensor:
     """The weights that :func:`moekit.route` gives to ``indices``, in plain PyTorch, differentiated by autograd.
 
-    Transformers' routers compute theirs so, and the choice that a router makes anyway then gets the same weights, and the
-    logits the same gradients, to the last bit. A kernel would round otherwise.
+    Most of Transformers' routers compute theirs so, score all experts and then look at the chosen, and a choice that the
+    router would have made itself then gets the same weights, and the logits the same gradients, to the last bit. A kernel
+    would round otherwise.
 
     Args:
         logits: ``[T, E]``.
@@ -49,9 +50,20 @@ def weights_of(
     # A token without any expert would divide by the sum of nothing, and its NaN would come back in backward.
     anybody = values.detach().argmax(1, keepdim=True)
     chosen = indices.where(~absent.all(1, keepdim=True), anybody)
-    weights = _weigh_reference(values, chosen, *_scoring(score, select_by, normalise, epsilon, scale))
+    how = _scoring(score, select_by, normalise, epsilon, scale)
+    wide, index, own = values.to(torch.promote_types(values.dtype, torch.float32)), chosen.clamp(min=0), own_score(score)
+    if own is not None or how.pre_softmax:
+        scores = own.value(wide) if own is not None else wide.softmax(1)
+        weights = scores.gather(1, index).masked_fill(chosen < 0, 0)
+    else:  # of the chosen alone
+        weights = wide.gather(1, index).masked_fill(chosen < 0, -torch.inf).softmax(1)
+    if how.epsilon is not None:
+        weights = normalised(weights, how.epsilon)
+    if how.scaling_factor is not None:
+        weights = weights * how.scaling_factor
+    weights = weights.to(values.dtype)
     if expert_scale is not None:
-        weights = (weights * expert_scale[chosen.clamp(min=0)]).to(weights.dtype)
+        weights = (weights * expert_scale[index]).to(weights.dtype)
     return weights.masked_fill(absent, 0)
 
 

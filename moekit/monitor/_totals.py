@@ -37,7 +37,8 @@ class Totals:
         checkpointing would hand out results of others. It finds out at each run, in compiled code as well.
         """
         with torch.no_grad():
-            counts, sums = self._ready(seen.scored.logits)
+            with torch.inference_mode(False):  # a total that begins there could be written to nowhere else
+                counts, sums = self._ready(seen.scored.logits)
             torch.ops.moekit.accumulate(counts, _tally(seen))
             torch.ops.moekit.accumulate(sums, _score_sums(seen))
 
