@@ -50,6 +50,12 @@ class Found:
     module: Any
     spec: Any
 
+    @property
+    def expected(self) -> tuple[int, torch.device] | None:
+        """E and the device, as they will be in all likelihood; None if there is no telling before the first forward."""
+        weight = getattr(self.module, "weight", None)
+        return (weight.shape[0], weight.device) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
     def seen(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Seen:
         """What a forward chose, from its arguments and its result."""
         if self.spec is None:

@@ -25,11 +25,27 @@ class Choices:
 
     Attributes:
         names: the paths of the routers in the model they were recorded from; None where they are not known.
+
+    Args:
+        passes: the indices ``[T, K]`` of each router, for each pass, such as ``choices.passes`` of others.
+        names: of the routers.
+
+    Raises:
+        ValueError: layers of other shapes, or not as many as names.
+        TypeError: something else than tensors of integers.
     """
 
     def __init__(self, passes: Iterable[Pass], names: Sequence[str] | None = None) -> None:
-        self._passes = list(passes)
+        self._passes = [tuple(one) for one in passes]
         self.names = None if names is None else tuple(names)
+        for one in self._passes:
+            for layer in one:
+                _check.tensor_dim(_OP, "passes", layer, 2)
+                _check.shape(_OP, "passes", layer, (len(one[0]), layer.shape[1]), "[tokens, topk] in every layer")
+                if layer.dtype.is_floating_point or layer.dtype is torch.bool:
+                    raise _check.wrong_type(_OP, "passes", "of integers", layer.dtype)
+            if not one or (self.names is not None and len(one) != len(self.names)):
+                raise _check.fail(_OP, "passes", f"of {len(self.names or ()) or 'some'} layers", f"{len(one)}")
 
     # --- from and to others -------------------------------------------------------------------------------------
 
@@ -94,7 +110,7 @@ class Choices:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict) or found.get("moekit.Choices") != _FORMAT:
             raise _check.fail(f"{_OP}.load", "path", "a file that Choices.save has written", path)
-        return cls([tuple(one) for one in found["passes"]], found["names"])
+        return cls(found["passes"], found["names"])
 
     # --- as a sequence of passes --------------------------------------------------------------------------------
 

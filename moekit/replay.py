@@ -78,6 +78,7 @@ class Replay:
         self._given: Pass | None = None  # what the routers are given now
         self._task = -1  # the backward that gave it
         self._in_pass = False
+        self._current: Pass | None = None  # what it was given
         self._blind = False  # a pass was played whose output told of no backward to come
         hooks: list[Any] = [
             model.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
@@ -187,9 +188,10 @@ class Replay:
             self._played += 1
         self._give(entry)
         if not idle:
-            self._in_pass = True
+            self._in_pass, self._current = True, entry
             for slot in self._slots:
                 slot.start(self._played)
+            self._listen(True)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._in_pass and not in_backward():
@@ -212,10 +214,11 @@ class Replay:
 
     def _leave(self) -> None:
         """No pass is under way, and nothing is given."""
-        self._in_pass = False
+        self._in_pass, self._current = False, None
         self._give(None)
+        self._listen(False)
         for slot in self._slots:
-            slot.stop()
+            slot.indices = None
 
     def _give(self, entry: Pass | None) -> None:
         self._given, self._task = entry, -1
@@ -246,15 +249,19 @@ class Replay:
                 "moekit.Replay: backward of two passes at once, on several devices, each of which goes at its own pace: "
                 "call backward for each pass"
             )
-        if self._in_pass:
-            raise RuntimeError("moekit.Replay: backward of a pass that was played, while another pass is under way")
+        self._listen(False)
         self._give(entry)
         self._task = task
-        torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+        torch.autograd.Variable._execution_engine.queue_callback(self._back_to_pass)
 
-    def _forget(self) -> None:
-        if not self._in_pass:
-            self._give(None)
+    def _back_to_pass(self) -> None:
+        """After a backward: to the pass that it was called in the middle of (or that failed before), if any."""
+        self._give(self._current if self._in_pass else None)
+        self._listen(self._in_pass)
+
+    def _listen(self, active: bool) -> None:
+        for slot in self._slots:
+            slot.active = active
 
 
 class _Slot:
@@ -266,7 +273,7 @@ class _Slot:
         self.indices: Tensor | None = None
         self._given: Tensor | None = None
         self._lent: Tensor | None = None  # what of it the router holds
-        self._active = False
+        self.active = False  # in a pass: its choice is noted
         self._pass = 0
 
     def hooks(self) -> list[Any]:
@@ -291,10 +298,7 @@ class _Slot:
             self._lent = None
 
     def start(self, number: int) -> None:
-        self._active, self.indices, self._pass = True, None, number
-
-    def stop(self) -> None:
-        self._active, self.indices = False, None
+        self.indices, self._pass = None, number
 
     def _lend(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Of moekit's router, which takes it from there."""
@@ -309,14 +313,14 @@ class _Slot:
     def _take_back(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._lent is not None:
             module.given = self._lent = None
-        if self._active:
+        if self.active:
             self._note(module.indices, module.num_experts)
 
     def _replace(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Of Transformers' routers: put the given choice into the output, weighed by the router's own logits."""
         from moekit.hf._replayed import replayed
 
-        if self._given is None and not self._active:
+        if self._given is None and not self.active:
             return None
         chosen = self._spec.unpack(output)[2]
         num_experts = 0
@@ -326,7 +330,7 @@ class _Slot:
             given = self._fitting(logits, num_experts, self._spec.topk)
             output = replayed(self._spec, module, args, kwargs, output, logits, given)
             chosen = given
-        if self._active:
+        if self.active:
             self._note(chosen.detach(), num_experts or self._spec.unpack(output)[0].shape[1])
         return output
 

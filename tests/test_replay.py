@@ -164,6 +164,53 @@ def test_recording_while_playing_records_what_is_played():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_in_the_middle_of_another_pass(reentrant: bool):
+    model, (x, y) = net(), inputs(2)
+    choices = recorded(perturbed(model), [x, y])
+    wanted = by_hand(model, [x, y], choices)[1]
+    model.zero_grad()
+    model.reentrant = reentrant
+    replay, losses = Replay(model), []
+    hook = model.layers[1].register_forward_pre_hook(lambda *_: losses.pop().backward() if losses else None)
+    with replay.play(choices):
+        losses.append(model(x.clone().requires_grad_()).square().mean())
+        second = model(y.clone().requires_grad_()).square().mean()
+    hook.remove()
+    second.backward()
+    assert_same(gradients(model), wanted)
+
+
+def test_a_backward_after_a_pass_that_failed():
+    model, (x, y) = net(), inputs(2)
+    choices = recorded(perturbed(model), [x, y])
+    wanted = by_hand(model, [x], choices[:1])[1]
+    model.zero_grad()
+    model.reentrant = False
+    with Replay(model).play(choices):
+        loss = model(x).square().mean()
+        with pytest.raises(ValueError, match="shape"):
+            model(y[:1])
+        loss.backward()
+    assert_same(gradients(model), wanted)
+
+
+def test_two_passes_at_once_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Each device's part of backward goes at its own pace, so neither pass's choices can be the ones that are given."""
+    from moekit import replay as module
+
+    model, batches = net(), inputs(2)
+    choices = recorded(model, batches)
+    monkeypatch.setattr(module._Slot, "device", property(lambda slot: slot.name))
+    replay = Replay(model)
+    with replay.play(choices):
+        losses = [model(batch).sum() for batch in batches]
+    losses[0].backward(retain_graph=True)
+    losses[1].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward for each pass"):
+        (losses[0] + losses[1]).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_records_nothing(reentrant: bool):
     model, batches = net(), inputs(2)
     model.reentrant = reentrant
@@ -291,7 +338,22 @@ def test_choices_are_a_sequence_and_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"Choices\.save"):
         Choices.load(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="every layer"):
-        Choices([(torch.zeros(2, 1), torch.zeros(2, 2))]).to_array()
+        Choices([(torch.zeros(2, 1, dtype=torch.int16), torch.zeros(2, 2, dtype=torch.int16))]).to_array()
+
+
+@pytest.mark.parametrize(
+    "one, names, error, text",
+    [
+        ((torch.zeros(2, 1, dtype=torch.int16), torch.zeros(3, 1, dtype=torch.int16)), None, ValueError, r"\[2, 1\], got"),
+        ((torch.zeros(2, dtype=torch.int16),), None, ValueError, "2-D tensor"),
+        ((torch.zeros(2, 1),), None, TypeError, "of integers"),
+        ((), None, ValueError, "of some layers"),
+        ((torch.zeros(2, 1, dtype=torch.int16),), ("a", "b"), ValueError, "of 2 layers, got 1"),
+    ],
+)
+def test_passes_that_are_none(one: tuple, names: tuple | None, error: type, text: str):
+    with pytest.raises(error, match=text):
+        Choices([one], names)
 
 
 def test_choices_go_by_name_where_they_have_the_same():
@@ -586,7 +648,8 @@ def test_weights_of_transformers_choices_are_those_of_route(options: dict):
     none = indices.clone()
     none[3] = -1
     weights = weights_of(logits, none, **options)
-    (grad,) = torch.autograd.grad((weights * factors).sum(), logits)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        (grad,) = torch.autograd.grad((weights_of(logits, none, **options) * factors).sum(), logits)
     assert (
         not weights[3].any()
         and torch.equal(weights[4], found[4])

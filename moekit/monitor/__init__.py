@@ -136,11 +136,14 @@ class Monitor:
                     totals.clear()
 
     def counts(self, *, evaluation: bool = False) -> dict[str, Tensor]:
-        """``[E]`` int64 on the CPU for each router that has run: the slots of each expert, since the last reading."""
+        """``[E]`` int64 on the CPU for each router: the slots of each expert since the last reading.
+
+        A router that was never called may be missing, if its number of experts is not known.
+        """
         return {name: found[0][:-2] for name, found in self._since_read(evaluation).items() if found}
 
     def history(self) -> dict[str, Tensor]:
-        """``[intervals, E]`` int64 on the CPU for each router that has run: what was closed by :meth:`step`."""
+        """``[intervals, E]`` int64 on the CPU for each router, as in :meth:`counts`: what :meth:`step` closed."""
         return {name: timeline[:-1, :-2] for name, timeline in self._timelines().items()}
 
     def table(self, *, evaluation: bool = False) -> Table:
@@ -219,8 +222,8 @@ class _Counter:
 
     def __init__(self, router: Found, evaluation: bool, history: int) -> None:
         self.router = router
-        self.training = Totals(history)
-        self.evaluation = Totals(0) if evaluation else None
+        self.training = Totals(history, router.expected)
+        self.evaluation = Totals(0, router.expected) if evaluation else None
 
     def count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         totals = self.training if module.training else self.evaluation

@@ -16,7 +16,7 @@ _SINCE_READ, _SINCE_STEP = 0, 1
 
 
 class Totals:
-    """Running sums of one router, and their history. They are None before the router's first forward.
+    """Running sums of one router, and their history; None as long as it is not known for how many experts.
 
     Attributes:
         counts: ``[2, E + 2]`` int64, since the last reading and since the last interval was closed.
@@ -24,11 +24,20 @@ class Totals:
         past: ``[history, E + 2]`` int64, the counts of closed intervals.
     """
 
-    def __init__(self, history: int) -> None:
+    def __init__(self, history: int, expected: tuple[int, torch.device] | None = None) -> None:
+        """Sums of E experts on a device, as it is ``expected``: code that is compiled is then compiled once."""
         self.counts: Tensor | None = None
         self.sums: Tensor | None = None
         self.past: Tensor | None = None
         self._history = history
+        if expected is not None:
+            self._make(*expected)
+
+    def _make(self, num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        self.counts = torch.zeros(2, num_experts + EXTRA, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(NUM_SUMS, dtype=_wide(device), device=device)
+        self.past = self.counts.new_zeros(self._history, num_experts + EXTRA) if self._history else None
+        return self.counts, self.sums
 
     def add(self, seen: Seen) -> None:
         """Add a forward, unless it is one that a backward computes again.
@@ -43,16 +52,14 @@ class Totals:
             torch.ops.moekit.accumulate(sums, _score_sums(seen))
 
     def _ready(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        device = logits.device
-        counts, sums = self.counts, self.sums
-        if counts is None or sums is None or counts.is_meta:
-            self.counts = torch.zeros(2, logits.shape[1] + EXTRA, dtype=torch.int64, device=device)
-            self.sums = torch.zeros(NUM_SUMS, dtype=_wide(device), device=device)
-            self.past = self.counts.new_zeros(self._history, self.counts.shape[1]) if self._history else None
-        elif counts.device != device:  # the model has moved
-            self.counts, self.sums = counts.to(device), sums.to(device, _wide(device))
-            self.past = None if self.past is None else self.past.to(device)
-        return self.counts, self.sums  # type: ignore[return-value]
+        device, num_experts, counts, sums = logits.device, logits.shape[1], self.counts, self.sums
+        if counts is None or sums is None or counts.is_meta or counts.shape[1] != num_experts + EXTRA:
+            return self._make(num_experts, device)
+        if counts.device == device:
+            return counts, sums
+        self.counts, self.sums = counts.to(device), sums.to(device, _wide(device))  # the model has moved
+        self.past = None if self.past is None else self.past.to(device)
+        return self.counts, self.sums
 
     def close(self, place: int) -> None:
         """Put the counts since the last interval into the history at ``place``."""
@@ -74,11 +81,11 @@ class Totals:
             self.sums.zero_()
 
     def since_read(self) -> list[Tensor]:
-        """``[E + 2]`` and ``[2]``; nothing of a router that has not run."""
+        """``[E + 2]`` and ``[2]``; nothing where nothing is known."""
         return [] if self.counts is None or self.sums is None else [self.counts[_SINCE_READ], self.sums]
 
     def timeline(self, length: int) -> list[Tensor]:
-        """``[length + 1, E + 2]``: the closed intervals and the open one; nothing of a router that has not run."""
+        """``[length + 1, E + 2]``: the closed intervals and the open one; nothing where nothing is known."""
         if self.counts is None or self.past is None:
             return []
         return [torch.cat([self.past[:length], self.counts[_SINCE_STEP:]])]
