@@ -9,6 +9,7 @@ import ast
 import copy
 import importlib
 import inspect
+import pickle
 import re
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import moekit
 from moekit.hf import routers
-from moekit.hf.routers import spec_of
+from moekit.hf.routers import RouterSpec, spec_of
 
 transformers = pytest.importorskip("transformers")
 tomllib = pytest.importorskip("tomllib")
@@ -46,7 +47,7 @@ def installed() -> list[str]:
     return found
 
 
-def class_of(name: str) -> type[nn.Module]:
+def class_of(name: str) -> Any:
     model, kind = name.split(".")
     return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), kind)
 
@@ -101,14 +102,16 @@ def inputs(module: nn.Module, entry: dict[str, Any], kind: str = "random") -> tu
                 if dim is not None:
                     pairs = tensor.transpose(0, dim)
                     pairs[1::2] = pairs[::2]
-            if hasattr(module, "per_expert_scale"):  # a tie of all experts is one of their weights
-                module.per_expert_scale.fill_(0.7)
+            scale: Any = getattr(module, "per_expert_scale", torch.empty(0))
+            scale.fill_(0.7)  # a tie of all experts is one of their weights
             hidden[::3] = 0
         if kind == "large":
             hidden *= torch.logspace(0, 1.6, T).unsqueeze(1)
+        matrix = next(tensor for tensor in module.parameters() if tensor.dim() == 2 and tensor.shape[1] == 8)
+        if kind == "low":  # logits fall from token to token: what is added to sums shows
+            hidden[:, 0], matrix[:, 0] = torch.linspace(0, 40, T), -1
         if kind == "-inf":
             hidden[:, 0] = hidden[:, 0].abs() + 0.5
-            matrix = next(tensor for tensor in module.parameters() if tensor.dim() == 2 and tensor.shape[1] == 8)
             matrix[3::5, 0] = -torch.inf
     return hidden, {name: extra[name] for name in entry.get("forward", [])}
 
@@ -125,16 +128,27 @@ def theirs(module: nn.Module, entry: dict[str, Any], hidden: Tensor, extra: dict
 
 
 def ours(module: nn.Module, entry: dict[str, Any], hidden: Tensor, extra: dict[str, Any]) -> moekit.Routing:
-    spec = spec_of(module)
-    assert spec is not None
+    spec = known(module)
     call = (module, (shaped(hidden, entry), *extra.values()), {})  # by position here, by name there
     return moekit.route(spec.logits(*call), **spec.options(*call))
 
 
-def choice(module: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+def weights_of(routing: moekit.Routing) -> Tensor:
+    assert routing.weights is not None
+    return routing.weights
+
+
+def known(module: nn.Module) -> RouterSpec:
+    """The spec of a module that has one; in an older release, some classes are written otherwise."""
     spec = spec_of(module)
+    if spec is None and not NEWEST:
+        pytest.skip("written otherwise in this release")
     assert spec is not None
-    return spec.unpack(output)[1:]
+    return spec
+
+
+def choice(module: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+    return known(module).unpack(output)[1:]
 
 
 def dense(weights: Tensor, indices: Tensor) -> Tensor:
@@ -144,8 +158,7 @@ def dense(weights: Tensor, indices: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "entry", "settings"), cases("variants"))
 def test_experts_weights_and_gradients(name, entry, settings):
     module = make(name, entry, settings)
-    if not NEWEST and spec_of(module) is None:
-        pytest.skip("written otherwise in this release")
+    spec = known(module)
     hidden, extra = inputs(module, entry)
     coefficients = torch.randn(T, 32, generator=torch.Generator().manual_seed(7))
     found = []
@@ -153,7 +166,7 @@ def test_experts_weights_and_gradients(name, entry, settings):
         x = hidden.clone().requires_grad_()
         if mine:
             routing = ours(module, entry, x, extra)
-            weights, indices = routing.weights, routing.indices
+            weights, indices = weights_of(routing), routing.indices
         else:
             weights, indices = choice(module, theirs(module, entry, x, extra))
         module.zero_grad()
@@ -162,7 +175,7 @@ def test_experts_weights_and_gradients(name, entry, settings):
         gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
         found.append((indices.sort(1).values, spread.detach(), {"hidden": x.grad, **gradients}))
     (their_experts, their_weights, their_gradients), (experts, weights, gradients) = found
-    assert torch.equal(experts, their_experts) and experts.shape[1] == spec_of(module).topk
+    assert torch.equal(experts, their_experts) and experts.shape[1] == spec.topk
     assert (weights - their_weights).abs().max() <= 8 * EPS * their_weights.abs().max()
     assert their_weights.abs().max() > 0.05 and gradients.keys() == their_gradients.keys() and len(gradients) > 1
     for key, gradient in their_gradients.items():
@@ -170,20 +183,19 @@ def test_experts_weights_and_gradients(name, entry, settings):
         assert (gradients[key] - gradient).abs().max() <= 50 * EPS * gradient.abs().max(), key
 
 
-@pytest.mark.parametrize("kind", ["tied", "large", "-inf"])
+@pytest.mark.parametrize("kind", ["tied", "large", "low", "-inf"])
 @pytest.mark.parametrize(("name", "entry", "settings"), cases("variants"))
 @torch.no_grad()
 def test_ties_and_extremes(name, entry, settings, kind):
     """Where scores tie, to rounding or exactly, any choice among them is right: its weights are the same."""
     module = make(name, entry, settings)
-    if spec_of(module) is None:
-        pytest.skip("written otherwise in this release")
+    known(module)
     hidden, extra = inputs(module, entry, kind)
-    weights, _ = choice(module, theirs(module, entry, hidden, extra))
+    weights = choice(module, theirs(module, entry, hidden, extra))[0].sort(1).values
     routing = ours(module, entry, hidden, extra)
     assert weights.isfinite().all()
-    difference = routing.weights.float().sort(1).values - weights.float().sort(1).values
-    assert difference.abs().max() <= 8 * EPS * weights.abs().max()
+    difference = weights_of(routing).sort(1).values - weights
+    assert (difference.abs() <= 8 * EPS * weights.abs().amax(1, keepdim=True)).all()
     assert (routing.indices.sort(1).values.diff(dim=1) > 0).all()
 
 
@@ -191,39 +203,42 @@ def test_ties_and_extremes(name, entry, settings, kind):
 @torch.no_grad()
 def test_nan_stays_with_its_token(name, entry, settings):
     module = make(name, entry, settings)
-    if spec_of(module) is None:
-        pytest.skip("written otherwise in this release")
+    known(module)
     hidden, extra = inputs(module, entry)
     clean = ours(module, entry, hidden, extra)
     hidden[4, 3], hidden[7] = torch.nan, torch.nan
     routing = ours(module, entry, hidden, extra)
     others = [token for token in range(T) if token not in (4, 7)]
     assert torch.equal(routing.indices[others], clean.indices[others])
-    assert torch.equal(routing.weights[others], clean.weights[others])
+    assert torch.equal(weights_of(routing)[others], weights_of(clean)[others])
     assert (routing.indices.sort(1).values.diff(dim=1) > 0).all()
     assert routing.indices.min() >= 0 and routing.indices.max() < routing.num_experts
 
 
 @pytest.mark.parametrize(("name", "entry", "settings"), cases("variants", first=True))
+@pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
-def test_packing_in_half_precision(name, entry, settings):
+def test_packing_in_half_precision(name, entry, settings, autocast):
     """What a router returned packs to itself; ours in its place has its dtypes, and its values to their rounding."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        packing(name, entry, settings, torch.float32 if autocast else torch.bfloat16)
+
+
+def packing(name: str, entry: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype) -> None:
     module = make(name, entry, settings)
-    module = module if name in entry.get("float32", []) else module.bfloat16()
-    spec = spec_of(module)
-    if spec is None:
-        pytest.skip("written otherwise in this release")
+    module = module if name in entry.get("float32", []) else module.to(dtype)
+    spec = known(module)
     hidden, extra = inputs(module, entry)
-    hidden = hidden.bfloat16()
+    hidden = hidden.to(dtype)
     output = theirs(module, entry, hidden, extra)
     logits, weights, indices = spec.unpack(output)
     assert logits.shape == (T, ours(module, entry, hidden, extra).num_experts)
     again = spec.pack(output, weights, indices)
     assert dense(*choice(module, again)).equal(dense(weights, indices)) and len(again) == len(output)
     routing = ours(module, entry, hidden, extra)
-    _, packed_weights, packed_indices = spec.unpack(spec.pack(output, routing.weights, routing.indices))
+    _, packed_weights, packed_indices = spec.unpack(spec.pack(output, weights_of(routing), routing.indices))
     assert packed_weights.dtype is weights.dtype and packed_indices.dtype is indices.dtype
-    assert dense(packed_weights, packed_indices).equal(dense(routing.weights.to(weights.dtype), routing.indices))
+    assert dense(packed_weights, packed_indices).equal(dense(weights_of(routing).to(weights.dtype), routing.indices))
     same = (packed_indices.sort(1).values == indices.sort(1).values).all(1)
     assert same.sum() >= T - 2  # the others tie in half precision
     difference = dense(packed_weights, packed_indices) - dense(weights, indices)
@@ -237,14 +252,12 @@ def test_packing_in_half_precision(name, entry, settings):
 def test_the_choice_given(name, entry, settings):
     """With ``weighing`` and the choice, weights are the same as when the router chose."""
     module = make(name, entry, settings)
-    spec = spec_of(module)
-    if spec is None:
-        pytest.skip("written otherwise in this release")
+    spec = known(module)
     hidden, extra = inputs(module, entry)
     routing = ours(module, entry, hidden, extra)
     call = (module, (shaped(hidden, entry),), extra)
     replayed = moekit.route(spec.logits(*call), indices=routing.indices, **spec.weighing(*call))
-    assert (replayed.weights - routing.weights).abs().max() <= 4 * EPS * routing.weights.abs().max()
+    assert (weights_of(replayed) - weights_of(routing)).abs().max() <= 4 * EPS * weights_of(routing).abs().max()
 
 
 # --- None: what does something else ---------------------------------------------------------------------------------
@@ -266,7 +279,7 @@ def test_classes_out_of_reach(name):
     assert spec_of(module) is None
 
 
-def router(name: str = "qwen3_moe.Qwen3MoeTopKRouter", **settings: Any) -> nn.Module:
+def router(name: str = "qwen3_moe.Qwen3MoeTopKRouter", **settings: Any) -> Any:
     entry = next(entry for entry in DATA["router"] if name in entry["classes"])
     return make(name, entry, settings)
 
@@ -334,18 +347,23 @@ def test_what_a_router_calls_is_looked_at(monkeypatch):
 
 def test_a_missing_bias_is_an_error():
     module = router("minimax_m2.MiniMaxM2TopKRouter")
-    spec = spec_of(module)
-    assert spec is not None
+    spec = known(module)
     with pytest.raises(ValueError, match="e_score_correction_bias must be given to the router"):
         spec.options(module, (torch.zeros(2, 8),), {})
 
 
 def test_every_form_is_one_of_a_class():
     """No row of the table is left over from what nobody has."""
-    digests = {routers._digest(class_of(n).forward) for e in DATA["router"] for n in e["classes"] if n in installed()}
+    modules = [make(*case.values) for case in cases("variants")]
+    codes = {spec.code for spec in map(spec_of, modules) if spec is not None}
     older = {"a1613e99c4687e77", "ace4641aeba4b53c"}  # Ernie and Gemma4 of 5.12
     if NEWEST:
-        assert set(routers.FORMS) - older <= digests and not older & digests
+        assert set(routers.FORMS) - older == codes
+
+
+def test_a_spec_can_be_saved():
+    spec = known(router())
+    assert pickle.loads(pickle.dumps(spec)) == spec
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -374,9 +392,47 @@ def test_the_table_names_the_options():
         for settings in entry["variants"]:
             module = make(entry["classes"][0], entry, settings)
             hidden, extra = inputs(module, entry)
-            spec = spec_of(module)
-            assert spec is not None
-            used |= spec.options(module, (shaped(hidden, entry),), extra).keys()
+            used |= known(module).options(module, (shaped(hidden, entry),), extra).keys()
         call = ast.parse(f"f({entry['route']})", mode="eval").body
         assert isinstance(call, ast.Call)
         assert {keyword.arg for keyword in call.keywords} == used - {"k"}, entry["classes"]
+
+
+def recipe(beginning: str) -> dict[str, Any]:
+    """What the recipe of the page that begins so leaves behind."""
+    text = PAGE.read_text(encoding="utf-8").split(f"*{beginning}")[1]
+    generator = torch.Generator().manual_seed(1)
+    scope: dict[str, Any] = {"moekit": moekit, "torch": torch, "k": 3, "num_experts": 5, "scale": 2.0, "eps": 0.3}
+    shapes = {"logits": (6, 8), "bias": (8,), "x": (6, 4), "gate_up": (5, 6, 4), "down": (5, 4, 3), "weight": (8, 4)}
+    scope |= {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    scope["input_ids"] = torch.randint(0, 9, (2, 3), generator=generator)
+    scope["table"] = torch.rand(9, 8, generator=generator).argsort(1)[:, :3]
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    return scope
+
+
+def test_the_recipe_of_null_experts():
+    found = recipe("Experts that compute nothing")
+    x, logits, bias = (found[name].double() for name in ("x", "logits", "bias"))
+    probs = logits.softmax(1)
+    expected = torch.zeros_like(x)
+    for token, chosen in enumerate((probs + bias).topk(3)[1].tolist()):
+        for expert in chosen:
+            out = x[token]
+            if expert < 5:
+                gate, up = (found["gate_up"][expert].double() @ out).chunk(2)
+                out = found["down"][expert].double() @ (nn.functional.silu(gate) * up)
+            expected[token] += 2.0 * probs[token, expert] * out
+    assert (found["routing"].indices >= 5).any() and (found["routing"].indices < 5).any()
+    assert (found["out"] - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_the_other_recipes():
+    balanced = recipe("Forced balance")["routing"]
+    counts = balanced.tokens_per_expert
+    assert counts.max() - counts.min() <= 1 and (balanced.indices.sort(1).values.diff(dim=1) > 0).all()
+    hashed = recipe("A hash table")
+    assert torch.equal(hashed["routing"].indices, hashed["table"][hashed["input_ids"].flatten()])
+    jittered = recipe("Jitter")
+    change = jittered["noisy"] / jittered["x"] - 1
+    assert 0.1 < change.abs().max() <= 0.3 + 1e-6 and jittered["routing"].num_tokens == 6
