@@ -77,8 +77,10 @@ def find(op: str, model: nn.Module) -> tuple[list[Found], list[str]]:
         raise _check.wrong_type(op, "model", "a torch.nn.Module", type(model).__name__)
     spec_of = _spec_of()
     found, experts, strange = [], [], []
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     for path, module in model.named_modules():
-        name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        parts = path.split(".")[1:] if wrapped else path.split(".")
+        name = ".".join(part for part in parts if part not in _WRAPPERS)
         if isinstance(module, Router):
             found.append(Found(name, module, None))
             continue

@@ -56,7 +56,8 @@ class Choices:
         """What an inference engine recorded: vLLM's and SGLang's ``routed_experts`` (router replay, arXiv 2510.11370).
 
         Args:
-            array: ``[tokens, layers, K]`` integers of any width, of numpy or PyTorch. Copied. -1 is no expert: give such
+            array: ``[tokens, layers, K]`` integers of any width, of numpy or PyTorch. Copied; on a GPU, where nobody looks
+                whether narrower ones would do, in its own width. -1 is no expert: give such
                 rows to tokens that have no recording. Engines return none for a sequence's last token, which they sampled
                 and never ran; padding has none either.
             layers: which column of ``array`` belongs to each of the model's routers, in order, or to each by its name; by

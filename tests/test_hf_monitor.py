@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _layers import LAYERS, REENTRANT, E, K, checkpointed, ids, qwen3
+from _layers import LAYERS, REENTRANT, E, H, K, checkpointed, ids, qwen3
 from torch import Tensor, nn
 
 import moekit
@@ -74,6 +74,14 @@ def test_layers_compiled():
     for batch in batches[1:]:
         model(batch, labels=batch).loss.backward()
     assert [counts.tolist() for counts in monitor.counts().values()] == wanted
+
+
+def test_a_program_that_is_exported_has_no_totals():
+    gate = qwen3().model.layers[0].mlp.gate
+    monitor = monitoring.attach(gate)
+    x = torch.randn(3, H)
+    program = torch.export.export(gate, (x,)).module()
+    assert torch.equal(program(x)[2], gate(x)[2]) and monitor.stats()["tokens"] == 3
 
 
 def test_replayed_choices_are_counted_whichever_came_first():

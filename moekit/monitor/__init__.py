@@ -10,7 +10,7 @@
         if step % 100 == 0:
             log(monitor.read())  # the one place where the device is waited for
 
-Each router's forward is counted on its device by one operator. A forward that activation checkpointing computes again counts
+Each router's forward is counted on its device, without a wait. A forward that activation checkpointing computes again counts
 once; evaluation is kept apart; gradient accumulation needs no care. The model's state dict has nothing of it.
 """
 
@@ -227,7 +227,7 @@ class _Counter:
 
     def count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         totals = self.training if module.training else self.evaluation
-        if totals is not None:
+        if totals is not None and not torch.compiler.is_exporting():  # a program has no place for them
             totals.add(self.router.seen(args, kwargs, output))
 
     def totals(self, evaluation: bool) -> Totals:
