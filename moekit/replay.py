@@ -80,11 +80,10 @@ class Replay:
         self._in_pass = False
         self._current: Pass | None = None  # what it was given
         self._blind = False  # a pass was played whose output told of no backward to come
-        hooks: list[Any] = [
-            model.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            model.register_forward_hook(Hook(self._after), with_kwargs=True),
-        ]
-        self._hooks = hooks + [hook for slot in self._slots for hook in slot.hooks()]
+        # In this order, for the model may be a router itself.
+        hooks: list[Any] = [model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)]
+        hooks += [hook for slot in self._slots for hook in slot.hooks()]
+        self._hooks = [*hooks, model.register_forward_hook(Hook(self._after), with_kwargs=True)]
 
     @contextmanager
     def record(self) -> Iterator[Choices]:
@@ -281,7 +280,7 @@ class _Slot:
         if self._spec is None:
             return [
                 module.register_forward_pre_hook(Hook(self._lend), with_kwargs=True),
-                module.register_forward_hook(Hook(self._take_back), with_kwargs=True, prepend=True),
+                module.register_forward_hook(Hook(self._take_back), with_kwargs=True),
             ]
         # Before others': they are to see what the router is made to choose.
         return [module.register_forward_hook(Hook(self._replace), with_kwargs=True, prepend=True)]

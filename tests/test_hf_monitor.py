@@ -76,6 +76,24 @@ def test_layers_compiled():
     assert [counts.tolist() for counts in monitor.counts().values()] == wanted
 
 
+def test_a_rank_counts_before_its_experts_are_numbered_anew():
+    """As releases of Transformers do where experts are parallel, by a hook."""
+    model, (batch,) = qwen3(), ids(1)
+    wanted, order = by_hand(model, [batch]), []
+
+    def shard(module, args, output):
+        order.append("shard")
+        return output[0], output[1] * 0, output[2] * 0
+
+    shard.__module__ = "transformers.integrations.tensor_parallel"
+    gate = model.model.layers[0].mlp.gate
+    gate.register_forward_hook(shard)
+    gate.register_forward_hook(lambda module, args, output: order.append(bool(output[2].any())))
+    monitor = monitoring.attach(model)
+    model(batch)
+    assert next(iter(monitor.counts().values())).tolist() == wanted[0] and order == ["shard", False]
+
+
 def test_a_program_that_is_exported_has_no_totals():
     gate = qwen3().model.layers[0].mlp.gate
     monitor = monitoring.attach(gate)

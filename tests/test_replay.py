@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import moekit
 from moekit import Choices, Replay
 from moekit.hf._replayed import weights_of
+from moekit.hf.routers import spec_of
 
 N = 4  # micro-batches
 
@@ -615,6 +616,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_of_transformers_keep_their_bits_too(name: str):
     model, (batch,) = causal(name, **OTHERS[name]), ids(1)
+    if not any(map(spec_of, model.modules())):
+        pytest.skip("this release of Transformers writes the router otherwise")
     replay, found = Replay(model), []
     with replay.record() as choices:
         found.append(model(batch, labels=batch, use_cache=False).loss)
@@ -672,6 +675,19 @@ def test_transformers_with_slots_of_no_expert():
     assert torch.equal(weights == 0, torch.from_numpy(array[:, 0] < 0)) and indices.min() >= 0
     assert indices[0, 0] == array[0, 0, 0] != indices[0, 1] and weights[0, 0] == 1
     assert all(grad.isfinite().all() for grad in gradients(model).values()) and gradients(model)
+
+
+def test_an_index_that_nobody_looked_at_goes_nowhere(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where looking would be a wait."""
+    model, (batch,) = qwen3(), ids(1)
+    array = recorded(model, [batch]).to_array()
+    found = []
+    monkeypatch.setattr("moekit._backend.checks_values", lambda tensor: False)
+    for nonsense in (-1, 12345):
+        array[2, :, 0] = nonsense
+        with Replay(model).play(Choices.from_array(array)), torch.no_grad():
+            found.append(model(batch).logits)
+    assert torch.equal(*found) and found[0].isfinite().all()
 
 
 def test_transformers_experts_without_a_router_that_can_be_read():

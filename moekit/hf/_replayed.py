@@ -79,5 +79,6 @@ def somewhere(indices: Tensor, num_experts: int) -> Tensor:
 
 def replayed(spec: Any, module: Any, args: tuple, kwargs: dict[str, Any], output: Any, logits: Tensor, given: Tensor) -> Any:
     """A router's ``output`` with the choice ``given [T, K]`` in it; ``logits`` are ``spec.logits`` of these arguments."""
+    given = given.masked_fill(given >= logits.shape[1], -1)  # on a GPU, where nobody has looked: goes nowhere
     weights = weights_of(logits, given, **spec.weighing(module, args, kwargs))
     return spec.pack(output, weights, somewhere(given, logits.shape[1]))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit import _check
-from moekit._routers import Found, Hook, find
+from moekit._routers import Found, Hook, exporting, find
 from moekit.monitor import _show
 from moekit.monitor._figures import FIGURES, figures, summary
 from moekit.monitor._totals import Totals
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "Monitor", "attach", "callback"]
 
 _OP = "monitor.attach"
+# Releases of Transformers before 5.24 number a rank's experts anew in a hook on the router, where experts are parallel.
+_SHARDING = "transformers.integrations.tensor_parallel"
 
 
 def attach(model: nn.Module, *, evaluation: bool = False, history: int = 256, group: ProcessGroup | None = None) -> Monitor:
@@ -81,10 +83,7 @@ class Monitor:
         self._evaluation, self._history, self._group = bool(evaluation), history, group
         self._steps = self._length = 0
         self._span = 1  # steps an interval
-        # Behind the hooks that change what a router chose, such as moekit.Replay's.
-        self._hooks = [
-            counter.router.module.register_forward_hook(Hook(counter.count), with_kwargs=True) for counter in self._counters
-        ]
+        self._hooks = [counter.attach() for counter in self._counters]
 
     def step(self) -> None:
         """Close an interval of the history, after an optimiser's step as a rule. Nothing waits for the device.
@@ -225,9 +224,19 @@ class _Counter:
         self.training = Totals(history, router.expected)
         self.evaluation = Totals(0, router.expected) if evaluation else None
 
+    def attach(self) -> Any:
+        """Behind the hooks that change what the router chose, such as moekit.Replay's; before those that shard it."""
+        module = self.router.module
+        hook = module.register_forward_hook(Hook(self.count), with_kwargs=True)
+        others = [(number, other) for number, other in module._forward_hooks.items() if number != hook.id]
+        places = [place for place, (_, other) in enumerate(others) if getattr(other, "__module__", None) == _SHARDING]
+        for number, _ in others[places[0] :] if places else []:
+            module._forward_hooks.move_to_end(number)
+        return hook
+
     def count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         totals = self.training if module.training else self.evaluation
-        if totals is not None and not torch.compiler.is_exporting():  # a program has no place for them
+        if totals is not None and not exporting():  # a program has no place for them
             totals.add(self.router.seen(args, kwargs, output))
 
     def totals(self, evaluation: bool) -> Totals:
