@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,35 @@ def test_figures_of_each_layer_and_a_monitor_of_ones_own(tmp_path: Path, capsys)
         moekit.monitor.callback(trainer, monitor=monitoring.attach(qwen3()))
     with pytest.raises(TypeError, match=r"transformers\.Trainer"):
         moekit.monitor.callback(model)
+
+
+def test_transformers_own_callback_of_tensorboard_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """With a stand-in for the writer alone, as TensorBoard need not be installed."""
+    from transformers.integrations import integration_utils
+
+    written: dict[str, list[tuple[int, float]]] = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            self.log_dir = log_dir
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.setdefault(name, []).append((step, value))
+
+        def add_text(self, *_: object) -> None: ...
+
+        flush = close = add_hparams = lambda self, *_, **__: None
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    trainer, reporter = trainer_of(tmp_path, model=qwen3(), report_to="tensorboard")
+    moekit.monitor.callback(trainer)
+    trainer.train()
+    for name in ("load_max_over_mean", "router_z", "tokens"):
+        logged = [logs[f"moe/{name}"] for logs in reporter.logs if "loss" in logs]
+        assert written[f"train/moe/{name}"] == [(2, logged[0]), (4, logged[1])]
 
 
 def test_tensorboard_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
