@@ -43,7 +43,8 @@ class Replay:
 
     or ``replay.play(moekit.Choices.from_array(routed_experts))`` with what an inference engine returned. Weights are those
     of today's logits at the recorded experts, so gradients reach the router; a slot of -1 has no expert. Only the choice is
-    replaced: what the model computes from logits elsewhere (its own load-balancing loss, say) is not.
+    replaced: what the model computes from logits elsewhere is not. :func:`moekit.hf.fix_aux_loss` sees to it that the
+    load-balancing loss of Transformers is of the choice that was replayed.
 
     A pass is one call of ``model``, however many passes come before a backward. Checkpointing of either kind within the
     model computes a pass again with that pass's choices: each output of a pass that requires a gradient hands them to the

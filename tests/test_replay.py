@@ -677,6 +677,18 @@ def test_transformers_with_slots_of_no_expert():
     assert all(grad.isfinite().all() for grad in gradients(model).values()) and gradients(model)
 
 
+def test_the_fixed_loss_of_transformers_is_of_the_choice_that_is_replayed():
+    model, (batch,) = qwen3(), ids(1)
+    choices = recorded(perturbed(model), [batch])
+    moekit.hf.fix_aux_loss(model)
+    with Replay(model).play(choices), torch.no_grad():
+        out = model(batch, labels=batch, output_router_logits=True)
+    tokens = LAYERS * batch.numel()
+    counts = torch.cat(choices.passes[0]).long().flatten().bincount(minlength=E)
+    wanted = E * (counts / tokens * torch.cat(out.router_logits).softmax(1).mean(0)).sum()
+    torch.testing.assert_close(out.aux_loss, wanted, rtol=1e-6, atol=0)
+
+
 def test_an_index_that_nobody_looked_at_goes_nowhere(monkeypatch: pytest.MonkeyPatch):
     """As on a GPU, where looking would be a wait."""
     model, (batch,) = qwen3(), ids(1)
