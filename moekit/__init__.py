@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moekit._backend import available, backend, debug
+    from moekit.choices import Choices
     from moekit.ops.aux_loss import aux_loss
     from moekit.ops.balance import balance_loss, sequence_balance_loss
     from moekit.ops.experts import experts
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
     from moekit.ops.topk import topk_router
+    from moekit.replay import Replay
     from moekit.routing import Routing
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Choices": "moekit.choices",
+    "Replay": "moekit.replay",
     "Routing": "moekit.routing",
     "aux_loss": "moekit.ops.aux_loss",
     "available": "moekit._backend",
@@ -46,6 +50,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Choices",
+    "Replay",
     "Routing",
     "aux_loss",
     "available",

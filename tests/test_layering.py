@@ -25,7 +25,11 @@ LAYERS = {
     "moekit._compat_calls": 3,
     "moekit._compat_probes": 3,
     "moekit.hf": 3,
+    "moekit._routers": 3,
+    "moekit.choices": 3,
+    "moekit.monitor": 3,
     "moekit.nn": 3,  # finds moekit.hf.blocks by name, at the call
+    "moekit.replay": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli
 }
 
@@ -35,10 +39,10 @@ ONLY_FOR = {
     "llvmlite": ["moekit.kernels.numba"],
     "triton": ["moekit.kernels.triton"],
     "transformers": ["moekit.hf"],
-    "torch.distributed": ["moekit.ops.losses"],
+    "torch.distributed": ["moekit.ops.losses", "moekit.hf._trainer"],
     "typer": ["moekit.cli"],
-    "rich": ["moekit.cli", "moekit.demo"],
-    "matplotlib": ["moekit.demo"],
+    "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show"],
+    "matplotlib": ["moekit.demo", "moekit.monitor._show"],
     "numpy": ["moekit.kernels.numba"],
 }
 

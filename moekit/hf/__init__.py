@@ -29,7 +29,7 @@ from moekit.hf.experts import experts_forward
 from moekit.hf.fp8 import fp8_experts_forward
 from moekit.ops.experts import SAVES
 
-__all__ = ["experts_forward", "fix_aux_loss", "fp8_experts_forward", "register", "routers", "unregister"]
+__all__ = ["experts_forward", "fix_aux_loss", "fp8_experts_forward", "register", "replay", "routers", "unregister"]
 
 NAME = "moekit"
 SUPPORTED = "5.12 to 5.x"
@@ -58,6 +58,13 @@ def unregister() -> None:
     for interface in _interfaces():
         if interface is not None:
             interface._global_mapping.pop(NAME, None)
+
+
+def replay(model: Any) -> Any:
+    """Record and replay of the choices of a Transformers model's routers: :class:`moekit.Replay`, of any model."""
+    from moekit.replay import Replay
+
+    return Replay(model)
 
 
 def _interfaces() -> tuple[Any, Any]:
