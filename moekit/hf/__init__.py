@@ -10,6 +10,9 @@ Every class that Transformers decorates with ``use_experts_implementation`` work
 one formula run fused, as :func:`moekit.experts`; any other gate, and one that somebody hooked or patched, runs through
 the model's own ``_apply_gate`` between moekit's permutation and grouped products, and says so once at INFO. What is kept
 for backward is set with ``moekit.hf.register(save="fp8")``. FP8 checkpoints run with their weights dequantised.
+
+:func:`fix_aux_loss` makes a model's auxiliary loss one of what its routers chose; ``moekit.hf.routers.spec_of`` reads a
+router as arguments of :func:`moekit.route`.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import importlib
 from typing import Any
 
 from moekit import _check
-from moekit.hf import gates
+from moekit.hf import gates, routers
+from moekit.hf.aux_loss import fix_aux_loss
 from moekit.hf.experts import _said as _said
 from moekit.hf.experts import experts_forward
 from moekit.hf.fp8 import fp8_experts_forward
 from moekit.ops.experts import SAVES
 
-__all__ = ["experts_forward", "fp8_experts_forward", "register", "unregister"]
+__all__ = ["experts_forward", "fix_aux_loss", "fp8_experts_forward", "register", "routers", "unregister"]
 
 NAME = "moekit"
 SUPPORTED = "5.12 to 5.x"

@@ -9,6 +9,7 @@ Letters: T tokens, E experts, K experts per token, H hidden.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -24,8 +25,21 @@ Arguments = dict[str, Any]  # what forward was called with, by name
 Choice = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, K], indices [T, K]
 _ROOT_SOFTPLUS = "fcdfd2ee5cf7f190"  # SqrtSoftplusActivation.forward
 _STATICS = "22004140da1a35af"  # Ernie4_5_MoeStatics.forward
+_LONGCAT_CHOICE = "196a20cdb59941e2"  # LongcatFlashTopkRouter.get_topk_indices
 # Ernie divides by the sum of the chosen or this, whichever is more; moekit.route by the sum plus this.
 _NO_LARGER_CLAMP = 1e-9
+
+
+_digests: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
+
+
+def digest_of(function: Any, cells: tuple[str, ...] = (), decorators: tuple[str, ...] = ()) -> str:
+    """:func:`moekit.hf.gates.digest`, taken once a function; empty for what is none."""
+    if type(function) is not FunctionType:
+        return ""
+    if function not in _digests:
+        _digests[function] = digest(function, cells, decorators)
+    return _digests[function]
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -101,7 +115,8 @@ _SORTED = Layout(_unpack_sorted, _pack_sorted)
 
 
 # --- logits ---------------------------------------------------------------------------------------------------------
-# In the dtype from which moekit.route gives the weights the precision of the router's own.
+# In the dtype from which moekit.route gives the weights the precision of the router's own: float32 wherever the router
+# computes in it, for under autocast a product of float32 is not.
 
 
 def _rows(arguments: Arguments) -> Tensor:
@@ -128,11 +143,11 @@ def _native_matrix(module: Any, arguments: Arguments) -> Tensor:
 
 
 def _float(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_rows(arguments).float(), module.weight.float())
+    return functional.linear(_rows(arguments).float(), module.weight.float()).float()
 
 
 def _float_rows(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_rows(arguments).float(), module.weight)
+    return functional.linear(_rows(arguments).float(), module.weight).float()
 
 
 def _float_without_autocast(module: Any, arguments: Arguments) -> Tensor:
@@ -160,7 +175,7 @@ def _wg(module: Any, arguments: Arguments) -> Tensor:
 
 def _classifier(module: Any, arguments: Arguments) -> Tensor:
     """Without the bias that the classifier may have: the router leaves it out."""
-    return functional.linear(_rows(arguments).float(), module.classifier.weight.float())
+    return functional.linear(_rows(arguments).float(), module.classifier.weight.float()).float()
 
 
 def _gemma4(module: Any, arguments: Arguments) -> Tensor:
@@ -173,7 +188,7 @@ def _gpt_oss(module: Any, arguments: Arguments) -> Tensor:
 
 
 def _privacy_filter(module: Any, arguments: Arguments) -> Tensor:
-    return functional.linear(_matrix(arguments).float(), module.weight.float(), module.bias.float())
+    return functional.linear(_matrix(arguments).float(), module.weight.float(), module.bias.float()).float()
 
 
 def _kolibri1(module: Any, arguments: Arguments) -> Tensor:
@@ -215,8 +230,7 @@ def score_of(act: Any) -> str | None:
         return None
     if type(act) is nn.Sigmoid:
         return "sigmoid"
-    forward = type(act).forward
-    return "sqrtsoftplus" if type(forward) is FunctionType and digest(forward) == _ROOT_SOFTPLUS else None
+    return "sqrtsoftplus" if digest_of(type(act).forward) == _ROOT_SOFTPLUS else None
 
 
 def _softmax_then_k(module: Any, arguments: Arguments) -> dict[str, Any]:
@@ -378,18 +392,17 @@ def _known_selection(module: Any) -> bool:
 
 def _plain_statics(module: Any) -> bool:
     statics = module.moe_statics
-    forward = type(statics).forward
-    adds = type(forward) is FunctionType and digest(forward) == _STATICS and not _attached(statics)
+    adds = digest_of(type(statics).forward) == _STATICS and not _attached(statics)
     return adds and 0 <= module.norm_min <= _NO_LARGER_CLAMP
 
 
 def _selects_by_scores(module: Any) -> bool:
     """LongCat's choice is in a method of its own, under ``torch.no_grad``."""
     chooses = type(module).get_topk_indices
-    inner = getattr(chooses, "__wrapped__", None)
     if "get_topk_indices" in module.__dict__ or getattr(chooses, "__code__", None) is not _UNDER_NO_GRAD:
         return False
-    return type(inner) is FunctionType and digest(inner, decorators=("torch.no_grad()",)) == "196a20cdb59941e2"
+    inner = getattr(chooses, "__wrapped__", None)
+    return digest_of(inner, decorators=("torch.no_grad()",)) == _LONGCAT_CHOICE
 
 
 _UNDER_NO_GRAD = torch.no_grad()(lambda: None).__code__

@@ -8,7 +8,6 @@ output afterwards is in the output, where :meth:`RouterSpec.unpack` finds it.
 from __future__ import annotations
 
 import importlib
-import weakref
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moekit import _check
-from moekit.hf._router_specs import FORMS, Form
-from moekit.hf.gates import _is_own, digest
+from moekit.hf._router_specs import FORMS, Form, digest_of
+from moekit.hf.gates import _is_own
 
 _OF_THE_CHOICE = ("k", "indices", "bias", "num_groups", "group_topk", "group_best")
 _CALL = nn.Module.__call__
@@ -31,13 +30,17 @@ class RouterSpec:
 
     Attributes:
         topk: K, the experts of a token.
-        form: how the router computes; of :mod:`moekit.hf._router_specs`.
-        names: the parameters of the router's forward.
+        code: the digest of the router's forward, by which its form is known.
+        names: the parameters of that forward.
     """
 
     topk: int
-    form: Form
+    code: str
     names: tuple[str, ...]
+
+    @property
+    def _form(self) -> Form:
+        return FORMS[self.code]
 
     def logits(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Tensor:
         """The logits ``[T, E]`` from which ``moekit.route(logits, **options)`` makes the router's choice and weights.
@@ -54,7 +57,7 @@ class RouterSpec:
         Raises:
             ValueError: an argument that the router needs is missing or of a wrong shape.
         """
-        return self.form.logits(module, self._arguments(args, kwargs))
+        return self._form.logits(module, self._arguments(args, kwargs))
 
     def options(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         """The keyword arguments for :func:`moekit.route`, ``k`` or (of a hash table) ``indices`` included.
@@ -62,7 +65,7 @@ class RouterSpec:
         Raises:
             ValueError: an argument that the router needs is missing.
         """
-        found = self.form.options(module, self._arguments(args, kwargs))
+        found = self._form.options(module, self._arguments(args, kwargs))
         return found if "indices" in found else {"k": self.topk, **found}
 
     def weighing(self, module: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class RouterSpec:
 
         These logits are those of which scores are taken: a multiplier or a softcap is in them already.
         """
-        return self.form.layout.unpack(output, self.topk)
+        return self._form.layout.unpack(output, self.topk)
 
     def pack(self, output: Any, weights: Tensor, indices: Tensor) -> Any:
         """The router's ``output`` with another choice in it, in the dtypes of the one that was there.
@@ -92,7 +95,7 @@ class RouterSpec:
         shape = self.unpack(output)[2].shape
         _check.shape("hf.routers", "weights", weights, shape, "[tokens, topk]")
         _check.shape("hf.routers", "indices", indices, shape, "[tokens, topk]")
-        return self.form.layout.pack(output, weights, indices)
+        return self._form.layout.pack(output, weights, indices)
 
     def _arguments(self, args: tuple, kwargs: dict[str, Any] | None) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **(kwargs or {})}
@@ -113,22 +116,11 @@ def spec_of(module: nn.Module) -> RouterSpec | None:
     own = vars(module)
     if kind.__call__ is not _CALL or "forward" in own or "_call_impl" in own or type(forward) is not FunctionType:
         return None
-    form = FORMS.get(_digest(forward))
+    code = digest_of(forward, ("__class__",) if forward.__code__.co_freevars else ())  # what super() needs
+    form = FORMS.get(code)
     if form is None or not _honest(forward) or not form.fits(module):
         return None
-    code = forward.__code__
-    return RouterSpec(form.k(module), form, code.co_varnames[1 : code.co_argcount])
-
-
-_digests: weakref.WeakKeyDictionary[FunctionType, str] = weakref.WeakKeyDictionary()
-
-
-def _digest(forward: FunctionType) -> str:
-    """Taken once a function; ``__class__`` is what ``super()`` needs."""
-    if forward not in _digests:
-        cells = ("__class__",) if forward.__code__.co_freevars else ()
-        _digests[forward] = digest(forward, cells)
-    return _digests[forward]
+    return RouterSpec(form.k(module), code, forward.__code__.co_varnames[1 : forward.__code__.co_argcount])
 
 
 def _honest(forward: FunctionType) -> bool:
