@@ -314,7 +314,7 @@ class _Slot:
         if self._lent is not None:
             module.given = self._lent = None
         if self.active:
-            self._note(module.indices, module.num_experts)
+            self._note(output.indices.detach(), module.num_experts)
 
     def _replace(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Of Transformers' routers: put the given choice into the output, weighed by the router's own logits."""
