@@ -8,6 +8,7 @@ rollout's choices, weighed by the logits of today, so that the router keeps its 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ class Replay:
         self._task = -1  # the backward that gave it
         self._in_pass = False
         self._current: Pass | None = None  # what it was given
+        self._outside: tuple[Any, ...] = self._begin, self._end  # what is not to be compiled
         self._blind = False  # a pass was played whose output told of no backward to come
         # In this order, for the model may be a router itself.
         hooks: list[Any] = [model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)]
@@ -98,6 +100,7 @@ class Replay:
         """
         if self._recording is not None:
             raise RuntimeError("moekit.Replay.record: it is recording already")
+        self._stay_outside()
         choices = self._recording = Choices([], self.names)
         try:
             yield choices
@@ -130,6 +133,7 @@ class Replay:
         if self._playing is not None:
             raise RuntimeError("moekit.Replay.play: it is playing already")
         entries = self._in_order(choices)
+        self._stay_outside()
         self._playing, self._played = iter(entries), 0
         try:
             yield
@@ -164,15 +168,19 @@ class Replay:
         at = [choices.names.index(name) for name in ours]
         return [tuple(one[place] for place in at) for one in choices.passes]
 
+    def _stay_outside(self) -> None:
+        """Keep the counting of passes out of compiled code, if there is any: this loads the compiler."""
+        if "torch._dynamo" in sys.modules:
+            self._outside = tuple(torch.compiler.disable(call, reason=_COMPILED) for call in (self._begin, self._end))
+
     # --- a pass -------------------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         idle = self._recording is None and self._playing is None
         if idle and self._given is None and not self._blind:
             return
-        self._begin(idle)
+        self._outside[0](idle)
 
-    @torch.compiler.disable(reason=_COMPILED)
     def _begin(self, idle: bool) -> None:
         if in_backward():  # all of the model is computed again, and has been given its entry
             if self._given is None and self._blind:
@@ -195,9 +203,8 @@ class Replay:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._in_pass and not in_backward():
-            self._end(module, output)
+            self._outside[1](module, output)
 
-    @torch.compiler.disable(reason=_COMPILED)
     def _end(self, module: nn.Module, output: Any) -> None:
         entry, missing = self._given, [slot.name for slot in self._slots if slot.indices is None]
         found = [slot.indices for slot in self._slots if slot.indices is not None]
@@ -314,7 +321,7 @@ class _Slot:
         if self._lent is not None:
             module.given = self._lent = None
         if self.active:
-            self._note(module.indices, module.num_experts)
+            self._note(output.indices.detach(), module.num_experts)
 
     def _replace(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Of Transformers' routers: put the given choice into the output, weighed by the router's own logits."""

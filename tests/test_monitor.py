@@ -147,6 +147,29 @@ def test_no_value_is_read_in_a_step():
         monitor.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("reentrant", REENTRANT)
+def test_nothing_waits_for_a_gpu(reentrant: bool | None):
+    model, batches = net().float().cuda(), [batch.float().cuda().requires_grad_() for batch in inputs(2)]
+    monitor, replay = monitoring.attach(model), moekit.Replay(model)
+    with replay.record() as choices:
+        for batch in batches:
+            model(batch)
+    monitor.reset()
+    model.reentrant = reentrant
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with replay.play(choices):
+            losses = [model(batch).square().mean() for batch in batches]
+        (losses[0] + losses[1]).backward()
+        monitor.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    chosen = [torch.cat(layer).long().flatten().bincount(minlength=E).cpu() for layer in zip(*choices.passes, strict=True)]
+    assert_counts(monitor, chosen)
+
+
 def test_padding_and_capacity():
     model, (x,) = net(capacity=1), inputs(1)
     padding = torch.tensor([False, True, False, False, True, False])
