@@ -28,13 +28,13 @@ class Scored(NamedTuple):
         logits: ``[T, E]``, as scores are taken of them.
         score: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``.
         padding_mask: ``[T]`` bool, True for padding, or None.
-        link: ``[E]``, by which the gradient of a loss reaches the router's backward; its values mean nothing.
+        link: zeros ``[E]``, by which the gradient of a loss reaches the router's backward; None: it goes to the logits.
     """
 
     logits: Tensor
     score: str
     padding_mask: Tensor | None
-    link: Tensor
+    link: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return empty
 
+    with torch.device("cpu"):
+        torch.empty(0)  # PyTorch remembers once which functions a device's context changes: the real ones
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -8,7 +8,7 @@ from torch import Tensor
 import moekit.ops.counts  # noqa: F401 - which defines the operator
 from moekit._routers import Seen
 from moekit.ops import tables
-from moekit.ops.balance import token_scores
+from moekit.ops.topk import token_scores
 
 EXTRA = 2  # what counts hold after the [E] slots of each expert: slots of none, and tokens
 NUM_SUMS = 2  # the sums over tokens of the router's entropy, and of the squared logsumexp of its logits
@@ -110,7 +110,7 @@ def _tally(seen: Seen) -> Tensor:
 
 def _score_sums(seen: Seen) -> Tensor:
     """The sums over tokens of the entropy of the scores, in nats, and of the squared logsumexp of the logits."""
-    logits, score, padding = seen.scored
+    logits, score, padding, _ = seen.scored
     logits = logits.detach()
     entropy = torch.special.entr(token_scores(logits, score, padding)).sum(1)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1).square()

@@ -64,7 +64,7 @@ def balance_loss(
     if group is not None:
         processes = group.size()
         counts, num_tokens = summed_over(counts, group), summed_over(_as_tensor(num_tokens, counts), group)
-    sums = score_sums(scored.logits, scored.link, scored.score, scored.padding_mask)
+    sums = _score_sums(scored)
     share = _reciprocal(num_tokens, sums)
     factor = share * share * (coeff * routing.num_experts * processes / max(routing.topk, 1))
     return torch.dot(sums, counts.to(sums.dtype)) * factor
@@ -109,6 +109,13 @@ def _scored(op: str, routing: Routing) -> Scored:
     if routing.scored is None:
         raise _check.fail(op, "routing", "one of moekit.route, which knows what it chose from", "one without logits")
     return routing.scored
+
+
+def _score_sums(scored: Scored) -> Tensor:
+    """Each expert's sum of the tokens' scores, ``[E]``."""
+    if scored.link is None:
+        return token_scores(scored.logits, scored.score, scored.padding_mask).sum(0)
+    return score_sums(scored.logits, scored.link, scored.score, scored.padding_mask)
 
 
 def _num_tokens(scored: Scored) -> int | Tensor:
