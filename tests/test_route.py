@@ -50,7 +50,7 @@ def formula(
         weights = weights.masked_fill(absent, -1e300).softmax(1)
     weights = weights.masked_fill(absent, 0)
     if normalise and not (score == "softmax" and select_by == "logits"):
-        weights = weights / (weights.sum(1, keepdim=True) + epsilon)
+        weights = weights / (weights.sum(1, keepdim=True) + epsilon).masked_fill(absent.all(1, keepdim=True), 1.0)
     if expert_scale is not None:
         weights = weights * expert_scale.double()[indices.clamp(min=0)]
     return weights * scale, indices
@@ -90,9 +90,10 @@ def test_choice_weights_and_gradients(options, dtype):
     _check.routing_tables("route", routing.order, routing.inverse, routing.offsets)
 
 
-@pytest.mark.parametrize(
-    "options", [{"score": score, "normalise": flag} for score in SCORES for flag in (True, False)], ids=label
-)
+WEIGHED = [{"score": score, **options} for score in SCORES for options in ({}, {"normalise": False}, {"epsilon": 0.0})]
+
+
+@pytest.mark.parametrize("options", WEIGHED, ids=label)
 def test_given_indices(options):
     """Recorded ones: some of no expert, a token of none at all, and an expert twice, whose gradients add up."""
     indices = torch.stack([draw(E, seed=seed).argsort()[:K] for seed in range(T)])

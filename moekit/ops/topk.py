@@ -265,10 +265,15 @@ def _weighed(
         chosen = values.gather(1, index).masked_fill(absent, torch.finfo(values.dtype).min)
         weights = chosen.softmax(1).masked_fill(absent, 0.0)
     if epsilon is not None:
-        weights = normalised(weights, epsilon)
+        weights = weights / _divisor(weights, absent, epsilon)
     if scaling_factor is not None:
         weights = weights * scaling_factor
     return weights.to(logits.dtype)
+
+
+def _divisor(scores: Tensor, absent: Tensor, epsilon: float) -> Tensor:
+    """``[T, 1]``, what a token's weights are divided by; 1 for a token of no expert, which has no sum."""
+    return (scores.sum(1, keepdim=True) + epsilon).masked_fill(absent.all(1, keepdim=True), 1.0)
 
 
 def token_scores(logits: Tensor, score_function: str, padding_mask: Tensor | None) -> Tensor:
@@ -345,7 +350,7 @@ def _weights_gradient(
         scores = chosen.masked_fill(absent, torch.finfo(values.dtype).min).softmax(1)
     scores = scores.masked_fill(absent, 0.0)
     if epsilon is not None:
-        total = scores.sum(1, keepdim=True) + epsilon
+        total = _divisor(scores, absent, epsilon)
         g = (g - (g * scores).sum(1, keepdim=True) / total) / total
     if own is not None:
         return _spread(g * own.slope(chosen, scores), index, absent, num_experts)

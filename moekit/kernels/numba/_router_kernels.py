@@ -259,7 +259,8 @@ def weigh_kernel(element: int, scoring: int) -> Callable:
                 total += chosen[slot]
             normaliser = normaliser_of(total, epsilon)
             for slot in range(slots):
-                store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale)
+                inside = 0 <= read_i64(picks, slot) < experts  # a token of no expert has no sum to be divided by
+                store(element, weights, token * slots + slot, chosen[slot] / normaliser * scale if inside else _ZERO)
 
     return weigh
 
@@ -378,10 +379,13 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
                         g[slot] = load(grad_element, grad, token * slots + slot) * scale
             if scoring == SOFTMAX:
                 soften(chosen, slots)
+            present = 0
             for slot in range(slots):
-                if not 0 <= read_i64(picks, slot) < experts:
+                if 0 <= read_i64(picks, slot) < experts:
+                    present += 1
+                else:
                     chosen[slot] = _ZERO
-            dot = weights_gradient(g, chosen, slots, epsilon)
+            dot = weights_gradient(g, chosen, slots, epsilon) if present > 0 else _ZERO
             for expert in range(experts):
                 dense[expert] = _ZERO
             if sums_grad != 0:

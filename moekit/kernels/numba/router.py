@@ -101,7 +101,7 @@ def score_sums(logits: Tensor, link: Tensor, score_function: str, padding_mask: 
     logits, padding_mask = dense(logits), dense(padding_mask)
     tokens, experts = logits.shape
     blocks = -(-tokens // kernels.SUMMED)
-    sums = torch.empty(blocks, experts)
+    sums = torch.empty((blocks, experts))
     run(
         kernels.score_sums_kernel(element, _scoring(score_function, False)), blocks, logits.nbytes * _EFFORT,
         logits.data_ptr(), address(padding_mask), tokens, experts, sums.data_ptr(),

@@ -163,7 +163,7 @@ def _weigh_kernel(
         mask_e = (token < num_tokens)[:, None] & (expert < num_experts)
         x = tl.load(rows + expert, mask=mask_e, other=0).to(tl.float32)
         top, total = _row_softmax(x[:, None, :], mask_e[:, None, :])
-    value = _weighed(_scored(chosen, mask_k, known, top, total, SCORE), epsilon, scaling)
+    value = tl.where(known, _weighed(_scored(chosen, mask_k, known, top, total, SCORE), epsilon, scaling), 0.0)
     tl.store(weights + place, value, mask=mask_k)
 
 
