@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import moekit.monitor
 import moekit.nn
 
 HIDDEN, CONTEXT, BATCH, LAYERS = 64, 64, 16, 2
@@ -43,6 +44,7 @@ def main(steps: int = 200, file: str = "language_model.pt") -> tuple[list[float]
     model = LanguageModel()
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     routers = [module for module in model.modules() if isinstance(module, moekit.nn.Router)]
+    monitor = moekit.monitor.attach(model)  # counts on the device; only what is read is waited for
     losses = []
     for step in range(steps):
         starts = torch.randint(len(data) - CONTEXT, (BATCH, 1))
@@ -51,11 +53,11 @@ def main(steps: int = 200, file: str = "language_model.pt") -> tuple[list[float]
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-        busiest = [router.tokens_per_expert.max() / router.tokens_per_expert.float().mean() for router in routers]  # watch
         for router in routers:
             router.update_bias(rate=1e-2)
         if step % 20 == 0:
-            print(f"step {step:4}  loss {losses[-1]:.3f}  busiest expert {max(busiest):.2f} times the mean")
+            load = monitor.read(layers=False)
+            print(f"step {step:4}  loss {losses[-1]:.3f}  busiest expert {load['load_max_over_mean']:.2f} times the mean")
     torch.save(model.state_dict(), file)
     with torch.device("meta"):
         again = LanguageModel()

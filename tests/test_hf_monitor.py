@@ -229,7 +229,8 @@ def test_transformers_own_callback_of_tensorboard_writes_them(tmp_path: Path, mo
 
 
 def test_tensorboard_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer, reporter = trainer_of(tmp_path, model=qwen3(), report_to="tensorboard")
     moekit.monitor.callback(trainer)
