@@ -107,14 +107,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def exporting() -> bool:
-    """Whether ``torch.export`` is at work.
-
-    Its flag is read, for ``torch.compiler.is_exporting()`` is True in all code that torch 2.10 compiles.
-    """
-    return torch.compiler._is_exporting_flag
-
-
 class Hook:
     """A hook of a module that stays behind when the module is copied or pickled: the copy has one that does nothing."""
 

@@ -96,6 +96,8 @@ def test_compiled(how: str, reentrant: bool | None):
     for layer in model.layers if how == "layers" else []:
         layer.compile(**options)
     # The router's attributes are what needs it, not the monitor.
+    if not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        pytest.skip("this release of PyTorch does not checkpoint what leaves attributes behind in compiled code")
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         for batch in batches:
             root(batch.clone().requires_grad_()).square().mean().backward()
@@ -151,7 +153,9 @@ def test_no_value_is_read_in_a_step():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("reentrant", REENTRANT)
 def test_nothing_waits_for_a_gpu(reentrant: bool | None):
-    model, batches = net().float().cuda(), [batch.float().cuda().requires_grad_() for batch in inputs(2)]
+    # In bfloat16: for float32 PyTorch's grouped product waits itself.
+    model = net().bfloat16().cuda()
+    batches = [batch.bfloat16().cuda().requires_grad_() for batch in inputs(2)]
     monitor, replay = monitoring.attach(model), moekit.Replay(model)
     with replay.record() as choices:
         for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -437,14 +438,18 @@ def test_exports():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [True, False])
-def test_compiled_and_checkpointed_counts_once(inside, monkeypatch):
+def test_compiled_and_checkpointed_counts_once(inside):
     layer, x = build(expert_bias=True), tokens()
+    if inside and not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        pytest.skip("this release of PyTorch does not checkpoint what leaves attributes behind in compiled code")
     if inside:
-        monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+        setting = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
         model = torch.compile(Checkpointed(layer), fullgraph=True, backend="aot_eager")
     else:
+        setting = contextlib.nullcontext()
         model = Checkpointed(torch.compile(layer, fullgraph=True, backend="aot_eager"))
-    model(x).square().sum().backward()
+    with setting:
+        model(x).square().sum().backward()
     assert counted(layer) == layer.router.indices.flatten().bincount(minlength=E).tolist()
     assert layer.router.weight.grad.abs().max() > 1e-3
 

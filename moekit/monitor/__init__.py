@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from moekit import _check
-from moekit._routers import Found, Hook, exporting, find
+from moekit._routers import Found, Hook, find
 from moekit.monitor import _show
 from moekit.monitor._figures import FIGURES, figures, summary
 from moekit.monitor._totals import Totals
+from moekit.nn.router import exporting
 from moekit.ops.losses import summed_over
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moekit import _check
 from moekit.nn.experts import Experts
-from moekit.nn.router import Router
+from moekit.nn.router import Router, exporting
 from moekit.nn.shared import SharedExpert
 from moekit.ops.aux_loss import aux_loss
 from moekit.ops.balance import balance_loss, sequence_balance_loss
@@ -207,10 +207,11 @@ class MoE(nn.Module):
             losses["sequence_balance"] = sequence_balance_loss(routing, self.sequence_balance_coeff, sequences=sequences)
         if self.z_coeff:
             losses["z"] = z_loss(routing, self.z_coeff)
-        if not torch.compiler.is_exporting():
+        if not exporting():
             self.losses = {name: loss.detach() for name, loss in losses.items()}
         if losses and torch.is_grad_enabled():
-            out = aux_loss(out, torch.stack(list(losses.values())), self.loss_scale)
+            found = list(losses.values())
+            out = aux_loss(out, found[0] if len(found) == 1 else torch.stack(found), self.loss_scale)
         return out
 
     @classmethod

@@ -180,7 +180,7 @@ class Router(nn.Module):
             padding_mask=padding_mask,
             **how,
         )
-        if not torch.compiler.is_exporting():  # a program that is exported has no place for them
+        if not exporting():  # a program that is exported has no place for them
             self.indices, self.tokens_per_expert = routing.indices.detach(), routing.tokens_per_expert.detach()
         if self.training and self.expert_counts is not None:
             accumulate(self.expert_counts, routing.tokens_per_expert)
@@ -258,6 +258,14 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "indices": None, "tokens_per_expert": None}
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work.
+
+    Its flag is read, for ``torch.compiler.is_exporting()`` is True in all code that torch 2.10 compiles.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def _share(jitter: object) -> float:
