@@ -404,7 +404,8 @@ def test_compiles_in_one_graph(name):
         torch.testing.assert_close(outs[1], outs[0])
         assert torch.equal(layer.router.indices, plain.router.indices)
     for (key, ours), theirs in zip(layer.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, k=key: f"{k}: {m}")
+        bound = 2e-6 * float(theirs.grad.abs().max())  # sums in another order
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=bound, msg=lambda m, k=key: f"{k}: {m}")
     if layer.router.expert_counts is not None:
         assert counted(layer) == counted(plain) and sum(counted(layer)) == 2 * T * K
     torch.testing.assert_close(layer.losses["balance"], plain.losses["balance"])
