@@ -16,7 +16,7 @@ from moekit.kernels.numba._elements import BF16, SIZES, store
 from moekit.kernels.numba._jit import inline, kernel
 from moekit.kernels.numba._launch import Nonsense
 from moekit.kernels.numba._tiles import COLUMNS, PANEL, STEPS, TILE, axpys, dots
-from moekit.kernels.numba._units import DENSE, LOOKUP, PAIRS, UNIT
+from moekit.kernels.numba._units import DENSE, HOST, PAIRS, UNIT
 
 # By feature: outputs computed at a time. Ranges start at multiples of it.
 FEATURES = STEPS
@@ -56,57 +56,51 @@ def pad(target, source, step, rows, count):
 
 @inline
 def lane_of(pairs, halves, column):
-    """Where ``axpys`` keeps the sum of a column: with ``pairs`` two units hold elements in turn, with ``halves`` two vectors."""
+    """Where ``axpys`` keeps the sum of a column: with ``pairs`` units take elements in turn, with ``halves`` vectors do."""
     within = column % TILE
     unit, place = (within % 2, within // 2) if pairs else (within // UNIT, within % UNIT)
     place = place % 2 * (UNIT // 2) + place // 2 if halves else place
     return column // TILE * TILE + unit * UNIT + place
 
 
-def bytes_in(format: int, size: int) -> Callable:
-    """How many bytes a number of columns have."""
-    if format == DENSE:
-        return inline(lambda columns: columns * size)
-    return inline(lambda columns: columns // 2) if PAIRS[format] else inline(lambda columns: columns)
+def bits_of_code(format: int, element: int) -> int:
+    """Bits that an element takes in memory."""
+    return 8 * SIZES[element] if format == DENSE else 4 if PAIRS[format] else 8
 
 
 @functools.cache
-def by_feature_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -> Callable:
+def by_feature_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Callable:
     """``[rows, in]`` times matrices stored ``[experts, out, in]``: dot products, four output features at a time."""
-    size, code_bytes = SIZES[element], bytes_in(format, SIZES[element])
-    together = 2 if element == BF16 else FEATURES  # with four rows: bfloat16 has two vectors for each sum
+    size, bits = SIZES[element], bits_of_code(format, element)
+    some = 2 if element == BF16 else FEATURES  # with four rows: bfloat16 has two vectors for each sum
 
-    @kernel(element, format, lookup)
+    @kernel(element, format, cpu)
     def by_feature(
         start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, feature_step: int,
         scales: int, height: int, offsets: int, experts: int, out: int, out_step: int, width: int,
     ):  # fmt: skip
         check(offsets, experts, total)
-        sums, x_pad, y_pad = scratch(_DOTS), scratch(_PADS), scratch(_PADS)
-        whole = width // TILE * TILE
+        sums, x_pad, y_pad, whole = scratch(_DOTS), scratch(_PADS), scratch(_PADS), width // TILE * TILE
 
-        def multiply(taken, features, x, x_step, y, y_step, line, begin, end, ahead):
+        def multiply(taken, features, x, x_step, y, y_step, line, first, last, ahead):
             if features < FEATURES:  # the last of an odd number
-                for row in range(taken):
-                    for n in range(features):
-                        dots(format, element, lookup, 1, 1, y + n * y_step, y_step, scales, line + n,
-                             x + row * x_step, x_step, begin, end, 0, sums + 4 * (row * STEPS + n))  # fmt: skip
+                for pair in range(taken * features):
+                    row, n = pair // features, pair % features
+                    source, matrix, place = x + row * x_step, y + n * y_step, sums + 4 * (row * STEPS + n)
+                    dots(format, element, cpu, 1, 1, matrix, 0, scales, line + n, source, 0, first, last, 0, place)
             elif taken == 4:
-                for n in range(0, FEATURES, together):
-                    dots(format, element, lookup, 4, together, y + n * y_step, y_step, scales, line + n,
-                         x, x_step, begin, end, ahead, sums + 4 * n)  # fmt: skip
+                for n in range(0, FEATURES, some):
+                    matrix, place = y + n * y_step, sums + 4 * n
+                    dots(
+                        format, element, cpu, 4, some, matrix, y_step, scales, line + n, x, x_step, first, last, ahead, place
+                    )
             elif taken == 2:
-                dots(format, element, lookup, 2, FEATURES, y, y_step, scales, line, x, x_step, begin, end, ahead, sums)
+                dots(format, element, cpu, 2, FEATURES, y, y_step, scales, line, x, x_step, first, last, ahead, sums)
             else:
-                dots(format, element, lookup, 1, FEATURES, y, y_step, scales, line, x, x_step, begin, end, ahead, sums)
-
-        def finish(taken, features, target):
-            for row in range(taken):
-                for n in range(features):
-                    store(element, target + row * out_step, n, read_back_f32(sums, row * STEPS + n))
+                dots(format, element, cpu, 1, FEATURES, y, y_step, scales, line, x, x_step, first, last, ahead, sums)
 
         wide_vectors()
-        ahead, begin = ahead_of(FEATURES * code_bytes(width), FEATURES * feature_step), 0
+        ahead, begin = ahead_of(FEATURES * width * bits // 8, FEATURES * feature_step), 0
         for expert in range(experts):
             end = read_i32(offsets, expert)
             for feature in range(start, stop, FEATURES):
@@ -119,10 +113,13 @@ def by_feature_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -
                         x, x_step, y, y_step, last = source, rows_step, matrix, feature_step, whole
                         if first == whole:
                             pad(x_pad, x + first * size, x_step, taken, (width - first) * size)
-                            pad(y_pad, y + code_bytes(first), y_step, features, code_bytes(width - first))
-                            x, x_step, y, y_step, last = x_pad - first * size, PAD, y_pad - code_bytes(first), PAD, first + TILE
+                            pad(y_pad, y + first * bits // 8, y_step, features, (width - first) * bits // 8)
+                            x, y, last = x_pad - first * size, y_pad - first * bits // 8, first + TILE
+                            x_step = y_step = PAD
                         multiply(taken, features, x, x_step, y, y_step, line, first, last, ahead if row == begin else 0)
-                    finish(taken, features, out + row * out_step + feature * size)
+                    for i in range(taken):
+                        for n in range(features):
+                            store(element, out + (row + i) * out_step, feature + n, read_back_f32(sums, i * STEPS + n))
                     row += taken
             begin = max(begin, end)
 
@@ -130,12 +127,11 @@ def by_feature_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -
 
 
 @functools.cache
-def by_input_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -> Callable:
+def by_input_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Callable:
     """``[rows, in]`` times matrices stored ``[experts, in, out]``: four inputs at a time are added to a panel of sums."""
-    size, code_bytes = SIZES[element], bytes_in(format, SIZES[element])
-    pairs, halves = PAIRS[format], element == BF16
+    size, bits, pairs, halves = SIZES[element], bits_of_code(format, element), PAIRS[format], element == BF16
 
-    @kernel(element, format, lookup)
+    @kernel(element, format, cpu)
     def by_input(
         start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, input_step: int,
         scales: int, height: int, offsets: int, experts: int, out: int, out_step: int, width: int,
@@ -143,28 +139,20 @@ def by_input_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -> 
         check(offsets, experts, total)
         sums, y_pad = scratch(_SUMS), scratch(_PADS)
 
-        def add(taken, steps, x, y, y_step, line, begin, end, ahead, target):
+        def add(taken, steps, x, y, y_step, line, first, last, ahead, target):
             row = 0
             while row < taken:
-                source, place, left = x + row * rows_step, target + row * PANEL, taken - row
+                source, place = x + row * rows_step, target + row * PANEL
+                group = 1 if steps < 4 else 4 if taken - row >= 4 else 2 if taken - row >= 2 else 1
                 if steps < 4:
-                    row += 1
-                    axpys(format, element, lookup, 1, 1, y, 0, scales, line, source, 0, begin, end, 0, place)
-                elif left >= 4:
-                    row += 4
-                    axpys(format, element, lookup, 4, 4, y, y_step, scales, line, source, rows_step, begin, end, ahead, place)
-                elif left >= 2:
-                    row += 2
-                    axpys(format, element, lookup, 2, 4, y, y_step, scales, line, source, rows_step, begin, end, ahead, place)
+                    axpys(format, element, cpu, 1, 1, y, 0, scales, line, source, 0, first, last, 0, place)
+                elif group == 4:
+                    axpys(format, element, cpu, 4, 4, y, y_step, scales, line, source, rows_step, first, last, ahead, place)
+                elif group == 2:
+                    axpys(format, element, cpu, 2, 4, y, y_step, scales, line, source, rows_step, first, last, ahead, place)
                 else:
-                    row += 1
-                    axpys(format, element, lookup, 1, 4, y, y_step, scales, line, source, 0, begin, end, ahead, place)
-
-        def finish(taken, columns, target):
-            for row in range(taken):
-                for j in range(columns):
-                    lane = lane_of(pairs, halves, j)
-                    store(element, target + row * out_step, j, read_back_f32(sums + row * PANEL, lane))
+                    axpys(format, element, cpu, 1, 4, y, y_step, scales, line, source, 0, first, last, ahead, place)
+                row += group
 
         wide_vectors()
         begin = 0
@@ -174,20 +162,23 @@ def by_input_kernel(element: int, format: int = DENSE, lookup: int = LOOKUP) -> 
                 for panel in range(start, stop, COLUMNS):
                     taken, columns = min(_ROWS, end - row), min(COLUMNS, stop - panel)
                     whole = columns // TILE * TILE
-                    ahead = ahead_of(4 * code_bytes(whole), 4 * input_step)
+                    ahead = ahead_of(4 * whole * bits // 8, 4 * input_step)
                     zero(sums, taken * PANEL)
-                    for first in range(0, columns, max(whole, TILE)):
-                        k = 0
+                    for part in range(0, columns, max(whole, TILE)):
+                        first, place, k = panel + part, sums + 4 * part, 0
                         while k < width:
                             steps = 4 if width - k >= 4 else 1
-                            x, y, y_step = rows + row * rows_step + k * size, matrix + k * input_step, input_step
-                            last = panel + whole
-                            if first == whole:
-                                pad(y_pad, y + code_bytes(panel + first), y_step, steps, code_bytes(columns - first))
-                                y, y_step, last = y_pad - code_bytes(panel + first), PAD, panel + first + TILE
-                            add(taken, steps, x, y, y_step, expert * height + k, panel + first, last, ahead, sums + 4 * first)
+                            x, line = rows + row * rows_step + k * size, expert * height + k
+                            y, y_step, last = matrix + k * input_step, input_step, panel + whole
+                            if part == whole:
+                                pad(y_pad, y + first * bits // 8, y_step, steps, (columns - part) * bits // 8)
+                                y, y_step, last = y_pad - first * bits // 8, PAD, first + TILE
+                            add(taken, steps, x, y, y_step, line, first, last, ahead, place)
                             k += steps
-                    finish(taken, columns, out + row * out_step + panel * size)
+                    for i in range(taken):
+                        for j in range(columns):
+                            value = read_back_f32(sums + i * PANEL, lane_of(pairs, halves, j))
+                            store(element, out + (row + i) * out_step, panel + j, value)
             begin = max(begin, end)
 
     return by_input

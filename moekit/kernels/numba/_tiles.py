@@ -2,11 +2,11 @@
 
 A tile is a few rows and a few steps (inputs or outputs) of a product with a matrix, so that an element of the matrix is made
 once for all its rows, and never leaves the registers. Every sum has its own accumulators: a result's bits do not depend on
-what else is in the tile. A vector of sums has eight lanes. What plain loops lack is the prefetch between the products, and
-sums of several rows that stay in registers.
+what else is in the tile. What plain loops lack is the prefetch between the products, and sums of several rows that stay in
+registers (4 rows of bfloat16: 2.1 instead of 3.8 ms). The products of bfloat16 by one instruction take subnormals for zero.
 
-Constants come first: the format and the kind of elements of the matrix (see ``_units`` and ``_elements``), how its tables are
-looked up, and the numbers of rows and of steps. Then what is known of the matrix: the address of its first row, the bytes from
+Constants come first: the format and the kind of elements of the matrix (see ``_units`` and ``_elements``), the instructions
+to take, and the numbers of rows and of steps. Then what is known of the matrix: the address of its first row, the bytes from
 a row to the next, the address of its scales' description, the number of the row in the stack. Columns from ``begin`` to
 ``end``, both whole blocks of the format, are taken; ``ahead`` bytes ahead of them is prefetched.
 """
@@ -25,9 +25,29 @@ from numba.extending import intrinsic
 
 from moekit.kernels.numba._bits import CPU, LINE, X86, scope
 from moekit.kernels.numba._units import (
-    BF16, BLOCK, F16, FLOAT, HALF, I32, I64, PAIRS, UNIT, Matrix, at, bits_of, broadcast, call, every, interleaved, load, matrix,
-    shuffled, units, vector,
-)  # fmt: skip
+    BF16,
+    BLOCK,
+    F16,
+    FLOAT,
+    HALF,
+    HOST,
+    I32,
+    I64,
+    PAIRS,
+    UNIT,
+    Matrix,
+    at,
+    bits_of,
+    broadcast,
+    call,
+    every,
+    interleaved,
+    load,
+    matrix,
+    shuffled,
+    units,
+    vector,
+)
 
 TILE = 2 * UNIT
 _HALF = UNIT // 2  # lanes of a vector of sums: 256 bits, which stores and loads pass on to each other everywhere
@@ -90,8 +110,11 @@ def _expand(builder: Any, stored: Matrix, begin: Any, end: Any, ahead: Any, targ
     size = bits_of(stored.kind)[1]
     with _columns(builder, stored, begin, end) as (index, _):
         place = builder.add(target, builder.mul(builder.sub(index, begin), I64(size)))
-        for pair in _pairs(units(builder, stored, 0, index, ahead)):
-            row = interleaved(builder, *pair) if PAIRS[stored.format] else shuffled(builder, *pair, range(TILE))
+        for first, second in _pairs(units(builder, stored, 0, index, ahead)):
+            if PAIRS[stored.format]:
+                row = interleaved(builder, first, second)
+            else:
+                row = shuffled(builder, first, second, range(TILE))
             builder.store(row, builder.inttoptr(place, row.type.as_pointer()), align=size)
             place = builder.add(place, I64(TILE * size))
 
@@ -113,10 +136,10 @@ def _dots(builder: Any, stored: Matrix, rows: int, steps: int, x: Any, x_step: A
             rights = units(builder, stored, step, index, ahead)
             for row in range(rows):
                 for left, right in zip(_pairs(lefts[row]), _pairs(rights), strict=True):
-                    _multiply(builder, stored.kind, left, right, totals[row, step])
+                    _multiply(builder, stored, left, right, totals[row, step])
     for (row, step), places in totals.items():
         place = builder.inttoptr(builder.add(sums, I64(4 * (row * STEPS + step))), FLOAT.as_pointer())
-        total = _sum_of_lanes(builder, functools.reduce(builder.fadd, map(builder.load, places)))
+        total = _sum_of_lanes(builder, [builder.load(part) for part in places])
         builder.store(builder.fadd(builder.load(place, align=4), total), place, align=4)
 
 
@@ -131,9 +154,9 @@ def _in_order_of(builder: Any, stored: Matrix, row: Any, index: Any) -> list[Any
     return found
 
 
-def _multiply(builder: Any, kind: int, left: Any, right: Any, totals: list[Any]) -> None:
+def _multiply(builder: Any, stored: Matrix, left: Any, right: Any, totals: list[Any]) -> None:
     """Add the products of two pairs of units to two vectors of sums."""
-    if kind == BF16 and _HARDWARE_DOT:
+    if stored.kind == BF16 and stored.cpu == HOST and _HARDWARE_DOT:
         words, sums = vector(I32, _HALF), vector(FLOAT, _HALF)
         for *factors, place in zip(left, right, totals, strict=True):
             bits = [builder.bitcast(factor, words) for factor in factors]
@@ -142,15 +165,17 @@ def _multiply(builder: Any, kind: int, left: Any, right: Any, totals: list[Any])
         return
     for unit, other in zip(left, right, strict=True):
         lanes = UNIT // len(totals)
-        factors = _widened(builder, kind, unit, lanes), _widened(builder, kind, other, lanes)
+        factors = _widened(builder, stored.kind, unit, lanes), _widened(builder, stored.kind, other, lanes)
         for a, b, place in zip(*factors, totals, strict=True):
             builder.store(_multiply_add(builder, a, b, builder.load(place)), place)
 
 
-def _sum_of_lanes(builder: Any, lanes: Any) -> Any:
-    while (half := lanes.type.count // 2) > 1:
-        lanes = builder.fadd(*(shuffled(builder, lanes, lanes, range(first, first + half)) for first in (0, half)))
-    return builder.fadd(*(builder.extract_element(lanes, I32(lane)) for lane in (0, 1)))
+def _sum_of_lanes(builder: Any, vectors: list[Any]) -> Any:
+    total = functools.reduce(builder.fadd, vectors)
+    while (half := total.type.count // 2) > 1:
+        low, high = (shuffled(builder, total, total, range(first, first + half)) for first in (0, half))
+        total = builder.fadd(low, high)
+    return builder.fadd(builder.extract_element(total, I32(0)), builder.extract_element(total, I32(1)))
 
 
 # --- their transpose ------------------------------------------------------------------------------------------------

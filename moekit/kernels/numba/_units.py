@@ -2,7 +2,7 @@
 
 A *unit* is 16 elements, and two units are 32 in a row: where a byte stands for two elements, those that come first in their
 bytes and those that come second, otherwise the first half and the second. Values of four bits are looked up in a table of 16
-that are multiplied by the scale and rounded already: with a scale for 32 or 64 of them that is less arithmetic than for each.
+that are multiplied by the scale and rounded already: with a scale for 32 or 64 of them that is less arithmetic.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ DENSE, NF4, NESTED, MXFP4, FP8, INT8 = range(6)
 PAIRS = (False, True, True, True, False, False)  # whether a byte stands for two elements
 BLOCK = (32, NF4_BLOCK, NF4_BLOCK, MXFP4_BLOCK, 32, 32)  # elements that are made at a time
 
-# How tables are looked up: AVX-512 finds 16-bit entries by one instruction, AVX2 bytes, other CPUs one after the other.
-WORDS, BYTES, ONE_BY_ONE = range(3)
-LOOKUP = ONE_BY_ONE
-if X86 and CPU.get("avx512bw") and CPU.get("avx512vl"):
-    LOOKUP = WORDS
-elif X86 and CPU.get("avx2"):
-    LOOKUP = BYTES
+# The instructions to take: those of this CPU, those of one that has AVX2 and no more, those that any has.
+HOST, AVX2, ANY = range(3)
+_WORDS = X86 and CPU.get("avx512bw") and CPU.get("avx512vl")
+_BYTES = X86 and CPU.get("avx2")
 
 
 class Scales(NamedTuple):
@@ -54,7 +51,7 @@ class Matrix(NamedTuple):
 
     format: int
     kind: int
-    lookup: int
+    cpu: int
     address: Any  # of the first row's first byte
     step: Any  # bytes from a row to the next
     scales: Scales | None  # None: dense
@@ -62,24 +59,22 @@ class Matrix(NamedTuple):
     scale_step: Any  # scales from a row to the next
 
 
-def matrix(
-    builder: Any, format: int, kind: int, lookup: int, address: Any, step: Any, scales: Any, line: Any
-) -> Matrix:
+def matrix(builder: Any, format: int, kind: int, cpu: int, address: Any, step: Any, scales: Any, line: Any) -> Matrix:
     """The rows from number ``line`` of the stack on, which ``scales`` is the address of :class:`Scales` of."""
     if format == DENSE:
-        return Matrix(format, kind, lookup, address, step, None, I64(0), I64(0))
+        return Matrix(format, kind, cpu, address, step, None, I64(0), I64(0))
     words = Scales(*(load(builder, I64, builder.add(scales, I64(8 * n)), 8) for n in range(len(Scales._fields))))
     if format != FP8:
-        return Matrix(format, kind, lookup, address, step, words, builder.mul(line, words.across), words.across)
+        return Matrix(format, kind, cpu, address, step, words, builder.mul(line, words.across), words.across)
     expert, row = builder.udiv(line, words.height), builder.urem(line, words.height)
     row_of_scales = builder.add(builder.mul(expert, words.tall), builder.udiv(row, words.down))
     each = builder.icmp_unsigned("==", words.down, I64(1))  # otherwise the rows taken together share their scales
     first = builder.mul(row_of_scales, words.across)
-    return Matrix(format, kind, lookup, address, step, words, first, builder.select(each, words.across, I64(0)))
+    return Matrix(format, kind, cpu, address, step, words, first, builder.select(each, words.across, I64(0)))
 
 
 def units(builder: Any, matrix: Matrix, row: int, index: Any, ahead: Any) -> list[Any]:
-    """The bits of a block of elements of a row, from number ``index`` on; what is ``ahead`` bytes further on is prefetched."""
+    """The bits of a block of elements of a row, from number ``index`` on; what is ``ahead`` bytes further is prefetched."""
     block, size = BLOCK[matrix.format], bits_of(matrix.kind)[1]
     if matrix.format == DENSE:
         offset, count = builder.mul(index, I64(size)), block * size
@@ -90,11 +85,12 @@ def units(builder: Any, matrix: Matrix, row: int, index: Any, ahead: Any) -> lis
     address = builder.add(at(builder, matrix.address, matrix.step, row), offset)
     for line in range(0, count, LINE):
         emit_prefetch(builder, address, builder.add(ahead, I64(line)))
-    if matrix.scales is None:
+    words = matrix.scales
+    if words is None:
         return [load(builder, bits, place, size) for bits, place in _places(builder, address, *bits_of(matrix.kind), 2)]
-    shift = matrix.scales.shift if not PAIRS[matrix.format] else I64(block.bit_length() - 1)
+    shift = I64(block.bit_length() - 1) if PAIRS[matrix.format] else words.shift
     scale = builder.add(at(builder, matrix.first, matrix.scale_step, row), builder.lshr(index, shift))
-    return (_four_bits if PAIRS[matrix.format] else _eight_bits)(builder, matrix, address, scale)
+    return (_four_bits if PAIRS[matrix.format] else _eight_bits)(builder, matrix, words, address, scale)
 
 
 def _places(builder: Any, address: Any, element: Any, size: int, count: int) -> list[tuple[Any, Any]]:
@@ -162,13 +158,13 @@ def _entry(builder: Any, kind: Any, table: Any, number: Any, size: int) -> Any:
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
-def narrowed(builder: Any, kind: int, values: Any) -> Any:
+def narrowed(builder: Any, matrix: Matrix, values: Any) -> Any:
     """A unit of float32 as the bits of elements, rounded to nearest even."""
-    if kind == F32:
+    if matrix.kind == F32:
         return builder.bitcast(values, vector(I32))
-    if kind == F16:
+    if matrix.kind == F16:
         return builder.bitcast(builder.fptrunc(values, vector(HALF)), vector(I16))
-    if HARDWARE_BF16:
+    if HARDWARE_BF16 and matrix.cpu == HOST:
         return builder.bitcast(builder.fptrunc(values, vector(BFloat16())), vector(I16))
     bits = builder.bitcast(values, vector(I32))
     even = builder.and_(builder.lshr(bits, every(vector(I32), 16)), every(vector(I32), 1))
@@ -181,22 +177,21 @@ def narrowed(builder: Any, kind: int, values: Any) -> Any:
 # --- four bits ------------------------------------------------------------------------------------------------------
 
 
-def _four_bits(builder: Any, matrix: Matrix, address: Any, scale: Any) -> list[Any]:
-    table, found = (_mxfp4_table if matrix.format == MXFP4 else _nf4_table)(builder, matrix, scale), []
+def _four_bits(builder: Any, matrix: Matrix, words: Scales, address: Any, scale: Any) -> list[Any]:
+    table, found = (_mxfp4_table if matrix.format == MXFP4 else _nf4_table)(builder, matrix, words, scale), []
     for _, place in _places(builder, address, I8, 1, BLOCK[matrix.format] // (2 * UNIT)):
-        low, high = _entries(builder, matrix.lookup, table, load(builder, vector(I8), place, 1))
+        low, high = _entries(builder, matrix.cpu, table, load(builder, vector(I8), place, 1))
         found += [low, high] if matrix.format == MXFP4 else [high, low]
     return found
 
 
-def _mxfp4_table(builder: Any, matrix: Matrix, scale: Any) -> Any:
+def _mxfp4_table(builder: Any, matrix: Matrix, words: Scales, scale: Any) -> Any:
     element, size = bits_of(matrix.kind)
-    exponent = builder.zext(load(builder, I8, builder.add(matrix.scales.scales, scale), 1), I64)
-    return _entry(builder, vector(element), matrix.scales.table, exponent, UNIT * size)
+    exponent = builder.zext(load(builder, I8, builder.add(words.scales, scale), 1), I64)
+    return _entry(builder, vector(element), words.table, exponent, UNIT * size)
 
 
-def _nf4_table(builder: Any, matrix: Matrix, scale: Any) -> Any:
-    words = matrix.scales
+def _nf4_table(builder: Any, matrix: Matrix, words: Scales, scale: Any) -> Any:
     if matrix.format == NF4:
         absmax = _entry(builder, FLOAT, words.scales, scale, 4)
     else:
@@ -206,16 +201,23 @@ def _nf4_table(builder: Any, matrix: Matrix, scale: Any) -> Any:
         product = call(builder, "llvm.arithmetic.fence.f32", FLOAT, product)  # rounded: no part of a multiply-add
         absmax = builder.fadd(product, load(builder, FLOAT, words.offset, 4))
     values = builder.fmul(ir.Constant(vector(FLOAT), list(NF4_TABLE)), broadcast(builder, absmax))
-    return narrowed(builder, matrix.kind, values)
+    return narrowed(builder, matrix, values)
 
 
-def _entries(builder: Any, lookup: int, table: Any, codes: Any) -> list[Any]:
+def _entries(builder: Any, cpu: int, table: Any, codes: Any) -> list[Any]:
     """The entries, of 16 or 32 bits, of the codes' low nibbles and of their high ones."""
     if table.type.element == I16:
-        return _LOOKUPS[lookup](builder, table, codes)
+        return _look_up(cpu)(builder, table, codes)
     halves = [builder.trunc(builder.lshr(table, every(vector(I32), shift)), vector(I16)) for shift in (0, 16)]
-    parts = zip(*(_LOOKUPS[lookup](builder, half, codes) for half in halves), strict=True)
+    parts = zip(*(_look_up(cpu)(builder, half, codes) for half in halves), strict=True)
     return [builder.bitcast(interleaved(builder, *both), vector(I32)) for both in parts]
+
+
+def _look_up(cpu: int) -> Callable:
+    """AVX-512 finds 16-bit entries by one instruction, AVX2 bytes of them; otherwise they are found one by one."""
+    if cpu == HOST:
+        return _by_words if _WORDS else _by_bytes if _BYTES else _one_by_one
+    return _by_bytes if cpu == AVX2 else _one_by_one
 
 
 def _by_words(builder: Any, table: Any, codes: Any) -> list[Any]:
@@ -250,16 +252,15 @@ def _nibbles(builder: Any, codes: Any) -> tuple[Any, Any]:
     return builder.and_(codes, every(vector(I8), 15)), builder.lshr(codes, every(vector(I8), 4))
 
 
-_LOOKUPS: tuple[Callable, ...] = (_by_words, _by_bytes, _one_by_one)
-
 # --- eight bits -----------------------------------------------------------------------------------------------------
 
 
-def _eight_bits(builder: Any, matrix: Matrix, address: Any, scale: Any) -> list[Any]:
-    factor = broadcast(builder, _entry(builder, FLOAT, matrix.scales.scales, scale, 4))
+def _eight_bits(builder: Any, matrix: Matrix, words: Scales, address: Any, scale: Any) -> list[Any]:
+    absmax = _entry(builder, FLOAT, words.scales, scale, 4)
+    factor = broadcast(builder, builder.fmul(absmax, FLOAT(256.0)) if matrix.format == FP8 else absmax)
     values = _fp8 if matrix.format == FP8 else _int8
     codes = [load(builder, kind, place, 1) for kind, place in _places(builder, address, I8, 1, 2)]
-    return [narrowed(builder, matrix.kind, values(builder, part, factor)) for part in codes]
+    return [narrowed(builder, matrix, values(builder, part, factor)) for part in codes]
 
 
 def _fp8(builder: Any, codes: Any, factor: Any) -> Any:
@@ -270,8 +271,7 @@ def _fp8(builder: Any, codes: Any, factor: Any) -> Any:
     number = builder.icmp_unsigned("!=", magnitude, every(vector(I16), 0x7F))
     bits = builder.select(number, builder.shl(magnitude, every(vector(I16), 7)), every(vector(I16), 0x7E00))
     half = builder.bitcast(builder.or_(bits, sign), vector(HALF))
-    value = builder.fmul(builder.fpext(half, vector(FLOAT)), every(vector(FLOAT), 256.0))
-    return builder.fmul(value, factor)
+    return builder.fmul(builder.fpext(half, vector(FLOAT)), factor)
 
 
 def _int8(builder: Any, codes: Any, factor: Any) -> Any:

@@ -1,7 +1,8 @@
 """Launchers of ``unpack`` and ``packed_rows``: packed weights to elements, and products with few rows an expert.
 
-A stack comes as :class:`moekit.ops.unpack.Stored`, whose module says what its parts are. What the kernels do not take is left
-to the reference: blocks of nf4 that lie in two rows (but to unpack), blocks of fp8 that are not made of whole tiles.
+A stack comes as :class:`moekit.ops.unpack.Stored`, whose module says what its parts are. What the kernels do not take is
+left to the reference: products with nf4 whose blocks lie in two rows, blocks of fp8 that are not made of whole tiles.
+Elements are the reference's, bit for bit, but for bfloat16 that is subnormal and scales of fp8 above 2**120.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from moekit.kernels.numba._tiles import TILE
 from moekit.kernels.numba._units import FP8, INT8, MXFP4, NESTED, NF4, PAIRS, Scales
 from moekit.kernels.numba.gemm import Stack, element_of, few, fits, multiply
 
-# Up to here unpacking an expert's matrix takes longer than reading it once more for each four rows.
-_FEW = 4
+# Up to here a product by PyTorch with what has been unpacked takes longer: its bfloat16 products are the fastest, and fp8's
+# codes take the most instructions.
+_FEW, _FEW_BF16, _FEW_BF16_FP8 = 16, 8, 4
+# A matrix is multiplied with as soon as it is unpacked: up to this size from the cache, which makes that 1.6 times as fast.
+_OUTGROWS_CACHE = 1 << 24
 _ALL = 62  # the logarithm of more columns than there are: a scale a row
 _NUMBERS = {"nf4": NF4, "mxfp4": MXFP4, "fp8": FP8, "int8": INT8}
 _CODES = {NF4: torch.uint8, NESTED: torch.uint8, MXFP4: torch.uint8, FP8: torch.float8_e4m3fn, INT8: torch.int8}
 _CPU = torch.device("cpu")
+_Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Packed(NamedTuple):
@@ -39,7 +44,7 @@ class _Packed(NamedTuple):
     width: int
     row_step: int  # bytes of the codes of a row
     scales: array  # of integers, in the order of Scales
-    tensors: tuple[Tensor | None, ...]  # what these are addresses of
+    tensors: _Tensors  # what these are addresses of
 
 
 def unpack(stored: Any, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Any:
@@ -50,7 +55,7 @@ def unpack(stored: Any, start: int, stop: int, dtype: torch.dtype, out: Tensor |
         return NotImplemented
     shape = (stop - start, *stored.shape[1:])
     out = torch.empty(shape, dtype=dtype) if out is None else out
-    past = streams(out, packed.width * SIZES[element]) if packed.width % TILE == 0 else 0
+    past = streams(out, packed.width * SIZES[element], _OUTGROWS_CACHE) if packed.width % TILE == 0 else 0
     run(
         kernels.unpack_kernel(element, packed.format), shape[0] * packed.height, out.nbytes,
         stored.codes.data_ptr() + start * packed.height * packed.row_step, packed.row_step,
@@ -64,7 +69,8 @@ def packed_rows(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor | None =
     num_experts, height, width = stored.shape
     if element_of(rows.dtype) == NONE or not fits(rows, offsets, out, num_experts, height if back else width):
         return NotImplemented
-    packed = _seen(stored, rows.dtype) if few(rows, offsets, _FEW) else None
+    limit = _FEW if rows.dtype is not torch.bfloat16 else _FEW_BF16_FP8 if stored.format == "fp8" else _FEW_BF16
+    packed = _seen(stored, rows.dtype) if few(rows, offsets, limit) else None
     if packed is None or packed.width != width or (stored.block[0] > 1 and stored.block[0] % FEATURES):
         return NotImplemented
     expert_step, scales = height * packed.row_step, packed.scales.buffer_info()[0]
@@ -85,11 +91,12 @@ def _seen(stored: Any, dtype: torch.dtype) -> _Packed | None:
     tensors = _tensors(stored, format, dtype)
     if tensors is None or tensors[0].numel() != num_experts * tall * across or not stored.codes.numel():
         return None
-    words = Scales(*map(address, tensors), height, down, tall, across, _ALL if whole else columns.bit_length() - 1)
+    shift = _ALL if whole else columns.bit_length() - 1
+    words = Scales._make([*map(address, tensors), height, down, tall, across, shift])
     return _Packed(format, height, width, width // 2 if PAIRS[format] else width, array("q", words), tensors)
 
 
-def _tensors(stored: Any, format: int, dtype: torch.dtype) -> tuple[Tensor | None, ...] | None:
+def _tensors(stored: Any, format: int, dtype: torch.dtype) -> _Tensors | None:
     """The scales, and what kernels find by them: see :class:`moekit.kernels.numba._units.Scales`."""
     codes, (first, *nested) = stored.codes, stored.scales
     if codes.dtype is not _CODES[format] or not codes.is_contiguous():
