@@ -127,6 +127,8 @@ class ReadPacked(Operation):
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         if list(tensors) == [full_layer_name]:
             return {full_layer_name: tensors[full_layer_name].to(dtype)}
+        if full_layer_name + _SCALE in tensors:
+            tensors[full_layer_name] = _codes(tensors[full_layer_name])
         block = self.hf_quantizer.source_block
         packed = PackedExperts.from_state_dict(tensors, full_layer_name, block=block, dtype=dtype)
         return {full_layer_name: self.hf_quantizer.from_packed(full_layer_name, packed)}
@@ -179,7 +181,7 @@ class ReadFp8(Operation):
         """Codes without scales are refused: their values are not known."""
         pairs = self._pairs(input_dict, full_layer_name)
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        kwargs |= {"full_layer_name": full_layer_name, "model": model}
+        kwargs |= {"source_patterns": self.sources, "full_layer_name": full_layer_name, "model": model}
         packed = all(scale is not None for tensors in pairs.values() for _, scale in tensors)
         if not (packed and self.hf_quantizer.is_target(full_layer_name)):
             block = self.hf_quantizer.source_block
@@ -207,13 +209,14 @@ class ReadFp8(Operation):
             if len(scales) != len(codes) or (scales[0] is None and codes[0].element_size() == 1):
                 scaled = sum(scale is not None for scale in scales)
                 raise _check.fail("hf.load", name, "codes with a tensor of scales each", f"{len(codes)} with {scaled}")
-            # An older loader casts what has its name in the model already, which changes no value of FP8.
-            pairs[source] = [(code if scale is None else code.to(_CODE), scale) for code, scale in zip(codes, scales, strict=True)]
+            pairs[source] = [
+                (code if scale is None else _codes(code), scale) for code, scale in zip(codes, scales, strict=True)
+            ]
         return pairs
 
     def _run(self, tensors: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         for step in self.operations:
-            tensors = step.convert(tensors, source_patterns=self.sources, **kwargs)
+            tensors = step.convert(tensors, **kwargs)
         return tensors
 
 
@@ -251,6 +254,11 @@ def _dense(codes: Tensor, scales: Tensor | None, block: tuple[int, int] | None, 
         return codes.to(dtype)
     stored = _stored(codes[None].view(torch.uint8), _matrix(scales)[None], block)
     return unpack(PackedExperts.of(stored, dtype).stored(), 0, 1, dtype)[0]
+
+
+def _codes(codes: Tensor) -> Tensor:
+    """FP8 codes: an older loader casts what has its name in the model already, which changes no value of them."""
+    return codes.to(_CODE)
 
 
 def _matrix(scales: Any) -> Tensor:
