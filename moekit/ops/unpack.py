@@ -92,7 +92,7 @@ def unpack(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tenso
 
 
 def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
-    """The scales of the experts ``start`` to ``stop`` in float32, in their stored shape; nf4's double quantisation undone."""
+    """The scales of the experts ``start`` to ``stop``: float32, in their stored shape, and not quantised themselves."""
     first = stored.scales[0][start:stop]
     if stored.format == "mxfp4":
         return _powers_of_two(first)
@@ -123,7 +123,7 @@ def table(name: str, device: torch.device) -> Tensor:
 
 @functools.cache
 def dynamic_table(device: torch.device) -> Tensor:
-    """bitsandbytes' signed dynamic map, which stands for the scales of scales: float32 ``[256]``, ascending.
+    """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
 
     A decade below 1 has twice as many numbers as the one below it, from 1 to 64: the middles of equal parts of 0.1 to 1,
     times the decade. They are computed in float32 and in this order, on which their last bits depend.

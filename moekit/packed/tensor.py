@@ -1,12 +1,13 @@
 """``PackedExperts``: a tensor that stands for a stack ``[E, out, in]`` and holds the packed bytes of it.
 
-It goes where a weight goes (a frozen parameter, a state dict, another device), and refuses to be computed with: what is computed
-are the values of :meth:`PackedExperts.unpack`, or products by the operators that take packed weights.
+It goes where a weight goes (a frozen parameter, a state dict, another device), and refuses to be computed with: that is for
+the values of :meth:`PackedExperts.unpack`, and for the operators that take packed weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,36 +16,45 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import unpack as _ops
 from moekit.ops.unpack import Stored
-from moekit.packed.formats import check_stored
+from moekit.packed import _rules
+from moekit.packed._format import Block, Entries
+from moekit.packed.formats import FORMATS, check_stored, recognise
 
-_aten: Any = torch.ops.aten
+_PARTS = ("_codes", "_scales", "_nested", "_offset")
 
 
 class PackedExperts(Tensor):
     """A packed, frozen stack of experts' weights; made by :func:`moekit.pack`.
 
+    It can be a parameter (``torch.nn.Parameter(packed, requires_grad=False)``), moved, copied, saved, and sliced by experts;
+    ``.to(dtype)`` changes what it stands for. Its contents can only be replaced as a whole, by loading a state dict.
+
     Attributes:
         shape: ``[E, out, in]``; ``[E, in, out]`` where :attr:`turned`.
-        dtype: what it stands for. Nothing is stored in it.
+        dtype: the floating-point type that it stands for. Nothing is stored in it.
     """
 
+    is_packed_experts = True  # for those who may not import this class
     _codes: Tensor
-    _scales: list[Tensor]
+    _scales: Tensor
+    _nested: Tensor  # the next two where scales are doubly quantised
+    _offset: Tensor
+    _count: int  # of the parts
     _format: str
-    _block: tuple[int, int]
+    _block: Block
     _turned: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, stored: Stored, dtype: torch.dtype, turned: bool = False) -> PackedExperts:
+        """Wrap parts that are known to fit; :meth:`of` is the form with checks."""
         num_experts, height, width = stored.shape
-        shape, strides = (num_experts, height, width), (height * width, width, 1)
-        if turned:
-            shape, strides = (num_experts, width, height), (height * width, 1, width)
-        made = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=stored.device)
-        made._codes, made._scales = stored.codes, list(stored.scales)
-        made._format, made._block, made._turned = stored.format, tuple(stored.block), turned
+        shape = (num_experts, width, height) if turned else (num_experts, height, width)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.device)
+        for name, part in zip(_PARTS, (stored.codes, *stored.scales), strict=False):
+            setattr(made, name, part)
+        made._count, made._format, made._block, made._turned = 1 + len(stored.scales), stored.format, stored.block, turned
         return made
 
     @classmethod
@@ -56,17 +66,48 @@ class PackedExperts(Tensor):
             dtype: what they stand for.
 
         Raises:
-            ValueError: parts that do not fit together, or scales that are not finite.
+            ValueError: parts that do not fit together, or (looked at on a CPU) scales that are not finite.
             TypeError: parts of a wrong dtype.
         """
         check_stored("PackedExperts", stored)
-        if dtype not in _check.FLOATS:
-            raise _check.wrong_type("PackedExperts", "dtype", _check.names_of(_check.FLOATS), dtype)
-        return cls(stored, dtype)
+        whole = stored._replace(
+            codes=stored.codes.detach().contiguous(), scales=[scale.detach().contiguous() for scale in stored.scales]
+        )
+        return cls(whole, _floating(dtype))
 
-    def stored(self) -> Stored:
-        """The codes and scales, as operators and kernels take them: ``[E, out, in]``, turned or not."""
-        return Stored(self._codes, self._scales, self._format, self._block)
+    @classmethod
+    def from_state_dict(
+        cls, tensors: Mapping[str, Tensor], prefix: str, *, block: Block | None = None, dtype: torch.dtype | None = None
+    ) -> PackedExperts:
+        """Take the parts from a checkpoint: one of :meth:`state_dict`'s, or the publishers'. The names say the format.
+
+        Args:
+            tensors: among others, those of the weight.
+            prefix: the name of the weight, with which theirs begin.
+            block: fp8's, if it is neither 128x128 nor a row nor a matrix.
+            dtype: what is stood for; what was packed, where that is known (nf4), and bfloat16 where it is not, if None.
+
+        Raises:
+            ValueError: no weight of that name in a known format, parts that are missing or do not fit together, scales that
+                are not finite, or nf4 with another table or block.
+            TypeError: parts of a wrong dtype.
+        """
+        entries = Entries("PackedExperts.from_state_dict", prefix, tensors, block, dtype)
+        return cls.of(*FORMATS[recognise(entries)].stored(entries))
+
+    def state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """The parts under the names that checkpoints of the format have, each of which begins with ``prefix``.
+
+        They are those of ``[E, out, in]``, turned or not.
+        """
+        entries = FORMATS[self.format].entries(self.stored(), self.dtype)
+        return {prefix + suffix: part for suffix, part in entries.items()}
+
+    @property
+    def stored(self) -> Callable[[], Stored]:
+        """``packed.stored()``: codes and scales, as operators and kernels take them, of ``[E, out, in]``, turned or not."""
+        # Not a method: torch.compile takes a tensor's method for one operation, but steps into a function.
+        return functools.partial(_stored, self)
 
     @property
     def format(self) -> str:
@@ -80,75 +121,148 @@ class PackedExperts(Tensor):
 
     @property
     def bytes(self) -> int:
-        """What is stored: codes and scales."""
-        return sum(part.numel() * part.element_size() for part in (self._codes, *self._scales))
+        """The size of what is stored: codes and scales."""
+        stored = self.stored()
+        return sum(part.nbytes for part in (stored.codes, *stored.scales))
 
     def unpack(self, experts: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The values.
 
         Args:
-            experts: which; all if None. Without a step.
+            experts: a slice of them, without a step; all if None.
             dtype: of the result; the one that is stood for if None.
 
         Returns:
-            ``[experts, out, in]``, a view of that as ``[experts, in, out]`` where :attr:`turned`; without a gradient.
+            ``[experts, out, in]``, or a view of that as ``[experts, in, out]`` where :attr:`turned`. It has no gradient.
         """
-        start, stop, step = (experts or slice(None)).indices(len(self))
+        start, stop, step = (slice(None) if experts is None else experts).indices(self.shape[0])
         if step != 1:
             raise _check.fail("PackedExperts.unpack", "experts", "a slice without a step", experts)
         values = _ops.unpack(self.stored(), start, max(start, stop), dtype or self.dtype)
         return values.mT if self._turned else values
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        turned = ", turned" if self._turned else ""
-        place = f"{str(self.dtype).removeprefix('torch.')}, {self.device}"
-        return f"PackedExperts({self._format}, {list(self.shape)}{turned}, {place}, {self.bytes:,} bytes)"
+    # --- the same with something changed ---
+
+    def with_stored(self, stored: Stored) -> PackedExperts:
+        """The same of other parts."""
+        return PackedExperts(stored, self.dtype, self._turned)
+
+    def with_parts(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
+        """The same with each part changed."""
+        stored = self.stored()
+        return self.with_stored(stored._replace(codes=change(stored.codes), scales=[change(part) for part in stored.scales]))
+
+    def standing_for(self, dtype: torch.dtype) -> PackedExperts:
+        """The same parts for another dtype."""
+        return PackedExperts(self.stored(), _floating(dtype), self._turned)
+
+    def turn(self) -> PackedExperts:
+        """The same parts seen as ``[E, in, out]``, or as ``[E, out, in]`` again; ``.mT`` gives the same."""
+        return PackedExperts(self.stored(), self.dtype, not self._turned)
+
+    # --- as a tensor ---
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedExperts:
+        """Nothing, or an error: packed weights are frozen."""
+        if requires_grad:
+            raise _frozen()
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """False."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return _rules.run(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["_codes", *(f"_scale{number}" for number in range(len(self._scales)))]
-        return names, (self._format, self._block, self.dtype, self._turned)
+        return list(_PARTS[: self._count]), (self._format, self._block, self.dtype, self._turned)
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], context: Any, size: Any, stride: Any) -> PackedExperts:
+        codes, *scales = (parts[name] for name in _PARTS if name in parts)
         format, block, dtype, turned = context
-        codes, *scales = parts.values()
         return PackedExperts(Stored(codes, scales, format, block), dtype, turned)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        rule = _RULES.get(func)
-        if rule is None or not isinstance(args[0], PackedExperts):
-            raise TypeError(f"PackedExperts: {func} is not defined for packed weights; use .unpack()")
-        return rule(args[0], *args[1:], **(kwargs or {}))
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        place = f"{'turned, ' * self._turned}{str(self.dtype).removeprefix('torch.')}, {self.device}"
+        return f"PackedExperts({self._format}, {list(self.shape)}, {place}, {self.bytes:,} bytes)"
 
-    def _with(self, part: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> PackedExperts:
-        """The same with each part changed."""
-        stored = Stored(part(self._codes), [part(scale) for scale in self._scales], self._format, self._block)
-        return PackedExperts(stored, dtype or self.dtype, self._turned)
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        stored = self.stored()
+        parts = [stored.codes, *stored.scales]
+        return _rebuild, (parts, self._format, self._block, self.dtype, self._turned, _is_parameter(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedExperts:
+        if id(self) not in memo:
+            memo[id(self)] = _as_parameter(self.with_parts(torch.clone), _is_parameter(self))
+        return memo[id(self)]
+
+    # --- FSDP2: parts are gathered as they are, in bytes ---
+
+    def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple, Any]:
+        """The parts of this rank's experts, and what is the same on all ranks."""
+        *parts, offset = (getattr(self, name, None) for name in _PARTS)
+        return tuple(part for part in parts if part is not None), offset
+
+    def fsdp_post_all_gather(self, gathered: tuple, offset: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
+        """All experts; ``out``, of an earlier time, has the memory that was gathered into for its own already."""
+        if out is not None:
+            return None
+        codes, *scales = gathered
+        scales += [] if offset is None else [offset]
+        return PackedExperts(Stored(codes, scales, self._format, self._block), dtype, self._turned), gathered
 
 
-def _detach(packed: PackedExperts) -> PackedExperts:
-    return packed._with(Tensor.detach)
+def _stored(packed: PackedExperts) -> Stored:
+    scales = [packed._scales] if packed._count == 2 else [packed._scales, packed._nested, packed._offset]
+    return Stored(packed._codes, scales, packed._format, packed._block)
 
 
-def _clone(packed: PackedExperts, *, memory_format: Any = None) -> PackedExperts:
-    return packed._with(torch.clone)
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _check.FLOATS:
+        raise _check.wrong_type("PackedExperts", "dtype", _check.names_of(_check.FLOATS), dtype)
+    return dtype
 
 
-def _to_copy(packed: PackedExperts, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Any:
-    return packed._with(lambda part: part.to(device or part.device, non_blocking=non_blocking, copy=True), dtype)
+def _frozen() -> RuntimeError:
+    return RuntimeError(
+        "PackedExperts: packed weights are frozen and cannot require a gradient; use "
+        "torch.nn.Parameter(packed, requires_grad=False), and train an adapter beside them"
+    )
 
 
-def _transpose(packed: PackedExperts, first: int, second: int) -> PackedExperts:
-    if {first % 3, second % 3} != {1, 2}:
-        raise _check.fail("PackedExperts.transpose", "dims", "the last two", (first, second))
-    return PackedExperts(packed.stored(), packed.dtype, not packed.turned)
+def _is_parameter(packed: PackedExperts) -> bool:
+    return isinstance(packed, torch.nn.Parameter)
 
 
-_RULES: dict[Any, Callable[..., Any]] = {
-    _aten.detach.default: _detach,
-    _aten.alias.default: _detach,
-    _aten.clone.default: _clone,
-    _aten._to_copy.default: _to_copy,
-    _aten.transpose.int: _transpose,
-}
+def _as_parameter(packed: PackedExperts, wanted: bool) -> Any:
+    return torch.nn.Parameter(packed, requires_grad=False) if wanted else packed
+
+
+def _rebuild(parts: list[Tensor], format: str, block: Block, dtype: torch.dtype, turned: bool, parameter: bool) -> Any:
+    """What was pickled."""
+    codes, *scales = parts
+    return _as_parameter(PackedExperts(Stored(codes, scales, format, block), dtype, turned), parameter)
+
+
+def _refuse(name: str) -> Callable:
+    """Python's operators, whose TypeError PyTorch would take for a wish to try the other operand's."""
+
+    def refused(self: PackedExperts, *others: object) -> Any:
+        raise TypeError(f"PackedExperts: {name} is not defined for packed weights; use .unpack()")
+
+    return refused
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+for _name in (*(prefix + name for name in _BINARY for prefix in ("", "r", "i")), *_COMPARISONS):
+    setattr(PackedExperts, f"__{_name}__", _refuse(f"__{_name}__"))
+torch.serialization.add_safe_globals([_rebuild])
