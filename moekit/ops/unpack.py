@@ -111,7 +111,13 @@ def _powers_of_two(exponents: Tensor) -> Tensor:
     return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
 
 
-@functools.cache
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what ``make`` returns for the same arguments; but in a trace, say, where it is a tensor of that trace."""
+    kept = functools.cache(make)
+    return functools.wraps(make)(lambda *args: make(*args) if torch._C._len_torch_dispatch_stack() else kept(*args))
+
+
+@_kept
 def table(name: str, device: torch.device) -> Tensor:
     """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
     codes = torch.arange(256, device=device)
@@ -121,7 +127,7 @@ def table(name: str, device: torch.device) -> Tensor:
     return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
 
 
-@functools.cache
+@_kept
 def dynamic_table(device: torch.device) -> Tensor:
     """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
 
