@@ -404,6 +404,7 @@ WRONG = {
     "a matrix": ("nf4", STATE, lambda t: state_with(shape=[256, 192]), ValueError, r"shape must be \[experts, out, in\]"),
     "a wrong shape": ("nf4", STATE, lambda t: state_with(shape=[4, 64, 193]), ValueError, "weight must be of in .* by 2"),
     "no state": ("nf4", STATE, lambda t: t[:9], ValueError, "bitsandbytes__nf4 must be the bytes of a JSON object"),
+    "a state of no bytes": ("nf4", STATE, lambda t: t.float(), ValueError, "must be the bytes of a JSON object"),
     "NaN in nf4": ("nf4", ".absmax", with_nan, ValueError, r"scales\[0\] must be finite, got infinities or NaN"),
     "NaN in int8": ("int8", ".SCB", with_nan, ValueError, r"scales\[0\] must be finite"),
     "NaN in fp8": ("fp8", "_scale_inv", with_nan, ValueError, r"scales\[0\] must be finite"),

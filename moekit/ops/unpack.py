@@ -118,13 +118,17 @@ def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_kept
-def table(name: str, device: torch.device) -> Tensor:
-    """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
+def table(format: str, device: torch.device) -> Tensor:
+    """The values of the 16 codes of ``nf4`` or ``mxfp4``: float32."""
+    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, device=device)
+
+
+@_kept
+def pair_table(format: str, device: torch.device) -> Tensor:
+    """The two values of each byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
     codes = torch.arange(256, device=device)
     high, low = codes >> 4, codes & 15
-    if name == "nf4":
-        return torch.tensor(NF4_TABLE, device=device)[torch.stack([high, low], 1)]
-    return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
+    return table(format, device)[torch.stack([high, low] if format == "nf4" else [low, high], 1)]
 
 
 @_kept
@@ -145,7 +149,7 @@ def dynamic_table(device: torch.device) -> Tensor:
 
 def _pairs(stored: Stored, expert: int, wide: torch.dtype) -> Tensor:
     codes = stored.codes[expert].reshape(-1).int()
-    return table(stored.format, codes.device).to(wide).index_select(0, codes)
+    return pair_table(stored.format, codes.device).to(wide).index_select(0, codes)
 
 
 def _four_bits(stored: Stored, expert: int, scale: Tensor) -> Tensor:
