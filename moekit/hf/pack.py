@@ -95,8 +95,8 @@ def pack(
         ImportError: no Transformers with an experts interface.
 
     Weights are packed one after the other and each is freed before the next, so that no more memory is used than before and
-    one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is set
-    to ``experts_implementation="moekit"``.
+    one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is
+    set to ``experts_implementation="moekit"``.
     """
     op = "hf.pack"
     ensure_registered()
