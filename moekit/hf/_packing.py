@@ -105,8 +105,9 @@ def chosen(model: nn.Module, skip: Sequence[str], *, empty: bool = False) -> tup
     With ``empty``, those on meta, too: the model is yet to be loaded.
     """
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():  # each once, wherever else it stands
+        for attribute, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
     found, left = [], undecorated(model)
     for slot in slots(model):
         reason = _obstacle(slot, owners, empty)
