@@ -16,6 +16,7 @@ from moekit.packed.formats import FORMATS
 from moekit.packed.packing import pack_each
 
 _PLAIN = (nn.Parameter, Tensor)
+_REMEDIES = {"Mxfp4GptOssExperts": "; load the checkpoint with moekit.hf.load"}
 
 
 class Options(NamedTuple):
@@ -154,7 +155,7 @@ def undecorated(model: nn.Module) -> dict[str, str]:
         if "expert" not in kind.lower() or "shared" in kind.lower() or next(module.parameters(), None) is None:
             continue
         if not any(_within(path, other) or _within(other, path) for other in (*known, *left)):
-            left[path] = f"{kind} is not decorated with use_experts_implementation"
+            left[path] = f"{kind} is not decorated with use_experts_implementation{_REMEDIES.get(kind, '')}"
     return left
 
 
