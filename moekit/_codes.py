@@ -1,4 +1,4 @@
-"""What the codes of packed weights stand for: numbers that every backend needs and none computes with."""
+"""What the codes of packed weights stand for: the tables that the reference and the kernels of every backend share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-NESTED_BLOCK = 256  # scales of nf4 that share a scale of their own
+NF4_BLOCK, NESTED_BLOCK, MXFP4_BLOCK = 64, 256, 32
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2305.14314, appendix E).
 NF4_TABLE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -15,17 +15,12 @@ NF4_TABLE = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-
-
-@functools.cache
-def nf4_table(device: torch.device) -> Tensor:
-    """The values of nf4: float32 ``[16]``."""
-    return torch.tensor(NF4_TABLE, device=device)
+E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @functools.cache
 def dynamic_table(device: torch.device) -> Tensor:
-    """bitsandbytes' signed dynamic map, which stands for the scales of scales: float32 ``[256]``, ascending.
+    """The signed dynamic map of bitsandbytes, which stands for the scales of scales: float32 ``[256]``, ascending.
 
     A decade below 1 has twice as many numbers as the one below it, from 1 to 64: the middles of equal parts of 0.1 to 1,
     times the decade. They are computed in float32 and in this order, on which their last bits depend.
@@ -37,3 +32,9 @@ def dynamic_table(device: torch.device) -> Tensor:
     positive = torch.cat(parts)
     zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
     return torch.cat([-positive.flip(0), zero, positive, one]).to(device)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """``2 ** (exponents - 127)`` from the bits of float32: exact, with the subnormal number for 0 and infinity for 255."""
+    bits = exponents.int() << 23
+    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
