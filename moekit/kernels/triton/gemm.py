@@ -95,6 +95,11 @@ def _fetched_kernel(
             BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
         )  # fmt: skip
         total = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
+        if RANK > 0:  # before the loop, where registers are free
+            total = low_rank(
+                total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
+                RANK, TURNED,
+            )  # fmt: skip
         for start in range(0, depth, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x = load_tile(address + k[None, :], row < end, k < depth, False, not EVEN_K)
@@ -112,13 +117,7 @@ def _fetched_kernel(
                 total = tl.dot(tl.trans(w) if BACK else w, tl.trans(x), total, input_precision="ieee")
             else:
                 total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
-        row = top + tl.arange(0, BLOCK_M)
-        if RANK > 0:
-            total = low_rank(
-                total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
-                stride_fe, stride_fr, stride_fn, RANK, TURNED,
-            )  # fmt: skip
-        store(out, tl.trans(total) if TURNED else total, row, column, end, width, stride_out)
+        store(out, tl.trans(total) if TURNED else total, top + tl.arange(0, BLOCK_M), column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -272,7 +271,8 @@ def grouped_rows(
     factors: Tensor | None = None,
 ) -> Any:
     """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster."""
-    cut = _policy.described(_shape(rows, matrices), rows.dtype, _launch.arch(rows.device).name)
+    arch, updated = _launch.arch(rows.device).name, low is not None
+    cut = _policy.described(_shape(rows, matrices), rows.dtype, arch, updated=updated)
     if cut is None or not _fits(rows, offsets, matrices, out, low, factors) or not _describable(rows, matrices):
         return NotImplemented
     out = _room(rows, matrices.shape[2], out)
@@ -292,7 +292,7 @@ def grouped_slice(
     if not _fits(rows, offsets, matrices, out, low, factors) or _room(rows, matrices.shape[2], out) is None:
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
-    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name)
+    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
     if cut is not None and _describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
     return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
@@ -319,7 +319,7 @@ def packed_rows(
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
-    cut = _policy.packed(shape, stored.format, rows.dtype)
+    cut = _policy.packed(shape, stored.format, rows.dtype, back=back)
     if cut is None or not _fits(rows, offsets, out, low, factors) or not _packed.reads(stored):
         return NotImplemented
     out = _room(rows, shape.width, out)
