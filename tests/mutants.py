@@ -191,7 +191,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "codes are rounded down": attribute(
         "packed.nf4", "_nearest", lambda nearest: lambda values, table: (nearest(values, table).int() - 1).clamp(0).byte()
     ),
-    "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda found: scales(found) ** 0),
+    "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda *args: scales(*args) ** 0),
 }
 
 

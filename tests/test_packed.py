@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekit
 from moekit import PackedExperts
-from moekit.ops.unpack import E2M1_TABLE, NF4_TABLE, Stored, float_scales, unpack
+from moekit._codes import E2M1_TABLE, NF4_TABLE
+from moekit.ops.unpack import Stored, float_scales, unpack
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 OPS = torch.ops.moekit

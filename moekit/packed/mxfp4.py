@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops.unpack import E2M1_TABLE, MXFP4_BLOCK, Stored, table
+from moekit._codes import E2M1_TABLE, MXFP4_BLOCK, table
+from moekit.ops.unpack import Stored
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
 _LARGEST = E2M1_TABLE[7]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops.unpack import NESTED_BLOCK, NF4_BLOCK, Stored, dynamic_table, table
+from moekit._codes import NESTED_BLOCK, NF4_BLOCK, dynamic_table, table
+from moekit.ops.unpack import Stored
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
 _SMALLEST = 1e-38  # what a block of zeros is divided by
