@@ -22,7 +22,7 @@ import importlib
 from typing import Any
 
 from moekit import _check
-from moekit.hf import gates, routers
+from moekit.hf import gates, peft, routers
 from moekit.hf.aux_loss import fix_aux_loss
 from moekit.hf.experts import _said as _said
 from moekit.hf.experts import experts_forward
@@ -51,6 +51,7 @@ def register(save: str = "recompute") -> None:
     plain.register(NAME, functools.partial(experts_forward, save=save))
     if fp8 is not None:
         fp8.register(NAME, functools.partial(fp8_experts_forward, save=save))
+    peft.hook()
 
 
 def unregister() -> None:
@@ -58,6 +59,7 @@ def unregister() -> None:
     for interface in _interfaces():
         if interface is not None:
             interface._global_mapping.pop(NAME, None)
+    peft.unhook()
 
 
 def replay(model: Any) -> Any:

@@ -14,15 +14,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moekit import _check
-from moekit.hf.experts import experts_forward, run
+from moekit.hf.experts import Adapters, experts_forward, run
 from moekit.hf.weights import Weights, plain
+from moekit.ops._library import needs_grad
+from moekit.ops.lora import Lora
 
 _SLICE_BYTES = 2**30  # of dequantised weights at a time
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 def fp8_experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, save: str = "recompute"
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    save: str = "recompute",
+    lora: Adapters | None = None,
 ) -> Tensor:
     """The forward of an FP8 experts module of Transformers.
 
@@ -32,6 +40,7 @@ def fp8_experts_forward(
         top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
         top_k_weights: ``[T, K]`` routing weights.
         save: as in :func:`moekit.experts`.
+        lora: as there; what :mod:`moekit.hf.peft` hands on.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
@@ -42,7 +51,7 @@ def fp8_experts_forward(
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     if getattr(module, first).element_size() > 1:  # not quantised after all
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save)
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save, lora=lora)
     if module.activation_scheme == "static":
         raise NotImplementedError(
             "moekit.hf: FP8 experts with activation_scheme='static' clip their activations, which moekit does not do; "
@@ -55,19 +64,26 @@ def fp8_experts_forward(
     count = max(1, _SLICE_BYTES // max(1, expert_bytes))
 
     def part(x: Tensor, weights: Tensor, start: int) -> Tensor:
-        codes, scales, down_codes, down_scales = (tensor[start : start + count] for tensor in stored)
+        here = slice(start, start + count)
+        codes, scales, down_codes, down_scales = (tensor[here] for tensor in stored)
         gate_up = _dequantised(codes, scales, block, x.dtype)
         down = _dequantised(down_codes, down_scales, block, x.dtype)
         mine = (top_k_index >= start) & (top_k_index < start + codes.shape[0])
         indices = torch.where(mine, top_k_index - start, -1)
-        return run(module, x, indices, weights, Weights(gate_up, down, None, None), save)
+        adapters = {name: [_of_experts(adapter, here) for adapter in given] for name, given in (lora or {}).items()}
+        return run(module, x, indices, weights, Weights(gate_up, down, None, None), save, adapters)
 
-    training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    factors = [factor for given in (lora or {}).values() for adapter in given for factor in (adapter.A, adapter.B)]
+    training = needs_grad(hidden_states, top_k_weights, *factors)
     parts = []
     for start in range(0, num_experts, count):
         args = (hidden_states, top_k_weights, start)
         parts.append(checkpoint(part, *args, use_reentrant=False) if training else part(*args))
     return parts[0] if len(parts) == 1 else torch.stack([out.float() for out in parts]).sum(0).to(hidden_states.dtype)
+
+
+def _of_experts(adapter: Lora, experts: slice) -> Lora:
+    return adapter._replace(A=adapter.A[experts], B=adapter.B[experts])
 
 
 def _stored(module: Any, name: str, halves: int) -> tuple[Tensor, Tensor]:
