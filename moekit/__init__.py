@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
     from moekit.ops.topk import topk_router
+    from moekit.packed import PackedExperts, pack
     from moekit.replay import Replay
     from moekit.routing import Routing
 
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Choices": "moekit.choices",
+    "PackedExperts": "moekit.packed",
     "Replay": "moekit.replay",
     "Routing": "moekit.routing",
     "aux_loss": "moekit.ops.aux_loss",
@@ -40,6 +42,7 @@ _HOME = {
     "glu": "moekit.ops.glu",
     "grouped_linear": "moekit.ops.gemm",
     "load_balancing_loss": "moekit.ops.losses",
+    "pack": "moekit.packed",
     "permute": "moekit.ops.rows",
     "route": "moekit.ops.route",
     "sequence_balance_loss": "moekit.ops.balance",
@@ -51,6 +54,7 @@ _HOME = {
 
 __all__ = [
     "Choices",
+    "PackedExperts",
     "Replay",
     "Routing",
     "aux_loss",
@@ -63,6 +67,7 @@ __all__ = [
     "glu",
     "grouped_linear",
     "load_balancing_loss",
+    "pack",
     "permute",
     "route",
     "sequence_balance_loss",

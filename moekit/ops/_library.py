@@ -43,6 +43,7 @@ def define(
     composed: Callable | None = None,
     tangent: Callable | None = None,
     flops: Callable | None = None,
+    kernels: bool = True,
 ) -> Any:
     """Define ``torch.ops.moekit.<name>`` and return it.
 
@@ -57,11 +58,13 @@ def define(
             differentiable operations.
         tangent: or ``tangent(args, tangents)``, the output's tangent from those of the arguments (None: zero).
         flops: the shapes of the arguments (``None`` and other arguments as they are) to floating-point operations.
+        kernels: whether those of the backends take the schema's arguments; otherwise ``reference`` looks for them itself.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     op = getattr(torch.ops.moekit, name).default
-    _LIBRARY.impl(name, _with_kernels(name, reference, _first_tensor(op)), "CompositeExplicitAutograd")
+    below = _with_kernels(name, reference, _first_tensor(op)) if kernels else reference
+    _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moekit::{name}", _sample_by_sample(op), lib=_LIBRARY)
     if flops is not None:

@@ -1,0 +1,201 @@
+"""Packed stacks of experts' weights: how they are stored, and what their bytes stand for.
+
+A stack ``[E, out, in]`` is stored as codes and scales, in blocks along ``in``:
+
+========  ===============================  ========================================  =================================
+format    codes                            scales                                    value
+========  ===============================  ========================================  =================================
+nf4       uint8 ``[E, out, in/2]``         absmax float32 ``[E, out*in/64]``         ``NF4[nibble] * absmax``
+mxfp4     uint8 ``[E, out, in/2]``         exponents uint8 ``[E, out, in/32]``       ``E2M1[nibble] * 2**(s - 127)``
+fp8       float8_e4m3fn ``[E, out, in]``   ``[E, ceil(out/bm), ceil(in/bn)]``        ``code * scale``
+int8      int8 ``[E, out, in]``            absmax float32 ``[E, out]``               ``code * absmax * (1 / 127)``
+========  ===============================  ========================================  =================================
+
+A byte of nf4 has the first of its two values in the high nibble (bitsandbytes), a byte of mxfp4 in the low one (gpt-oss).
+A block of nf4 is 64 values in the flat order of an expert. Doubly quantised, its scales are absmax uint8 ``[E, out*in/64]``,
+nested absmax float32, one for 256 of those in the flat order of the stack, and an offset float32 ``[]``:
+``absmax = DYNAMIC[byte] * nested + offset``.
+
+Values are computed in float32 (in float64 for a float64 result), in the order in which the table says, and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit import _backend, _check
+from moekit.ops import _library
+
+NF4_BLOCK, NESTED_BLOCK, MXFP4_BLOCK = 64, 256, 32
+# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2305.14314, appendix E).
+NF4_TABLE = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+class Stored(NamedTuple):
+    """A packed stack as operators and kernels see it; the module's docstring says what the parts are."""
+
+    codes: Tensor
+    scales: list[Tensor]
+    format: str
+    block: tuple[int, int]  # rows and columns that share a scale; nf4: (1, 64), of the flat order
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(E, out, in)``."""
+        num_experts, height, width = self.codes.shape
+        return num_experts, height, width * (2 if self.format in ("nf4", "mxfp4") else 1)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all parts."""
+        return self.codes.device
+
+
+def unpack(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The values of the experts ``start`` to ``stop``.
+
+    Args:
+        stored: ``[E, out, in]``, packed.
+        start: the first expert.
+        stop: one past the last.
+        dtype: of the result.
+        out: ``[stop - start, out, in]`` of ``dtype``, contiguous, to write into; nothing is recorded of that.
+
+    Returns:
+        ``[stop - start, out, in]``, which has no gradient.
+
+    Raises:
+        ValueError: experts that there are not, or an ``out`` that does not fit.
+    """
+    if not 0 <= start <= stop <= stored.shape[0]:
+        raise _check.fail("unpack", "experts", f"a slice of the {stored.shape[0]}", f"{start}:{stop}")
+    if dtype not in _check.FLOATS:
+        raise _check.wrong_type("unpack", "dtype", _check.names_of(_check.FLOATS), dtype)
+    if out is None:
+        return _unpack(stored.codes, stored.scales, stored.format, stored.block, start, stop, dtype)
+    _check.shape("unpack", "out", out, (stop - start, *stored.shape[1:]), "[experts, out, in]")
+    if out.dtype != dtype or not out.is_contiguous():
+        raise _check.wrong_type("unpack", "out", f"contiguous, of {dtype}", f"{out.dtype} with strides {out.stride()}")
+    return _run(stored, start, stop, dtype, out)
+
+
+def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
+    """The scales of the experts ``start`` to ``stop``: float32, in their stored shape, and not quantised themselves."""
+    first = stored.scales[0][start:stop]
+    if stored.format == "mxfp4":
+        return _powers_of_two(first)
+    if len(stored.scales) == 1:
+        return first.float()
+    _, nested, offset = stored.scales
+    blocks = first.shape[1]
+    groups = torch.arange(start * blocks, stop * blocks, device=first.device) // NESTED_BLOCK
+    values = dynamic_table(first.device).index_select(0, first.reshape(-1).int())
+    return (values * nested.index_select(0, groups) + offset).view(first.shape)
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """``2 ** (exponents - 127)`` from the bits of float32: exact, with the subnormal number for 0 and infinity for 255."""
+    bits = exponents.int() << 23
+    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
+
+
+@functools.cache
+def table(name: str, device: torch.device) -> Tensor:
+    """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
+    codes = torch.arange(256, device=device)
+    high, low = codes >> 4, codes & 15
+    if name == "nf4":
+        return torch.tensor(NF4_TABLE, device=device)[torch.stack([high, low], 1)]
+    return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
+
+
+@functools.cache
+def dynamic_table(device: torch.device) -> Tensor:
+    """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
+
+    A decade below 1 has twice as many numbers as the one below it, from 1 to 64: the middles of equal parts of 0.1 to 1,
+    times the decade. They are computed in float32 and in this order, on which their last bits depend.
+    """
+    parts = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
+        parts.append(10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2))
+    positive = torch.cat(parts)
+    zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
+    return torch.cat([-positive.flip(0), zero, positive, one]).to(device)
+
+
+def _pairs(stored: Stored, expert: int, wide: torch.dtype) -> Tensor:
+    codes = stored.codes[expert].reshape(-1).int()
+    return table(stored.format, codes.device).to(wide).index_select(0, codes)
+
+
+def _four_bits(stored: Stored, expert: int, scale: Tensor) -> Tensor:
+    """nf4 and mxfp4: blocks of as many values as there are for a scale, in the flat order of an expert."""
+    return _pairs(stored, expert, scale.dtype).view(scale.numel(), -1) * scale.reshape(-1, 1)
+
+
+def _fp8(stored: Stored, expert: int, scale: Tensor) -> Tensor:
+    codes = stored.codes[expert]
+    (height, width), (down, across) = codes.shape, stored.block
+    spread = scale.repeat_interleave(down, 0)[:height].repeat_interleave(across, 1)[:, :width]
+    return codes.to(scale.dtype) * spread
+
+
+def _int8(stored: Stored, expert: int, scale: Tensor) -> Tensor:
+    return stored.codes[expert] * scale.unsqueeze(1) * (1 / 127)
+
+
+_VALUES: dict[str, Callable[[Stored, int, Tensor], Tensor]] = {
+    "nf4": _four_bits,
+    "mxfp4": _four_bits,
+    "fp8": _fp8,
+    "int8": _int8,
+}
+
+
+def _run(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The kernel of the backend, or the reference: expert by expert, so that float32 values of one exist at a time."""
+    kernel = _backend.kernel("unpack", stored.codes)
+    found = NotImplemented if kernel is None else kernel(stored, start, stop, dtype, out)
+    if found is not NotImplemented:
+        return found
+    if out is None:
+        out = torch.empty(stop - start, *stored.shape[1:], dtype=dtype, device=stored.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    for expert in range(start, stop):
+        scale = float_scales(stored, expert, expert + 1)[0].to(wide)
+        out[expert - start].copy_(_VALUES[stored.format](stored, expert, scale).view(stored.shape[1:]))
+    return out
+
+
+def _operator(
+    codes: Tensor, scales: list[Tensor], format: str, block: list[int], start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    return _run(Stored(codes, scales, format, (block[0], block[1])), start, stop, dtype, None)
+
+
+def _fake(
+    codes: Tensor, scales: list[Tensor], format: str, block: list[int], start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    shape = Stored(codes, scales, format, (block[0], block[1])).shape
+    return codes.new_empty(stop - start, *shape[1:], dtype=dtype)
+
+
+_unpack = _library.define(
+    "unpack(Tensor codes, Tensor[] scales, str format, int[] block, int start, int stop, ScalarType dtype) -> Tensor",
+    reference=_operator,
+    fake=_fake,
+    kernels=False,
+)

@@ -1,0 +1,59 @@
+"""From floating-point weights to packed ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit import _backend, _check
+from moekit.ops.unpack import Stored
+from moekit.packed import nf4
+from moekit.packed._format import Block
+from moekit.packed.formats import FORMATS
+from moekit.packed.tensor import PackedExperts
+
+
+@torch.no_grad()
+def pack(weight: Tensor, format: str, *, double_quant: bool = False, block: Block | None = None) -> PackedExperts:
+    """Pack a stack of experts' weights: deterministic, and bit for bit what the publishers' own packers make.
+
+    Args:
+        weight: ``[E, out, in]``, floating; any strides (``w.mT`` of a stack that is stored as ``[E, in, out]``).
+        format: ``"nf4"``, ``"mxfp4"``, ``"fp8"`` or ``"int8"``; see :mod:`moekit.ops.unpack`.
+        double_quant: nf4's scales in 8 bits, with scales of their own.
+        block: fp8's rows and columns that share a scale: 128x128 unless given, ``(1, in)`` for a scale a row.
+
+    Returns:
+        The packed stack, which stands for the dtype of ``weight`` and is on its device. It is frozen: it has no gradient.
+
+    Raises:
+        ValueError: an unknown format, sizes that are not made of whole blocks, or (looked at on a CPU) weights that are
+            not finite.
+        TypeError: what is no plain floating-point tensor.
+
+    Experts are packed one by one, so that of one there are copies in float32 at a time.
+    """
+    op = "pack"
+    _check.one_of(op, "format", format, FORMATS)
+    _check.computable(op, "weight", weight)
+    _check.tensor_dim(op, "weight", weight, 3)
+    if double_quant and format != "nf4":
+        raise _check.unused(op, "double_quant", double_quant, f"on {format}")
+    row = FORMATS[format]
+    num_experts, height, width = weight.shape
+    if not weight.numel():
+        raise _check.fail(op, "weight", "of at least one value", f"shape {list(weight.shape)}")
+    block = row.block(op, height, width, block)
+    layout = row.layout((num_experts, height, width), block, False)
+    codes, scales = layout.codes.empty(weight.device), layout.scales[0].empty(weight.device)
+    for expert in range(num_experts):
+        one = weight[expert].contiguous()
+        _check_finite(one, expert)
+        codes[expert], scales[expert] = row.pack(one, block)
+    parts = nf4.compress(scales) if double_quant else [scales]
+    return PackedExperts.of(Stored(codes, parts, format, block), weight.dtype)
+
+
+def _check_finite(weight: Tensor, expert: int) -> None:
+    if _backend.checks_values(weight) and not bool(torch.isfinite(weight).all()):
+        raise _check.fail("pack", "weight", "finite", f"infinities or NaN in expert {expert}")
