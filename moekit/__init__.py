@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from moekit.ops.aux_loss import aux_loss
     from moekit.ops.balance import balance_loss, sequence_balance_loss
     from moekit.ops.experts import experts
-    from moekit.ops.gemm import grouped_linear
     from moekit.ops.glu import glu
+    from moekit.ops.grouped_linear import grouped_linear
+    from moekit.ops.lora import Lora
     from moekit.ops.losses import get_capacity, load_balancing_loss, z_loss
     from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Choices": "moekit.choices",
+    "Lora": "moekit.ops.lora",
     "PackedExperts": "moekit.packed",
     "Replay": "moekit.replay",
     "Routing": "moekit.routing",
@@ -40,7 +42,7 @@ _HOME = {
     "experts": "moekit.ops.experts",
     "get_capacity": "moekit.ops.losses",
     "glu": "moekit.ops.glu",
-    "grouped_linear": "moekit.ops.gemm",
+    "grouped_linear": "moekit.ops.grouped_linear",
     "load_balancing_loss": "moekit.ops.losses",
     "pack": "moekit.packed",
     "permute": "moekit.ops.rows",
@@ -54,6 +56,7 @@ _HOME = {
 
 __all__ = [
     "Choices",
+    "Lora",
     "PackedExperts",
     "Replay",
     "Routing",

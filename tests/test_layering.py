@@ -28,7 +28,7 @@ LAYERS = {
     "moekit._routers": 3,
     "moekit.choices": 3,
     "moekit.monitor": 3,
-    "moekit.packed": 3,
+    "moekit.packed": 2,  # what the products of packed weights take; made of ops.unpack
     "moekit.nn": 3,  # finds moekit.hf.blocks by name, at the call
     "moekit.replay": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli

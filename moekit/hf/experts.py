@@ -16,7 +16,8 @@ from moekit.hf.gates import fused_options
 from moekit.hf.weights import Weights, weights_of
 from moekit.ops._segments import expert_of_row
 from moekit.ops.experts import experts
-from moekit.ops.gemm import autocast, grouped_linear
+from moekit.ops.gemm import autocast
+from moekit.ops.grouped_linear import grouped_linear
 from moekit.ops.lora import Lora
 from moekit.ops.rows import permute, unpermute
 from moekit.routing import Routing

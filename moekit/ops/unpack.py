@@ -32,6 +32,7 @@ from moekit import _backend, _check
 from moekit.ops import _library
 
 NF4_BLOCK, NESTED_BLOCK, MXFP4_BLOCK = 64, 256, 32
+FOUR_BITS = ("nf4", "mxfp4")  # two values a byte
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2305.14314, appendix E).
 NF4_TABLE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -54,7 +55,7 @@ class Stored(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """``(E, out, in)``."""
         num_experts, height, width = self.codes.shape
-        return num_experts, height, width * (2 if self.format in ("nf4", "mxfp4") else 1)
+        return num_experts, height, width * (2 if self.format in FOUR_BITS else 1)
 
     @property
     def device(self) -> torch.device:
