@@ -524,7 +524,7 @@ def test_a_parametrisation_of_the_users_stays_below_the_adapters():
     assert_same(found, call(wrapped, "eager"))
 
 
-def test_fp8_experts_take_adapters_beside_their_codes(monkeypatch):
+def test_fp8_experts_take_adapters_beside_their_codes():
     """PEFT's own sum would be one with the codes, whatever their scales."""
     from test_hf_weights import dequantised, fp8_experts
 
@@ -537,9 +537,120 @@ def test_fp8_experts_take_adapters_beside_their_codes(monkeypatch):
     # PEFT draws the factors in the dtype of the weights.
     expected.load_state_dict({name: value for name, value in ours.state_dict().items() if "lora" in name}, strict=False)
     wanted = call(expected, "eager")
-    for slice_bytes in (2**30, 1):
-        monkeypatch.setattr(moekit.hf.fp8, "_SLICE_BYTES", slice_bytes)
-        assert_same(call(ours, "moekit"), wanted)
+    assert_same(call(ours, "moekit"), wanted)
+
+
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
+PACKED = [(Qwen3MoeExperts, format) for format in ("nf4", "mxfp4", "fp8", "int8")] + [(GptOssExperts, "mxfp4")]
+every_packed = pytest.mark.parametrize(("kind", "format"), PACKED, ids=lambda value: getattr(value, "__name__", value))
+
+
+def packed_experts(kind: type, format: str) -> nn.Module:
+    """Packed experts with adapters."""
+    module = make(kind, **SIZES)
+    moekit.hf.pack(nn.ModuleDict({"experts": module}), format)
+    return experts(module)
+
+
+def bits(wrapped: nn.Module) -> list[Tensor]:
+    module = wrapped.get_base_layer()
+    stored = [weight.stored() for weight in (module.gate_up_proj, module.down_proj)]
+    return [part.clone() for weight in stored for part in (weight.codes, *weight.scales)]
+
+
+def merged_by_hand(wrapped: nn.Module, adapters: list[str]) -> list[Tensor]:
+    """The values of the packed weights with what PEFT would have added to dense ones."""
+    found = []
+    for layer in (wrapped.base_layer, wrapped):
+        weight = layer.get_param()
+        summed = weight.unpack() + sum(layer.get_delta_weight(name).detach() for name in adapters)
+        stored = summed.mT if weight.turned else summed
+        values = moekit.pack(stored.contiguous(), weight.format).unpack()
+        found.append(values.mT if weight.turned else values)
+    return found
+
+
+def values_of(wrapped: nn.Module) -> list[Tensor]:
+    module = wrapped.get_base_layer()
+    return [module.gate_up_proj.unpack(), module.down_proj.unpack()]
+
+
+@every_packed
+def test_packed_experts_are_as_their_values_with_adapters(kind, format, monkeypatch):
+    wrapped = packed_experts(kind, format)
+    summed = watched(monkeypatch)
+    found = call(wrapped, "moekit")
+    assert not summed
+    moekit.hf.unpack(nn.ModuleDict({"experts": wrapped}))
+    wrapped.get_base_layer().requires_grad_(False)
+    assert_same(found, call(wrapped, "eager"))
+
+
+@every_packed
+def test_merged_into_packed_experts_and_out_again(kind, format, caplog):
+    wrapped = packed_experts(kind, format)
+    before, out, expected = bits(wrapped), call(wrapped, "moekit"), merged_by_hand(wrapped, ["default"])
+    with caplog.at_level(logging.INFO, logger="moekit.hf"):
+        for layer in (wrapped.base_layer, wrapped):
+            layer.merge()
+    first = "gate_up_proj"
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        f"{kind.__name__}.{name}" for name in (first, "down_proj")
+    ]
+    for ours, theirs in zip(values_of(wrapped), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert not any(value is not None and "lora" in name for name, value in call(wrapped, "moekit").items())
+    assert len(list(wrapped.parameters())) == len(list(packed_experts(kind, format).parameters()))
+    for layer in (wrapped.base_layer, wrapped):
+        layer.unmerge()
+    assert all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
+    assert_same(call(wrapped, "moekit"), out, 0)
+
+
+def test_adapters_merged_one_after_the_other_are_packed_once():
+    wrapped = packed_experts(Qwen3MoeExperts, "nf4")
+    for layer in (wrapped.base_layer, wrapped):
+        layer.update_layer("other", 2, lora_alpha=3, config=config_of())
+    before, expected = bits(wrapped), merged_by_hand(wrapped, ["default", "other"])
+    for layer in (wrapped.base_layer, wrapped):
+        layer.merge(adapter_names=["default"])
+        layer.merge(adapter_names=["default", "other"], safe_merge=True)
+    for ours, theirs in zip(values_of(wrapped), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    twin = copy.deepcopy(wrapped)
+    for layer in (twin.base_layer, twin):
+        assert layer.merged_adapters == ["default", "other"]
+        layer.enable_adapters(False)
+    with torch.no_grad():  # PEFT undoes the merge of adapters that are disabled when it calls them
+        twin(torch.randn(T, 64), chosen(False), torch.rand(T, K))
+    assert all(torch.equal(*pair) for pair in zip(bits(twin), before, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
+
+
+def test_a_packed_model_is_trained_saved_loaded_and_merged(tmp_path):
+    def packed() -> nn.Module:
+        model = base("Mixtral", "moekit")
+        moekit.hf.pack(model, "int8")
+        return model
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(packed(), config_of(init_lora_weights=True)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(5):
+        losses.append(float(step(model)["loss"]))
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(packed(), tmp_path).eval()
+    logits = model.eval()(tokens()).logits.detach()
+    assert torch.equal(loaded(tokens()).logits, logits)
+    merged = loaded.merge_and_unload()
+    experts = merged.model.layers[0].mlp.experts
+    assert isinstance(experts.down_proj, moekit.PackedExperts) and not experts.down_proj.requires_grad
+    assert (merged(tokens()).logits - logits).norm() <= 0.05 * logits.norm()
 
 
 # --- in PEFT's place --------------------------------------------------------------------------------------------------

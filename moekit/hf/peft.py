@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from moekit.hf.experts import exporting_to_onnx, say_once
 from moekit.hf.gates import digest
-from moekit.ops.lora import Lora, merge
+from moekit.ops.lora import Lora
 from moekit.packed import PackedExperts
 
 _log = logging.getLogger("moekit.hf")
@@ -140,6 +140,8 @@ def _merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None
     if not isinstance(weight, PackedExperts):
         return _own["merge"](layer, safe_merge=safe_merge, adapter_names=adapter_names)
     from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    from moekit.ops.lora import merge
 
     adding = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) or [] if adapter in layer.lora_A]
     if not adding:
