@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
     from moekit.ops.topk import topk_router
-    from moekit.packed import PackedExperts, pack
+    from moekit.packed import PackedExperts, merge, pack
     from moekit.replay import Replay
     from moekit.routing import Routing
 
@@ -44,6 +44,7 @@ _HOME = {
     "glu": "moekit.ops.glu",
     "grouped_linear": "moekit.ops.grouped_linear",
     "load_balancing_loss": "moekit.ops.losses",
+    "merge": "moekit.packed",
     "pack": "moekit.packed",
     "permute": "moekit.ops.rows",
     "route": "moekit.ops.route",
@@ -70,6 +71,7 @@ __all__ = [
     "glu",
     "grouped_linear",
     "load_balancing_loss",
+    "merge",
     "pack",
     "permute",
     "route",

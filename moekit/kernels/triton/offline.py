@@ -55,6 +55,7 @@ _POINTERS = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # what a launch gives to the compiler alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def catch_launches(target: GPUTarget) -> Iterator[list[Launch]]:
     caught: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+        options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
         if target.backend != "cuda":
             options.pop("maxnreg", None)
         caught.append(Launch(self, args, constants, options))
