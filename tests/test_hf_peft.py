@@ -524,6 +524,62 @@ def test_a_parametrisation_of_the_users_stays_below_the_adapters():
     assert_same(found, call(wrapped, "eager"))
 
 
+class Doubled(ParamWrapper):
+    def get_delta_factors(self, adapter_name):
+        left, right, scale = super().get_delta_factors(adapter_name)
+        return left, right, 2 * scale
+
+
+def test_a_wrapper_of_the_users_adds_what_it_wants(caplog):
+    wrapped = experts(make(Qwen3MoeExperts), "down_proj")
+    wrapped.__class__ = Doubled
+    expected = call(wrapped, "eager")
+    with caplog.at_level(logging.INFO, logger="moekit.hf"):
+        assert_same(call(wrapped, "moekit"), expected)
+    assert caplog.messages[0].endswith("Doubled has its own idea of what is added")
+
+
+def test_two_wrappers_of_one_weight_add_up():
+    """As PEFT before 0.20 wraps a weight for each adapter."""
+    module = make(Qwen3MoeExperts)
+    inner = experts(module, "down_proj")
+    outer = ParamWrapper(inner, "other", parameter_name="down_proj", config=config_of(), r=2, lora_alpha=3)
+    deltas = [inner.get_delta_weight("default"), outer.get_delta_weight("other")]
+    found = call(outer, "moekit")["out"]
+    module.down_proj.data += sum(deltas)
+    for layer in (inner, outer):
+        layer.enable_adapters(False)
+    assert_same({"out": call(outer, "eager")["out"]}, {"out": found})
+
+
+def test_adapters_by_row_are_refused_as_by_peft():
+    wrapped = experts(make(Qwen3MoeExperts))
+    wrapped.get_base_layer().config._experts_implementation = "moekit"
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        wrapped(torch.randn(T, 16), chosen(False), torch.rand(T, K), adapter_names=["default"] * T)
+
+
+def test_compiled_inside_the_wrappers():
+    torch.compiler.reset()
+    wrapped = experts(make(Qwen3MoeExperts))
+    expected = call(wrapped, "moekit")
+    wrapped.base_layer.base_layer = torch.compile(wrapped.get_base_layer(), backend="aot_eager", fullgraph=True)
+    found = call(wrapped, "moekit")
+    assert_same({name: found[name] for name in expected}, expected)
+
+
+def test_onnx_gets_pefts_sum():
+    reference = pytest.importorskip("onnx.reference")
+    wrapped = experts(make(Qwen3MoeExperts)).eval()
+    wrapped.get_base_layer().config._experts_implementation = "moekit"
+    given = torch.randn(T, 16), chosen(False), torch.rand(T, K)
+    program = torch.onnx.export(wrapped, given, dynamo=True, verbose=False)
+    names = [entry.name for entry in program.model_proto.graph.input]
+    feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+    (out,) = reference.ReferenceEvaluator(program.model_proto).run(None, feed)
+    assert_same({"out": torch.from_numpy(out)}, {"out": wrapped(*given).detach()})
+
+
 def test_fp8_experts_take_adapters_beside_their_codes():
     """PEFT's own sum would be one with the codes, whatever their scales."""
     from test_hf_weights import dequantised, fp8_experts

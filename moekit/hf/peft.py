@@ -30,23 +30,27 @@ from moekit.hf.experts import exporting_to_onnx, say_once
 from moekit.hf.gates import digest
 from moekit.ops.lora import Lora
 from moekit.packed import PackedExperts
+from moekit.packed.merging import merge
 
 _log = logging.getLogger("moekit.hf")
 _HOME = "peft.tuners.lora.layer"
 _TRANSFORMERS = "transformers.integrations.moe"
 _INSIDE = ("_checkpoint_wrapped_module", "_orig_mod")  # what PyTorch's wrappers of a module call it
 
-# What ParamWrapper does with a parameter, by the digests of its methods in PEFT 0.18 to 0.21. Each was read, and the tests
-# compare what the installed one computes.
-_KNOWN = {
+# What ParamWrapper does with a parameter, by the digests of its methods in PEFT 0.18 to 0.21; None for one that an earlier
+# release has not got. Each was read, and the tests compare what the installed one computes.
+_KNOWN: dict[str, tuple[str | None, ...]] = {
     "forward": ("db46f7a5808e0cb1",),
     "_activate_lora": ("180e2308e7156993", "c16895f51c38d2b3", "a17efe47166692e0"),
     "get_delta_weight": ("3dd12aa9a4eda8b5", "1bc7242c5bd9cf54"),
+    "get_delta_factors": (None, "6ed91405e180c210"),
     "merge": ("7edfd090f57ccbcd",),
     "unmerge": ("c6218d14db39fefd",),
 }
 
-_own: dict[str, Callable[..., Any]] = {}  # PEFT's methods, while moekit's stand in the places of some
+_SUMS = ("get_delta_weight", "get_delta_factors")
+
+_own: dict[str, Any] = {}  # PEFT's methods, while moekit's stand in the places of some
 
 
 # --- a call -----------------------------------------------------------------------------------------------------------
@@ -98,8 +102,8 @@ def _obstacle(layer: Any, module: Any) -> str:
         return "its forward is not the one that Transformers gives it"
     if layer.parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         return f"{layer.parameter_name} is no projection"
-    if type(layer).get_delta_weight is not _own["get_delta_weight"]:
-        return f"{type(layer).__name__} computes what is added by itself"
+    if any(getattr(type(layer), method, None) is not _own[method] for method in _SUMS):
+        return f"{type(layer).__name__} has its own idea of what is added"
     if layer.get_param().requires_grad:
         return f"{layer.parameter_name} is trained itself"
     if module._is_expert_parallel:
@@ -134,21 +138,20 @@ def _is_decorated(kind: type) -> bool:
 
 
 def _merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """``ParamWrapper.merge``: the place of a packed weight takes one that is packed anew, with all that is merged in it."""
+    """``ParamWrapper.merge``: the place of a packed weight takes another, packed with all that is merged in it."""
     module, name = _experts_of(layer), layer.parameter_name
     weight = getattr(module, name)
     if not isinstance(weight, PackedExperts):
         return _own["merge"](layer, safe_merge=safe_merge, adapter_names=adapter_names)
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    from moekit.ops.lora import merge
-
     adding = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) or [] if adapter in layer.lora_A]
     if not adding:
         return None
     (original,) = getattr(layer, _ORIGINAL, (weight,))
-    merged, error = merge(original, [_factors(layer, adapter) for adapter in (*layer.merged_adapters, *adding)])
-    _log.info("%s.%s: merged and packed anew, which changes it by %.2g of its size", type(module).__name__, name, error)
+    lora = [_factors(layer, adapter) for adapter in (*layer.merged_adapters, *adding)]
+    merged, lost = merge(original, lora, transposed=module.is_transposed)
+    _log.info("%s.%s: merged and packed again, which loses %.2g of it", type(module).__name__, name, lost)
     setattr(module, name, nn.Parameter(merged, requires_grad=False))
     setattr(layer, _ORIGINAL, (original,))
     layer.merged_adapters.extend(adding)
@@ -206,8 +209,10 @@ def _replace(layers: ModuleType) -> None:
         setattr(kind, name, ours)
 
 
-def _digest(method: Any) -> str:
-    """The digest of a method, of what a context manager is made of for one of those."""
+def _digest(method: Any) -> str | None:
+    """The digest of a method, of what a context manager is made of for one of those; None for None."""
+    if method is None:
+        return None
     inner = getattr(method, "__wrapped__", None)
     if inner is not None and method.__code__ is _MANAGER:
         return digest(inner, decorators=("contextmanager",))
