@@ -133,8 +133,8 @@ class _Weight(NamedTuple):
     @staticmethod
     def of(weight: Tensor, transposed: bool) -> _Weight:
         if isinstance(weight, PackedExperts):
-            codes, scales, *layout = weight.stored()
-            return _Weight(codes, three(scales), *layout, weight.turned != transposed)
+            codes, scales, form, block = weight.stored()
+            return _Weight(codes, three(scales), form, block, weight.turned != transposed)
         return _Weight(weight, three([]), "", (0, 0), False)
 
 

@@ -111,17 +111,27 @@ def _powers_of_two(exponents: Tensor) -> Tensor:
     return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
 
 
-@functools.cache
-def table(name: str, device: torch.device) -> Tensor:
-    """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what ``make`` returns for the same arguments; but in a trace, say, where it is a tensor of that trace."""
+    kept = functools.cache(make)
+    return functools.wraps(make)(lambda *args: make(*args) if torch._C._len_torch_dispatch_stack() else kept(*args))
+
+
+@_kept
+def table(format: str, device: torch.device) -> Tensor:
+    """The values of the 16 codes of ``nf4`` or ``mxfp4``: float32."""
+    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, device=device)
+
+
+@_kept
+def pair_table(format: str, device: torch.device) -> Tensor:
+    """The two values of each byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
     codes = torch.arange(256, device=device)
     high, low = codes >> 4, codes & 15
-    if name == "nf4":
-        return torch.tensor(NF4_TABLE, device=device)[torch.stack([high, low], 1)]
-    return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
+    return table(format, device)[torch.stack([high, low] if format == "nf4" else [low, high], 1)]
 
 
-@functools.cache
+@_kept
 def dynamic_table(device: torch.device) -> Tensor:
     """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
 
@@ -139,7 +149,7 @@ def dynamic_table(device: torch.device) -> Tensor:
 
 def _pairs(stored: Stored, expert: int, wide: torch.dtype) -> Tensor:
     codes = stored.codes[expert].reshape(-1).int()
-    return table(stored.format, codes.device).to(wide).index_select(0, codes)
+    return pair_table(stored.format, codes.device).to(wide).index_select(0, codes)
 
 
 def _four_bits(stored: Stored, expert: int, scale: Tensor) -> Tensor:
