@@ -540,7 +540,7 @@ def test_a_wrapper_of_the_users_adds_what_it_wants(caplog):
 
 
 def test_two_wrappers_of_one_weight_add_up():
-    """As PEFT before 0.20 wraps a weight for each adapter."""
+    """PEFT makes none such by itself."""
     module = make(Qwen3MoeExperts)
     inner = experts(module, "down_proj")
     outer = ParamWrapper(inner, "other", parameter_name="down_proj", config=config_of(), r=2, lora_alpha=3)
