@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     E: int
     K: int
     H: int
-    I: int  # noqa: E741
+    I: int
 
 
 SHAPES = {
@@ -304,7 +304,7 @@ def measure(section, what, fn, flops=0.0, moved=0.0, cut: Any = None, calls=1):
     if COMPILING:
         try:
             fn()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             print(f"compile {section} {what}: {type(error).__name__}: {str(error)[:120]}", flush=True)
         return None
     if time.time() - BEGIN > LIMIT:
@@ -312,7 +312,7 @@ def measure(section, what, fn, flops=0.0, moved=0.0, cut: Any = None, calls=1):
     label = "" if cut is None else short(cut)
     try:
         ms = timed(fn) / calls
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         print(f"{section} {what} {label} FAILED {type(error).__name__}: {str(error)[:150]}", flush=True)
         if "CUDA error" in str(error):
             raise OutOfTime from error
@@ -392,7 +392,7 @@ def check_everything():
             try:
                 close(tma_slice(x, w.mT, offsets, 0, torch.empty_like(g), *variant), expected, f"tma {name} {short(variant)}")
                 close(tma_slice(g, w, offsets, 0, torch.empty_like(x), *variant), expected_back, f"tma back {name}")
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 print(f"check tma {name} {short(variant)} FAILED {type(error).__name__} {str(error)[:200]}", flush=True)
         low, factors = normal(R, 16), normal(E, 16, O, scale=0.1)
         expected = (out.float() + grouped(low, factors, offsets).float()).to(BF16)
@@ -438,7 +438,7 @@ def dense():
             flops, what = 2.0 * R * depth * width, f"{name} {label} T={T}"
             if not COMPILING:
                 measure("dense", what + " torch", lambda: grouped(rows, w, offsets), flops)
-            full = label != "down" and T == TOKENS[-1]
+            full = label != "down" and TOKENS[-1] == T
             cuts = DENSE if full or COMPILING else GOOD.get(f"{name} {'up' if label == 'down' else label}", DENSE[:3])
             cuts = [cut for cut in cuts if isinstance(cut, Blocks)] or DENSE[:1]
             tmas = TMA if full or COMPILING else GOOD.get(f"tma {name} {'up' if label == 'down' else label}", TMA[:3])
@@ -577,7 +577,7 @@ SECTIONS = [check_everything, unpacking, dense, decode, packed_products, low_ran
 
 def compile_share(share):
     """In a process of its own: compile every n-th launch, into the cache on disk."""
-    global EMPTY, COMPILING, DEVICE  # noqa: PLW0603
+    global EMPTY, COMPILING, DEVICE
     number, of = share
     EMPTY, COMPILING, DEVICE = True, True, "meta"
     _launch.arch = lambda device: _launch.Arch("9", 32)
@@ -598,7 +598,7 @@ def compile_share(share):
     for section in SECTIONS[1:]:
         try:
             section()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return f"{section.__name__}: {type(error).__name__}: {str(error)[:200]}"
     return None
 
