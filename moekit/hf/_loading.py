@@ -1,6 +1,7 @@
-"""How a parameter of packed experts is made of the tensors of a checkpoint: converters and operations of Transformers' loader.
+"""How parameters of packed experts are made of a checkpoint's tensors: converters and operations of Transformers' loader.
 
-An operation takes ``{pattern of the checkpoint's name: tensors}`` and returns ``{name: parameter}``. The quantiser it is given
+A converter collects the tensors whose names match its patterns, for each parameter they belong to; its operations, one after
+the other, turn ``{pattern: tensors}`` into ``{name: parameter}``. The quantiser that an operation is given
 (:class:`moekit.hf._quantizer.PackedQuantizer`) says which parameters are to be packed, and how.
 """
 
@@ -22,12 +23,12 @@ from transformers.core_model_loading import (
 )
 
 from moekit import _check
-from moekit.ops.unpack import Stored, unpack
+from moekit.ops.unpack import Stored
 from moekit.packed import PackedExperts, pack
 from moekit.packed.formats import FORMATS
 
 _CODE = torch.float8_e4m3fn
-_SCALE, _INPUT_SCALE = "_scale_inv", "activation_scale"
+_SCALE = "_scale_inv"
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -67,7 +68,7 @@ class ExpertByExpert(WeightConverter):
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
         self.collected_tensors.clear()
         with log_conversion_errors(layer_name, loading_info, (len(lists), layer_name), self.quantization_operation):
-            return {layer_name: hf_quantizer.from_experts(layer_name, _experts(lists))}
+            return {layer_name: hf_quantizer.from_experts(_experts(lists))}
         return {}
 
 
@@ -94,22 +95,7 @@ def _experts(lists: Sequence[list]) -> Iterator[Tensor]:
 def _materialised(tensors: list, number: int) -> Tensor:
     """The tensor that an entry of the loader stands for, which forgets it."""
     entry, tensors[number] = tensors[number], None
-    if isinstance(entry, Future):
-        return entry.result()
-    return entry() if callable(entry) else entry
-
-
-def _alike(converter: Any, kind: type, sources: Sequence[str], operations: Sequence[Any]) -> Any:
-    """A converter to the targets of another, for the same part of the model."""
-    made = kind(list(sources), list(converter._original_target_patterns), list(operations))
-    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
-        if hasattr(converter, name):
-            setattr(made, name, getattr(converter, name))
-    return made
-
-
-def _one(value: Any) -> Tensor:
-    return value[0] if isinstance(value, list) else value
+    return entry.result() if isinstance(entry, Future) else entry()
 
 
 # --- what is packed already -----------------------------------------------------------------------------------------
@@ -122,46 +108,43 @@ class ReadPacked(Operation):
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """A tensor alone is a weight that was not packed."""
-        tensors = {full_layer_name + _suffix(pattern): _one(value) for pattern, value in input_dict.items()}
+        name, (module, attribute) = full_layer_name, _place(model, full_layer_name)
+        ends = {pattern: _unescaped(pattern).removeprefix(f".{attribute}") for pattern in input_dict}
+        tensors = {name + ends[pattern]: _one(found) for pattern, found in input_dict.items()}
         input_dict.clear()
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        if list(tensors) == [full_layer_name]:
-            return {full_layer_name: tensors[full_layer_name].to(dtype)}
-        if full_layer_name + _SCALE in tensors:
-            tensors[full_layer_name] = _codes(tensors[full_layer_name])
-        block = self.hf_quantizer.source_block
-        packed = PackedExperts.from_state_dict(tensors, full_layer_name, block=block, dtype=dtype)
-        return {full_layer_name: self.hf_quantizer.from_packed(full_layer_name, packed)}
+        dtype = getattr(module, attribute).dtype
+        if list(tensors) == [name]:
+            return {name: tensors[name].to(dtype)}
+        if name + _SCALE in tensors:
+            tensors[name] = _uncast(tensors[name])
+        packed = PackedExperts.from_state_dict(tensors, name, block=self.hf_quantizer.source_block, dtype=dtype)
+        return {name: self.hf_quantizer.from_packed(name, packed, getattr(module, "is_transposed", False))}
 
 
-def read_packed(quantizer: Any, converters: list) -> list:
-    """The converters of a checkpoint whose experts have the names of :meth:`moekit.PackedExperts.state_dict`."""
-    suffixes = sorted({suffix for format in FORMATS for suffix in _suffixes(format)}, key=len, reverse=True)
-    made = []
-    for weight in _WEIGHTS:
-        sources = [rf"\.{weight}{re.escape(suffix)}$" for suffix in suffixes]
-        made.append(WeightConverter(sources, f".{weight}", [ReadPacked(quantizer)]))
-    return [*converters, *made]
+def read_moekit(quantizer: Any, converters: list) -> list:
+    """The converters of what ``save_pretrained`` wrote, where the model's own were not undone for weights of experts."""
+    return [*_read_packed(quantizer), *converters]
 
 
-def _suffixes(format: str) -> list[str]:
-    """The ends of the names of a packed weight's tensors."""
-    packed = pack(torch.zeros(1, 64, 64), format, double_quant=format == "nf4")
-    return list(packed.state_dict(""))
+def read_mxfp4(quantizer: Any, converters: list) -> list:
+    """The converters of gpt-oss's checkpoint: ``*_blocks`` and ``*_scales``."""
+    return [*converters, *_read_packed(quantizer)]
 
 
-def _unescaped(pattern: str) -> str:
-    """The name that a pattern of ours stands for; the loader's own have no more in them than stars."""
-    return pattern.replace("\\", "").removesuffix("$")
+def _read_packed(quantizer: Any) -> list:
+    """For each weight of experts: its name in a checkpoint ends as in :meth:`moekit.PackedExperts.state_dict`."""
+    ends = sorted({end for format in FORMATS for end in _ends(format)}, key=len, reverse=True)
+    sources = {weight: [rf"\.{weight}{re.escape(end)}$" for end in ends] for weight in _WEIGHTS}
+    return [WeightConverter(sources[weight], f".{weight}", [ReadPacked(quantizer)]) for weight in _WEIGHTS]
 
 
-def _suffix(pattern: str) -> str:
-    """What :func:`read_packed` put behind the name of the weight."""
-    found = _unescaped(pattern)
-    return found.removeprefix(next(f".{weight}" for weight in _WEIGHTS if found.startswith(f".{weight}")))
+def _ends(format: str) -> list[str]:
+    return list(pack(torch.zeros(1, 64, 64), format, double_quant=format == "nf4").state_dict(""))
 
 
 # --- block-FP8 ------------------------------------------------------------------------------------------------------
+
+_Pairs = dict[str, list[tuple[Tensor, Tensor | None]]]
 
 
 class ReadFp8(Operation):
@@ -180,39 +163,40 @@ class ReadFp8(Operation):
     ) -> dict[str, Any]:
         """Codes without scales are refused: their values are not known."""
         pairs = self._pairs(input_dict, full_layer_name)
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        dtype = getattr(*_place(model, full_layer_name)).dtype
         kwargs |= {"source_patterns": self.sources, "full_layer_name": full_layer_name, "model": model}
-        packed = all(scale is not None for tensors in pairs.values() for _, scale in tensors)
-        if not (packed and self.hf_quantizer.is_target(full_layer_name)):
-            block = self.hf_quantizer.source_block
-            dense = {name: [_dense(*pair, block, dtype) for pair in tensors] for name, tensors in pairs.items()}
-            return self._run(dense, kwargs)
-        if not _stacks(self.operations):
-            steps = ", ".join(type(step).__name__ for step in self.operations)
-            wanted = "stacked from whole matrices; dequantise it (FineGrainedFP8Config(dequantize=True)), then moekit.hf.pack"
-            raise _check.fail("hf.load", full_layer_name, wanted, f"FP8 codes that go through {steps}")
-        codes = {name: [code.view(torch.uint8) for code, _ in tensors] for name, tensors in pairs.items()}
-        scales = {name: [_matrix(scale) for _, scale in tensors] for name, tensors in pairs.items()}
-        merged = (_one(next(iter(self._run(part, kwargs).values()))) for part in (codes, scales))
-        stored = _stored(*merged, self.hf_quantizer.source_block)
-        return {full_layer_name: self.hf_quantizer.from_packed(full_layer_name, PackedExperts.of(stored, dtype))}
+        coded = all(scale is not None for tensors in pairs.values() for _, scale in tensors)
+        if coded and self.hf_quantizer.is_target(full_layer_name):
+            packed = PackedExperts.of(self._stacked(pairs, kwargs), dtype)
+            return {full_layer_name: self.hf_quantizer.from_packed(full_layer_name, packed, False)}
+        block = self.hf_quantizer.source_block
+        dense = {name: [_dense(*pair, block, dtype) for pair in tensors] for name, tensors in pairs.items()}
+        return self._run(dense, kwargs)
 
-    def _pairs(self, tensors: dict[str, Any], name: str) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
-        """Codes and scales by the pattern of the codes; None beside what is no code."""
+    def _pairs(self, tensors: dict[str, Any], name: str) -> _Pairs:
+        """Codes and scales by the pattern of the codes; no scales beside what is no code."""
         found = {_unescaped(pattern): tensors.pop(pattern) for pattern in list(tensors)}
-        pairs = {}
+        pairs: _Pairs = {}
         for source in self.sources:
             if source not in found:
                 continue
-            codes = found[source] if isinstance(found[source], list) else [found[source]]
+            codes = found[source]
             scales = found.get(source + _SCALE, [None] * len(codes))
             if len(scales) != len(codes) or (scales[0] is None and codes[0].element_size() == 1):
                 scaled = sum(scale is not None for scale in scales)
                 raise _check.fail("hf.load", name, "codes with a tensor of scales each", f"{len(codes)} with {scaled}")
-            pairs[source] = [
-                (code if scale is None else _codes(code), scale) for code, scale in zip(codes, scales, strict=True)
-            ]
+            pairs[source] = list(zip(codes, scales, strict=True))
         return pairs
+
+    def _stacked(self, pairs: _Pairs, kwargs: dict[str, Any]) -> Stored:
+        if not _stacks(self.operations):
+            wanted = "stacked from whole matrices; load it with FineGrainedFP8Config(dequantize=True), then moekit.hf.pack"
+            steps = ", ".join(type(step).__name__ for step in self.operations)
+            raise _check.fail("hf.load", kwargs["full_layer_name"], wanted, f"FP8 codes that go through {steps}")
+        codes = {name: [_uncast(code).view(torch.uint8) for code, _ in tensors] for name, tensors in pairs.items()}
+        scales = {name: [_matrix(scale) for _, scale in tensors] for name, tensors in pairs.items()}
+        stacked = [_one(next(iter(self._run(part, kwargs).values()))) for part in (codes, scales)]
+        return _stored(stacked[0], stacked[1], self.hf_quantizer.source_block)
 
     def _run(self, tensors: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         for step in self.operations:
@@ -223,8 +207,8 @@ class ReadFp8(Operation):
 def read_fp8(quantizer: Any, converters: list) -> list:
     """The converters of a block-FP8 checkpoint: ``*.weight`` and ``*.weight_scale_inv``, expert by expert."""
     made = [_with_scales(quantizer, converter) for converter in converters]
-    linear = [r"\.weight$", rf"\.weight{_SCALE}$", rf"\.{_INPUT_SCALE}$"]
-    return [*read_packed(quantizer, made), WeightConverter(linear, ".weight", [ReadFp8(quantizer, [".weight"], [])])]
+    linear = [r"\.weight$", rf"\.weight{_SCALE}$", r"\.activation_scale$"]
+    return [*read_mxfp4(quantizer, made), WeightConverter(linear, ".weight", [ReadFp8(quantizer, [".weight"], [])])]
 
 
 def _with_scales(quantizer: Any, converter: Any) -> Any:
@@ -232,8 +216,7 @@ def _with_scales(quantizer: Any, converter: Any) -> Any:
     sources = getattr(converter, "_original_source_patterns", [])
     if not isinstance(converter, WeightConverter) or not all(source.endswith(".weight") for source in sources):
         return converter
-    plain = [_unescaped(source) for source in sources]
-    read = ReadFp8(quantizer, plain, converter.operations)
+    read = ReadFp8(quantizer, [_unescaped(source) for source in sources], converter.operations)
     return _alike(converter, WeightConverter, [f"{source}{end}$" for end in ("", _SCALE) for source in sources], [read])
 
 
@@ -252,21 +235,50 @@ def _dense(codes: Tensor, scales: Tensor | None, block: tuple[int, int] | None, 
     """A matrix, in floating point."""
     if scales is None:
         return codes.to(dtype)
-    stored = _stored(codes[None].view(torch.uint8), _matrix(scales)[None], block)
-    return unpack(PackedExperts.of(stored, dtype).stored(), 0, 1, dtype)[0]
+    stored = _stored(_uncast(codes)[None].view(torch.uint8), _matrix(scales)[None], block)
+    return PackedExperts.of(stored, dtype).unpack()[0]
 
 
-def _codes(codes: Tensor) -> Tensor:
+def _uncast(codes: Tensor) -> Tensor:
     """FP8 codes: an older loader casts what has its name in the model already, which changes no value of them."""
+    if not codes.dtype.is_floating_point:
+        raise _check.wrong_type("hf.load", "codes beside scales", "float8_e4m3fn", f"{codes.dtype} (4 bits?)")
     return codes.to(_CODE)
 
 
 def _matrix(scales: Any) -> Tensor:
     """Scales of a matrix as a matrix, of a dtype that packed weights have; bytes are exponents of two."""
-    matrix = scales.reshape(scales.shape if scales.dim() == 2 else (scales.numel(), 1))
+    matrix = scales if scales.dim() == 2 else scales.reshape(-1, 1)
     if matrix.dtype is torch.uint8:
         return matrix.view(torch.float8_e8m0fnu)
     return matrix.float() if matrix.dtype in (torch.float16, torch.float64) else matrix
 
 
-READERS: dict[str, Callable[[Any, list], list]] = {"moekit": read_packed, "mxfp4": read_packed, "fp8": read_fp8}
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _alike(converter: Any, kind: type, sources: Sequence[str], operations: Sequence[Any]) -> Any:
+    """A converter to the targets of another, for the same part of the model."""
+    made = kind(list(sources), list(converter._original_target_patterns), list(operations))
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(converter, name):
+            setattr(made, name, getattr(converter, name))
+    return made
+
+
+def _place(model: Any, name: str) -> tuple[Any, str]:
+    """The module and the attribute that a parameter's name is of."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _unescaped(pattern: str) -> str:
+    """The name that a pattern stands for: those of the loader have nothing but dots, stars and an end in them."""
+    return pattern.replace("\\", "").removesuffix("$")
+
+
+def _one(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Any, list], list]] = {"moekit": read_moekit, "mxfp4": read_mxfp4, "fp8": read_fp8}

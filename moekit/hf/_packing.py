@@ -165,6 +165,7 @@ def pack_in_place(found: Sequence[Slot], options: Options) -> tuple[list[Slot], 
 
 # --- state dicts ----------------------------------------------------------------------------------------------------
 
+
 def keep_in_state_dicts(module: nn.Module) -> None:
     """Have packed weights stand in state dicts as plain tensors, by the names that checkpoints have, and be read back.
 

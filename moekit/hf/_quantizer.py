@@ -1,16 +1,17 @@
 """Packed experts in Transformers' loader and its ``save_pretrained``: the quantisation method ``moekit``.
 
 A checkpoint in floating point is packed as it is read: a weight that stands in it expert by expert is read, packed and freed
-expert by expert; another one when it is complete. A checkpoint in mxfp4 (gpt-oss) or in block-FP8 (DeepSeek-V3, Qwen3-FP8) is
-taken as it is: no floating-point copy of an expert exists, unless another format is asked for. What is in FP8 beside the
-experts is dequantised.
+expert by expert; another one when it is complete. One in mxfp4 (gpt-oss) or in block-FP8 (DeepSeek-V3, Qwen3-FP8) is taken
+as it is: no floating-point copy of an expert exists, unless another format is asked for. What is in FP8 beside the experts
+is dequantised.
 
-Only this file knows the loader, whose parts are the same from Transformers 5.12 on: a converter collects the tensors of a
-checkpoint that make a parameter, and its operations make it.
+Transformers calls a quantiser at the points that its base class names; how tensors of a checkpoint become a parameter is in
+:mod:`moekit.hf._loading`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +23,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moekit import _check
 from moekit.hf._loading import READERS, Operation, Pack, expert_by_expert
 from moekit.hf._packing import Options, chosen, joined, keep_in_state_dicts, nothing_packed, pack_in_place, slots
-from moekit import _check
-from moekit.packed import PackedExperts
+from moekit.packed import PackedExperts, pack
 
 _log = logging.getLogger("moekit.hf")
 
@@ -49,12 +50,14 @@ class PackedConfig(QuantizationConfigMixin):
         format: what experts are packed in; None keeps what a checkpoint has.
         double_quant: as in :func:`moekit.pack`.
         block: as in :func:`moekit.pack`.
-        skip: names of parameters or modules (``*`` for anything) that stay as they are.
+        skip: names of parameters or modules (``*`` for anything) that stay in floating point.
         source: how the checkpoint that is read has its experts: ``moekit`` (what ``save_pretrained`` wrote), ``mxfp4`` or
             ``fp8``. It is not written.
         source_block: the block of ``fp8``.
         quant_method: this one.
     """
+
+    quant_method: Any
 
     def __init__(
         self,
@@ -83,7 +86,6 @@ class _Target(NamedTuple):
     """A weight that is to be packed."""
 
     turned: bool
-    dtype: torch.dtype
     bytes_an_element: float
 
 
@@ -96,16 +98,17 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.options = quantization_config.options()
-        self.targets: dict[str, _Target] = {}
+        self.targets: dict[str, _Target] = {}  # by the name of the parameter, while a model is loaded
         self.conversions: list | None = None  # the model's, before those of packed weights were left out
 
-    # --- what the operations ask --------------------------------------------------------------------------------------
+    # --- what the operations of the loader ask ------------------------------------------------------------------------
 
     @property
     def source_block(self) -> tuple[int, int] | None:
         """The block of FP8 codes that are read; None for one that the scales show."""
         config = self.quantization_config
-        return config.source_block or (None if config.source != "moekit" or config.block is None else tuple(config.block))
+        found = config.source_block or (config.block if config.source == "moekit" else None)
+        return None if found is None else (found[0], found[1])
 
     def is_target(self, name: str) -> bool:
         """Whether a parameter is to be packed."""
@@ -121,20 +124,23 @@ class PackedQuantizer(HfQuantizer):
             return weight
         return _frozen(self.options.pack(weight, self.targets[name].turned))
 
-    def from_experts(self, name: str, experts: Iterable[Tensor]) -> nn.Parameter:
+    def from_experts(self, experts: Iterable[Tensor]) -> Tensor:
         """A packed parameter of experts ``[out, in]`` that come one after the other."""
-        options = _present(self.options)
-        single = options._replace(double_quant=False)
-        return _frozen(joined([single.pack(expert[None], False) for expert in experts], options.double_quant))
+        return _frozen(self._joined(experts))
 
-    def from_packed(self, name: str, packed: PackedExperts) -> Tensor:
-        """A packed parameter of what a checkpoint has: as it is, or packed again where another format was asked for."""
-        turned = name in self.targets and self.targets[name].turned
+    def from_packed(self, name: str, packed: PackedExperts, turned: bool) -> Tensor:
+        """A parameter of what a checkpoint has: as it is, unless another format, or none, was asked for."""
+        if name not in self.targets:
+            values = packed.unpack()
+            return values.mT.contiguous() if turned else values
         again = self.options is not None and self.options.format != packed.format
         if again and self.quantization_config.source != "moekit":
-            values = (packed.unpack(slice(expert, expert + 1))[0] for expert in range(len(packed)))
-            packed = self.from_experts(name, values)  # type: ignore[assignment]
+            packed = self._joined(packed.unpack(slice(expert, expert + 1))[0] for expert in range(len(packed)))
         return _frozen(packed.mT if turned else packed)
+
+    def _joined(self, experts: Iterable[Tensor]) -> PackedExperts:
+        format, double_quant, block = self.options or Options("nf4")
+        return joined([pack(expert[None], format, block=block) for expert in experts], double_quant)
 
     # --- what Transformers asks -------------------------------------------------------------------------------------
 
@@ -144,7 +150,7 @@ class PackedQuantizer(HfQuantizer):
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"moekit.hf.load: device_map must be of devices that compute, got {sorted(places)}: packed experts are not "
-                "offloaded; they take about a quarter of their memory, so try without, or device_map='auto' over GPUs"
+                "offloaded; they need so much less memory that it may do without"
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -187,33 +193,34 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Choose the weights: the model is on meta, with the shapes it will have."""
-        found, left = chosen(model, self.quantization_config.skip, empty=True)
-        options = self.options or Options(self.quantization_config.source)
+        config = self.quantization_config
+        found, left = chosen(model, config.skip, empty=True)
+        options = self.options or Options(config.source)
         for slot in found:
-            weight = slot.weight
+            one = slot.weight[:1]
             try:
-                size = options.pack(weight, slot.turned).bytes / max(1, weight.numel())
+                size = options.pack(one, slot.turned).bytes / max(1, one.numel())
             except ValueError as error:
                 left[slot.name] = str(error)
             else:
-                self.targets[slot.name] = _Target(slot.turned, weight.dtype, size)
+                self.targets[slot.name] = _Target(slot.turned, size)
         if not self.targets:
             raise nothing_packed("hf.load", left)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """What the checkpoint had no weights for was made in floating point; then the model is told what it has."""
-        if self.options is not None:
-            found, _ = chosen(model, self.quantization_config.skip)
-            pack_in_place([slot for slot in found if slot.name in self.targets], self.options)
+        if not self.pre_quantized and self.options is not None:
+            pack_in_place([slot for slot in chosen(model, ())[0] if slot.name in self.targets], self.options)
+        self.targets = {}
         if self.conversions is None:
             self.conversions = getattr(model, "_weight_conversions", None)
-        self.targets = {}
         adopted(model, self.quantization_config)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Forget packed experts; the model is saved as it would have been without them."""
         super().remove_quantization_config(model)
-        vars(model).pop("_weight_conversions", None)
+        for name in ("_weight_conversions", "get_memory_footprint"):
+            vars(model).pop(name, None)
         if self.conversions is not None:
             model._weight_conversions = [conversion for conversion in self.conversions if not _ours(conversion)]
 
@@ -227,24 +234,26 @@ def _frozen(packed: Any) -> nn.Parameter:
     return nn.Parameter(packed, requires_grad=False)
 
 
-def _present(options: Options | None) -> Options:
-    if options is None:
-        raise nothing_packed("hf.load", {"format": "None, for weights in floating point"})
-    return options
-
-
 def adopted(model: Any, config: PackedConfig) -> None:
     """Tell a model what it has: state dicts, the implementation of experts and what is saved are to fit packed weights."""
     packed = [slot for slot in slots(model) if isinstance(slot.weight, PackedExperts)]
     for slot in packed:
         keep_in_state_dicts(slot.module)
+    config.skip = [slot.name for slot in slots(model) if not isinstance(slot.weight, PackedExperts)]
     config.source, config.source_block = "moekit", None
+    model.get_memory_footprint = functools.partial(_footprint, model)
     if config.format is None and packed:
         config.format = packed[0].weight.format
     blocks = {slot.weight.stored().block for slot in packed if slot.weight.format == "fp8"}
     config.block = list(*blocks) if len(blocks) == 1 else None
     model.set_experts_implementation("moekit")
     model._weight_conversions = _without(model, [slot.name for slot in packed])
+
+
+def _footprint(model: Any, return_buffers: bool = True) -> int:
+    """``get_memory_footprint`` of what is stored: Transformers' own takes elements to be of the size of their dtype."""
+    tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
+    return sum(tensor.bytes if isinstance(tensor, PackedExperts) else tensor.nbytes for tensor in tensors)
 
 
 def _without(model: Any, names: Sequence[str]) -> list:
@@ -306,8 +315,9 @@ def source_of(op: str, config: Any, wanted: str | None) -> dict[str, Any] | None
     found = found if isinstance(found, dict) else found.to_dict()
     method = found.get("quant_method")
     if method == "moekit":
-        if wanted not in (None, found.get("format")):
-            raise _check.fail(op, "format", f"{found.get('format')!r}, which the checkpoint is packed in, or 'auto'", repr(wanted))
+        own = found.get("format")
+        if wanted not in (None, own):
+            raise _check.fail(op, "format", f"{own!r}, as the checkpoint has it (or 'auto')", repr(wanted))
         return found
     if method not in ("mxfp4", "fp8"):
         raise NotImplementedError(
@@ -334,8 +344,8 @@ class BesideAnother(HfQuantizer):
         """Never."""
         method = self.quantization_config.quant_method
         _log.warning(
-            "moekit: experts packed beside layers quantised by %s are not saved by save_pretrained; save adapters, or unpack "
-            "the experts first (moekit.hf.unpack)",
+            "moekit: experts packed beside layers quantised by %s are not saved by save_pretrained; save adapters, or "
+            "unpack the experts first (moekit.hf.unpack)",
             getattr(method, "value", method),
         )
         return False
@@ -343,12 +353,12 @@ class BesideAnother(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """As without packed experts."""
-        return self.other.is_trainable
+        return bool(self.other.is_trainable)
 
     @property
     def is_qat_trainable(self) -> bool:
         """As without packed experts."""
-        return self.other.is_qat_trainable
+        return bool(self.other.is_qat_trainable)
 
     @property
     def is_compileable(self) -> bool:

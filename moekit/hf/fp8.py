@@ -1,7 +1,7 @@
 """Transformers' FP8 experts (FineGrainedFP8 checkpoints): ``float8_e4m3fn`` weights with a scale a block.
 
-They run as packed weights do, in the bytes they are stored in: the products of the stored weights and scales, with activations
-that are not quantised. The weights are frozen; gradients go to the tokens and the routing weights.
+They run as packed weights do, in the bytes they are stored in: the products of the stored weights and scales, with
+activations that are not quantised. The weights are frozen; gradients go to the tokens and the routing weights.
 """
 
 from __future__ import annotations

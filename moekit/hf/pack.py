@@ -31,6 +31,7 @@ _HUB = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "code_revision", "subfolder", "token"),
     *("trust_remote_code",),
 )
+_SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,25 @@ def pack(
     """Pack a model's experts in place, whatever device they are on.
 
     Args:
-        model: a model of Transformers with experts of classes decorated with ``use_experts_implementation``, or a part of one.
-        format: ``"nf4"``, ``"mxfp4"``, ``"fp8"`` or ``"int8"``, as in :func:`moekit.pack`, like ``double_quant`` and ``block``.
+        model: a model of Transformers with experts of classes that are decorated with ``use_experts_implementation``, or a
+            part of one.
+        format: ``"nf4"``, ``"mxfp4"``, ``"fp8"`` or ``"int8"``, as in :func:`moekit.pack`.
         double_quant: nf4's scales in 8 bits.
         block: fp8's rows and columns that share a scale.
         skip: names of parameters or modules (``*`` stands for anything) whose weights stay as they are.
 
     Returns:
-        What was packed and what was left, and why: weights whose sizes the format does not take, that are packed already, shared,
-        sharded, parametrised, on meta or of another library, and experts of classes that are not decorated.
+        What was packed, and what was left and why: weights whose sizes the format does not take, that are packed already,
+        shared, sharded, parametrised, on meta or of another library, and experts of classes that are not decorated.
 
     Raises:
         ValueError: nothing could be packed (the message says why), an unknown format, options that it does not have, or a
             ``skip`` that names nothing.
         ImportError: no Transformers with an experts interface.
 
-    Weights are packed one after the other and each is freed before the next, so that no more memory is used than before and one
-    packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is set to
-    ``experts_implementation="moekit"``.
+    Weights are packed one after the other and each is freed before the next, so that no more memory is used than before and
+    one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is set
+    to ``experts_implementation="moekit"``.
     """
     op = "hf.pack"
     ensure_registered()
@@ -166,8 +168,8 @@ def load(
         experts are dequantised.
 
     Raises:
-        ValueError: nothing to pack, an unknown format, options that it does not have, another ``experts_implementation``, or a
-            checkpoint that is packed in another format than the one that is asked for.
+        ValueError: nothing to pack, an unknown format, options that have no effect, another ``experts_implementation``, or
+            a checkpoint that ``save_pretrained`` wrote in another format.
         NotImplementedError: a checkpoint quantised in another way, or another ``quantization_config``; the message says what
             to do.
         ImportError: no Transformers with an experts interface.
@@ -177,13 +179,7 @@ def load(
     transformers = importlib.import_module("transformers")
     wanted = None if format in (None, "auto") else format
     Options.of(wanted or "nf4", double_quant, block)
-    if kwargs.setdefault("experts_implementation", NAME) != NAME:
-        raise _check.fail(op, "experts_implementation", repr(NAME), repr(kwargs["experts_implementation"]))
-    if kwargs.pop("quantization_config", None) is not None:
-        raise NotImplementedError(
-            f"moekit.{op}: it quantises experts, and nothing else. Load with from_pretrained(quantization_config=...), then "
-            "pack the experts: moekit.hf.pack(model)"
-        )
+    _check_load(op, kwargs)
     config, others = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     others |= {name: kwargs[name] for name in _HUB if name in kwargs}
     own = _loader().source_of(op, config, wanted)
@@ -191,10 +187,33 @@ def load(
     if own is None:
         others["quantization_config"] = _loader().PackedConfig(wanted or "nf4", **settings)
     else:
+        _check_kept(op, wanted, own, settings)
         config.quantization_config = {"quant_method": NAME, **settings, **own}
     named = (getattr(config, "architectures", None) or [""])[0]
     kind = model_class or getattr(transformers, named, transformers.AutoModelForCausalLM)
     return kind.from_pretrained(path, config=config, **others)
+
+
+def _check_load(op: str, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of ``from_pretrained`` that packed experts do not go with."""
+    if kwargs.setdefault("experts_implementation", NAME) != NAME:
+        raise _check.fail(op, "experts_implementation", repr(NAME), repr(kwargs["experts_implementation"]))
+    if kwargs.pop("quantization_config", None) is not None:
+        raise NotImplementedError(
+            f"moekit.{op}: it quantises experts, and nothing else. Load with from_pretrained(quantization_config=...), then "
+            "pack the experts: moekit.hf.pack(model)"
+        )
+    sharded = [name for name in _SHARDED if kwargs.get(name) is not None]
+    if sharded:
+        raise NotImplementedError(f"moekit.{op}: {sharded[0]}: packed experts are not sharded while they are loaded")
+
+
+def _check_kept(op: str, wanted: str | None, own: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse options of packing where nothing is packed, for the checkpoint is."""
+    kept = own.get("source", "moekit") == "moekit"
+    for name in ("double_quant", "block", *(["skip"] if kept else [])):
+        if settings[name] and wanted in (None, own.get("format")):
+            raise _check.unused(op, name, settings[name], "on a checkpoint whose experts are packed already")
 
 
 def _loader() -> Any:
