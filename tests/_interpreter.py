@@ -1,8 +1,8 @@
 """Triton's interpreter, made to convert bfloat16 as GPUs do, and faster.
 
 Where float32 becomes bfloat16 it truncates instead of rounding to nearest even, it gets subnormal numbers wrong in both
-directions, and it multiplies matrices of bfloat16 as if their bits were integers; it also spends most of its time on looking itself up. Importing this module puts both right for the
-process, if it interprets.
+directions, and it multiplies matrices of bfloat16 as if their bits were integers; it also spends most of its time on
+looking itself up. Importing this module puts both right for the process, if it interprets.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from moekit import _check
-from moekit.ops.unpack import Stored
+from moekit.ops.unpack import MXFP4_BLOCK, Stored
 from moekit.packed import PackedExperts, pack
 from moekit.packed.formats import FORMATS
 
@@ -68,7 +68,7 @@ class ExpertByExpert(WeightConverter):
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
         self.collected_tensors.clear()
         with log_conversion_errors(layer_name, loading_info, (len(lists), layer_name), self.quantization_operation):
-            return {layer_name: hf_quantizer.from_experts(_experts(lists))}
+            return {layer_name: hf_quantizer.from_experts(_experts(lists), len(lists[0]))}
         return {}
 
 
@@ -150,8 +150,9 @@ _Pairs = dict[str, list[tuple[Tensor, Tensor | None]]]
 class ReadFp8(Operation):
     """Makes a weight of FP8 codes and their scales: packed if it is of experts, else in floating point.
 
-    ``operations`` are those of the model's converter for floating-point weights. Where they stack experts, and the halves of
-    the gate, they do to the scales of blocks what they do to the codes.
+    Codes that are integers are two of 4 bits each (DeepSeek-V4's experts): mxfp4. ``operations`` are those of the model's
+    converter for floating-point weights. Where they stack experts, and the halves of the gate, they do to the scales of
+    blocks what they do to the codes.
     """
 
     def __init__(self, hf_quantizer: Any, sources: Sequence[str], operations: Sequence[Any]) -> None:
@@ -181,7 +182,7 @@ class ReadFp8(Operation):
             if source not in found:
                 continue
             codes = found[source]
-            scales = found.get(source + _SCALE, [None] * len(codes))
+            scales = next((found[name] for name in _names_of_scales(source) if name in found), [None] * len(codes))
             if len(scales) != len(codes) or (scales[0] is None and codes[0].element_size() == 1):
                 scaled = sum(scale is not None for scale in scales)
                 raise _check.fail("hf.load", name, "codes with a tensor of scales each", f"{len(codes)} with {scaled}")
@@ -195,8 +196,9 @@ class ReadFp8(Operation):
             raise _check.fail("hf.load", kwargs["full_layer_name"], wanted, f"FP8 codes that go through {steps}")
         codes = {name: [_uncast(code).view(torch.uint8) for code, _ in tensors] for name, tensors in pairs.items()}
         scales = {name: [_matrix(scale) for _, scale in tensors] for name, tensors in pairs.items()}
+        kind = _uncast(next(iter(pairs.values()))[0][0]).dtype
         stacked = [_one(next(iter(self._run(part, kwargs).values()))) for part in (codes, scales)]
-        return _stored(stacked[0], stacked[1], self.hf_quantizer.source_block)
+        return _stored(stacked[0].view(kind), stacked[1], self.hf_quantizer.source_block)
 
     def _run(self, tensors: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         for step in self.operations:
@@ -207,7 +209,8 @@ class ReadFp8(Operation):
 def read_fp8(quantizer: Any, converters: list) -> list:
     """The converters of a block-FP8 checkpoint: ``*.weight`` and ``*.weight_scale_inv``, expert by expert."""
     made = [_with_scales(quantizer, converter) for converter in converters]
-    linear = [r"\.weight$", rf"\.weight{_SCALE}$", r"\.activation_scale$"]
+    names = [".weight", *_names_of_scales(".weight"), ".activation_scale"]
+    linear = [re.escape(name) + "$" for name in names]
     return [*read_mxfp4(quantizer, made), WeightConverter(linear, ".weight", [ReadFp8(quantizer, [".weight"], [])])]
 
 
@@ -217,33 +220,40 @@ def _with_scales(quantizer: Any, converter: Any) -> Any:
     if not isinstance(converter, WeightConverter) or not all(source.endswith(".weight") for source in sources):
         return converter
     read = ReadFp8(quantizer, [_unescaped(source) for source in sources], converter.operations)
-    return _alike(converter, WeightConverter, [f"{source}{end}$" for end in ("", _SCALE) for source in sources], [read])
+    names = [name for source in sources for name in (source, *_names_of_scales(source))]
+    return _alike(converter, WeightConverter, [f"{name}$" for name in names], [read])
+
+
+def _names_of_scales(weight: str) -> tuple[str, str]:
+    """Of a name or a pattern that ends in ``.weight``: as most checkpoints have them, and as DeepSeek-V4."""
+    return weight + _SCALE, weight.removesuffix("weight") + "scale"
 
 
 def _stored(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Stored:
-    """Codes as bytes ``[E, out, in]`` and scales ``[E, rows, columns]``.
+    """Codes ``[E, out, in]`` (in bytes of two: mxfp4) and scales ``[E, rows, columns]``.
 
     Without a block a scale is of a matrix, or of a half of the gate: each row gets its own.
     """
     height, width = codes.shape[1:]
+    if codes.dtype is torch.uint8:
+        exponents = scales.view(torch.uint8) if scales.dtype is torch.float8_e8m0fnu else scales
+        return Stored(codes, [exponents], "mxfp4", (1, MXFP4_BLOCK))
     if block is None:
         scales, block = scales.repeat_interleave(height // max(1, scales.shape[1]), 1), (1, width)
-    return Stored(codes.view(_CODE), [scales], "fp8", block)
+    return Stored(codes, [scales], "fp8", block)
 
 
 def _dense(codes: Tensor, scales: Tensor | None, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
     """A matrix, in floating point."""
     if scales is None:
         return codes.to(dtype)
-    stored = _stored(_uncast(codes)[None].view(torch.uint8), _matrix(scales)[None], block)
+    stored = _stored(_uncast(codes)[None], _matrix(scales)[None], block)
     return PackedExperts.of(stored, dtype).unpack()[0]
 
 
 def _uncast(codes: Tensor) -> Tensor:
-    """FP8 codes: an older loader casts what has its name in the model already, which changes no value of them."""
-    if not codes.dtype.is_floating_point:
-        raise _check.wrong_type("hf.load", "codes beside scales", "float8_e4m3fn", f"{codes.dtype} (4 bits?)")
-    return codes.to(_CODE)
+    """Codes as they are: an older loader casts FP8 that has its name in the model already, which changes no value of it."""
+    return codes.to(_CODE) if codes.dtype.is_floating_point else codes.view(torch.uint8)
 
 
 def _matrix(scales: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from moekit import _check
-from moekit.packed import PackedExperts, nf4, pack
+from moekit.packed import PackedExperts, pack
+from moekit.packed.formats import FORMATS
+from moekit.packed.packing import pack_each
 
 _PLAIN = (nn.Parameter, Tensor)
+_REMEDIES = {"Mxfp4GptOssExperts": "; load the checkpoint with moekit.hf.load"}
 
 
 class Options(NamedTuple):
@@ -34,7 +38,18 @@ class Options(NamedTuple):
         """``weight`` packed; its logical shape stays what it is, ``[E, in, out]`` if ``turned``."""
         if not turned:
             return pack(weight, **self._asdict())
-        return pack(weight.mT, **self._asdict()).mT  # type: ignore[return-value]
+        return pack(weight.mT, **self._asdict()).turn()
+
+    def pack_each(self, experts: Iterator[Tensor], count: int) -> PackedExperts:
+        """``count`` experts ``[out, in]`` packed as they come."""
+        first = next(experts)
+        height, width = first.shape
+        block = FORMATS[self.format].block("pack", height, width, self.block)
+        every = itertools.chain([first], experts)
+        stored = pack_each(
+            lambda _: next(every), (count, height, width), self.format, block, first.device, double_quant=self.double_quant
+        )
+        return PackedExperts(stored, first.dtype)
 
 
 class Slot(NamedTuple):
@@ -91,8 +106,9 @@ def chosen(model: nn.Module, skip: Sequence[str], *, empty: bool = False) -> tup
     With ``empty``, those on meta, too: the model is yet to be loaded.
     """
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():  # each once, wherever else it stands
+        for attribute, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{attribute}" if path else attribute)
     found, left = [], undecorated(model)
     for slot in slots(model):
         reason = _obstacle(slot, owners, empty)
@@ -139,7 +155,7 @@ def undecorated(model: nn.Module) -> dict[str, str]:
         if "expert" not in kind.lower() or "shared" in kind.lower() or next(module.parameters(), None) is None:
             continue
         if not any(_within(path, other) or _within(other, path) for other in (*known, *left)):
-            left[path] = f"{kind} is not decorated with use_experts_implementation"
+            left[path] = f"{kind} is not decorated with use_experts_implementation{_REMEDIES.get(kind, '')}"
     return left
 
 
@@ -195,18 +211,6 @@ def _from_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *oth
 
 def _packed_in(module: nn.Module) -> list[tuple[str, PackedExperts]]:
     return [(name, weight) for name, weight in module._parameters.items() if isinstance(weight, PackedExperts)]
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def joined(parts: Sequence[PackedExperts], double_quant: bool) -> PackedExperts:
-    """Stacks that were packed one by one, as one: what packing them together makes, for no block is of two experts."""
-    stored = [part.stored() for part in parts]
-    scales = torch.cat([one.scales[0] for one in stored])
-    codes = torch.cat([one.codes for one in stored])
-    made = stored[0]._replace(codes=codes, scales=nf4.compress(scales) if double_quant else [scales])
-    return PackedExperts(made, parts[0].dtype)
 
 
 def nothing_packed(op: str, left: dict[str, str]) -> ValueError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moekit import _check
 from moekit.hf._loading import READERS, Operation, Pack, expert_by_expert
-from moekit.hf._packing import Options, chosen, joined, keep_in_state_dicts, nothing_packed, pack_in_place, slots
-from moekit.packed import PackedExperts, pack
+from moekit.hf._packing import Options, chosen, keep_in_state_dicts, nothing_packed, pack_in_place, slots
+from moekit.packed import PackedExperts
 
 _log = logging.getLogger("moekit.hf")
 
@@ -124,9 +124,9 @@ class PackedQuantizer(HfQuantizer):
             return weight
         return _frozen(self.options.pack(weight, self.targets[name].turned))
 
-    def from_experts(self, experts: Iterable[Tensor]) -> Tensor:
-        """A packed parameter of experts ``[out, in]`` that come one after the other."""
-        return _frozen(self._joined(experts))
+    def from_experts(self, experts: Iterator[Tensor], count: int) -> Tensor:
+        """A packed parameter of ``count`` experts ``[out, in]`` that come one after the other."""
+        return _frozen((self.options or Options("nf4")).pack_each(experts, count))
 
     def from_packed(self, name: str, packed: PackedExperts, turned: bool) -> Tensor:
         """A parameter of what a checkpoint has: as it is, unless another format, or none, was asked for."""
@@ -134,13 +134,10 @@ class PackedQuantizer(HfQuantizer):
             values = packed.unpack()
             return values.mT.contiguous() if turned else values
         again = self.options is not None and self.options.format != packed.format
-        if again and self.quantization_config.source != "moekit":
-            packed = self._joined(packed.unpack(slice(expert, expert + 1))[0] for expert in range(len(packed)))
-        return _frozen(packed.mT if turned else packed)
-
-    def _joined(self, experts: Iterable[Tensor]) -> PackedExperts:
-        format, double_quant, block = self.options or Options("nf4")
-        return joined([pack(expert[None], format, block=block) for expert in experts], double_quant)
+        if self.options is not None and again and self.quantization_config.source != "moekit":
+            experts = (packed.unpack(slice(expert, expert + 1))[0] for expert in range(len(packed)))
+            packed = self.options.pack_each(experts, len(packed))
+        return _frozen(packed.turn() if turned else packed)
 
     # --- what Transformers asks -------------------------------------------------------------------------------------
 

@@ -95,8 +95,8 @@ def pack(
         ImportError: no Transformers with an experts interface.
 
     Weights are packed one after the other and each is freed before the next, so that no more memory is used than before and
-    one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is set
-    to ``experts_implementation="moekit"``.
+    one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is
+    set to ``experts_implementation="moekit"``.
     """
     op = "hf.pack"
     ensure_registered()
@@ -210,9 +210,9 @@ def _check_load(op: str, kwargs: dict[str, Any]) -> None:
 
 def _check_kept(op: str, wanted: str | None, own: dict[str, Any], settings: dict[str, Any]) -> None:
     """Refuse options of packing where nothing is packed, for the checkpoint is."""
-    kept = own.get("source", "moekit") == "moekit"
-    for name in ("double_quant", "block", *(["skip"] if kept else [])):
-        if settings[name] and wanted in (None, own.get("format")):
+    ours = "source" not in own
+    for name in ("double_quant", "block", *(["skip"] if ours else [])):
+        if settings[name] and (ours or wanted is None):
             raise _check.unused(op, name, settings[name], "on a checkpoint whose experts are packed already")
 
 

@@ -1,10 +1,10 @@
 """Grouped matrix products: one matrix an expert, one block of rows an expert.
 
-The products are PyTorch's, but for few rows an expert (decoding) on a CPU: there :func:`grouped_rows` has a kernel that
-reads each matrix once, at the speed of memory. ``torch.nn.functional.grouped_mm`` has conditions (16-byte strides, no
-float64, ...) and, on a CPU, is a loop of ``mm`` inside; here is the form without conditions. Rows at or past the last
-offset, which belong to no expert, hold anything: whoever reads them masks them. :mod:`moekit.ops.grouped_linear` has the
-differentiable form, which makes them zero.
+:func:`grouped_rows` has kernels: for few rows an expert (decoding) on a CPU, at the speed of memory, and for GPUs with a
+copy engine, with a low-rank update in the same sum. All other products are PyTorch's. ``torch.nn.functional.grouped_mm``
+has conditions (16-byte strides, no float64, ...) and, on a CPU, is a loop of ``mm`` inside; here is the form without
+conditions. Rows at or past the last offset, which belong to no expert, hold anything: whoever reads them masks them.
+:mod:`moekit.ops.grouped_linear` has the differentiable form, which makes them zero.
 """
 
 from __future__ import annotations
@@ -21,23 +21,34 @@ _ALIGNMENT = 16  # bytes
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply each expert's rows by its matrix.
+def grouped_rows(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """Multiply each expert's rows by its matrix; with ``low``, add those of ``low`` by its factors.
 
     Args:
         rows: ``[R, K]``, expert by expert.
         matrices: ``[E, K, N]``, in the dtype of ``rows``, any strides.
         offsets: ``[E]`` int32, cumulative row ends.
-        out: ``[R, N]`` to write into, or None.
+        out: ``[R, N]`` that may be written into, or None.
+        low: ``[R, r]`` of a small rank r, in the same dtype, or None. Where a kernel can, both products are one sum.
+        factors: ``[E, r, N]``, with ``low``.
 
     Returns:
         ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
     """
     check_offsets(offsets, matrices.shape[0])
     kernel = _backend.kernel("grouped_rows", rows)
-    product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out)
+    product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out, low, factors)
     if product is not NotImplemented:
         return product
+    if low is not None and factors is not None:
+        return grouped_add(grouped_rows(rows, matrices, offsets, out), low, factors, offsets)
     if looped(rows):
         out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
         for expert, block in blocks(offsets, rows.shape[0]):
@@ -97,24 +108,37 @@ def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> T
     return out
 
 
-def grouped_slice(rows: Tensor, matrices: Tensor, offsets: Tensor, first: int, out: Tensor) -> None:
+def grouped_slice(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    first: int,
+    out: Tensor,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> None:
     """:func:`grouped_rows` for the experts ``first`` and following, as many as there are ``matrices``, into ``out``.
 
     PyTorch's product begins with the first row: without a kernel, the rows before ``first`` are multiplied by zeros.
     """
     kernel = _backend.kernel("grouped_slice", rows)
-    if kernel is not None and kernel(rows, matrices, offsets, first, out) is not NotImplemented:
+    if kernel is not None and kernel(rows, matrices, offsets, first, out, low, factors) is not NotImplemented:
         return
     stop = first + matrices.shape[0]
     ends = offsets[first:stop] if first == 0 else offsets[first - 1 : stop]
     if first:
-        matrices = torch.cat([matrices.new_zeros(1, *matrices.shape[1:]), matrices])
-    product = grouped_rows(rows, matrices, ends.contiguous())
+        matrices = _after_zeros(matrices)
+        factors = None if factors is None else _after_zeros(factors)
+    product = grouped_rows(rows, matrices, ends.contiguous(), None, low, factors)
     row = torch.arange(rows.shape[0], device=rows.device)
     mine = row < offsets[stop - 1]
     if first:
         mine &= row >= offsets[first - 1]
     torch.where(mine.unsqueeze(1), product, out, out=out)
+
+
+def _after_zeros(matrices: Tensor) -> Tensor:
+    return torch.cat([matrices.new_zeros(1, *matrices.shape[1:]), matrices])
 
 
 def only_rows_of_experts(rows: Tensor, offsets: Tensor) -> Tensor:

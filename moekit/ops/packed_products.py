@@ -15,17 +15,28 @@ from moekit import _backend
 from moekit.ops import gemm
 from moekit.ops.unpack import Stored, unpack
 
-WORKSPACE = 1 << 27  # bytes
+WORKSPACE = 192 << 20  # bytes: the slices of a layer of 128 small experts are then large enough to fill a GPU
 
 
-def packed_rows(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor | None = None, *, back: bool = False) -> Tensor:
-    """Multiply each expert's rows by its packed weight ``W [out, in]``.
+def packed_rows(
+    rows: Tensor,
+    stored: Stored,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+    *,
+    back: bool = False,
+) -> Tensor:
+    """Multiply each expert's rows by its packed weight ``W [out, in]``; with ``low``, add those of ``low`` by its factors.
 
     Args:
         rows: ``[R, in]``, expert by expert; ``[R, out]`` if ``back``.
         stored: the stack ``[E, out, in]``.
         offsets: ``[E]`` int32, cumulative row ends.
         out: to write into, or None.
+        low: ``[R, r]`` of a small rank r, in the dtype of ``rows``, or None. Where a kernel can, both products are one sum.
+        factors: ``[E, r, out]`` (``[E, r, in]`` if ``back``), with ``low``.
         back: multiply by ``W`` instead of by its transpose.
 
     Returns:
@@ -33,15 +44,17 @@ def packed_rows(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor | Non
     """
     gemm.check_offsets(offsets, stored.shape[0])
     kernel = _backend.kernel("packed_rows", rows)
-    product = NotImplemented if kernel is None else kernel(rows, stored, offsets, out, back)
+    product = NotImplemented if kernel is None else kernel(rows, stored, offsets, out, back, low, factors)
     if product is not NotImplemented:
         return product
     if out is None:
         out = rows.new_empty(rows.shape[0], stored.shape[2 if back else 1])
-    if gemm.looped(rows):
-        _expert_by_expert(rows, stored, offsets, out, back)
+    if not gemm.looped(rows):
+        _slice_by_slice(rows, stored, offsets, out, back, low, factors)
+    elif low is not None and factors is not None:
+        gemm.grouped_add(packed_rows(rows, stored, offsets, out, back=back), low, factors, offsets)
     else:
-        _slice_by_slice(rows, stored, offsets, out, back)
+        _expert_by_expert(rows, stored, offsets, out, back)
     return out
 
 
@@ -57,11 +70,29 @@ def _expert_by_expert(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor
         torch.mm(rows[block], weight if back else weight.T, out=out[block])
 
 
-def _slice_by_slice(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor, back: bool) -> None:
+def _slice_by_slice(
+    rows: Tensor,
+    stored: Stored,
+    offsets: Tensor,
+    out: Tensor,
+    back: bool,
+    low: Tensor | None,
+    factors: Tensor | None,
+) -> None:
     num_experts, height, width = stored.shape
-    count = max(1, min(num_experts, WORKSPACE // max(1, height * width * rows.element_size())))
-    workspace = rows.new_empty(count, height, width)
-    for first in range(0, num_experts, count):
-        stop = min(first + count, num_experts)
+    parts = slices(num_experts, height * width * rows.element_size())
+    workspace = rows.new_empty(max((stop - first for first, stop in parts), default=0), height, width)
+    for first, stop in parts:
         weight = unpack(stored, first, stop, rows.dtype, workspace[: stop - first])
-        gemm.grouped_slice(rows, weight if back else weight.mT, offsets, first, out)
+        mine = None if factors is None else factors[first:stop]
+        gemm.grouped_slice(rows, weight if back else weight.mT, offsets, first, out, low, mine)
+
+
+def slices(num_experts: int, size: int) -> list[tuple[int, int]]:
+    """Slices of experts of ``size`` bytes each: as few as fit the workspace, and of one length, or nearly.
+
+    A short one at the end would leave a GPU half empty.
+    """
+    count = -(-num_experts // max(1, WORKSPACE // max(1, size)))
+    ends = [num_experts * place // count for place in range(1, count + 1)]
+    return list(zip([0, *ends], ends, strict=False))

@@ -21,16 +21,35 @@ class Products(NamedTuple):
     packed: Callable[..., Tensor]
 
 
-def _rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    return grouped_linear.linear_op(rows, matrices, offsets)
+def _rows(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    return _add(grouped_linear.linear_op(rows, matrices, offsets), low, factors, offsets)
 
 
-def _add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
+def _packed(
+    rows: Tensor,
+    stored: Stored,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+    *,
+    back: bool = False,
+) -> Tensor:
+    product = grouped_linear.packed_linear(rows, *grouped_linear.flat(stored), offsets, back)
+    return _add(product, low, factors, offsets)
+
+
+def _add(out: Tensor, low: Tensor | None, factors: Tensor | None, offsets: Tensor) -> Tensor:
+    if low is None or factors is None:
+        return out
     return out + grouped_linear.linear_op(low, factors, offsets)
-
-
-def _packed(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor | None = None, *, back: bool = False) -> Tensor:
-    return grouped_linear.packed_linear(rows, *grouped_linear.flat(stored), offsets, back)
 
 
 PLAIN = Products(gemm.grouped_rows, gemm.grouped_outer, gemm.grouped_add, packed_rows)

@@ -46,10 +46,8 @@ class Projection(NamedTuple):
     def forward(self, rows: Tensor, offsets: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``(rows W^T + low B^T, low)`` with :meth:`lower`'s ``low``; ``out`` may be written into, and not be ``rows``."""
         low = self.lower(rows, offsets)
-        result = self._multiply(rows, offsets, out, back=False)
-        if low is not None and self.B is not None:
-            result = self.products.add(result, low, self.B.mT, offsets)
-        return result, low
+        factors = None if low is None or self.B is None else self.B.mT
+        return self._multiply(rows, offsets, out, low, factors, back=False), low
 
     def lower(self, rows: Tensor, offsets: Tensor) -> Tensor | None:
         """``scale * dropout(rows) A^T``, ``[R, r]``; None without adapters."""
@@ -63,9 +61,11 @@ class Projection(NamedTuple):
 
     def backward(self, grad: Tensor, offsets: Tensor, high: Tensor | None, out: Tensor | None = None) -> Tensor:
         """The gradient of ``rows``: ``grad W + dropout(high A)`` with :meth:`raised`'s ``high``."""
-        result = self._multiply(grad, offsets, out, back=True)
         if high is None or self.A is None:
-            return result
+            return self._multiply(grad, offsets, out, back=True)
+        if not any(adapter.dropout for adapter in self.adapters()):
+            return self._multiply(grad, offsets, out, high, self.A, back=True)
+        result = self._multiply(grad, offsets, out, back=True)
         for adapter in self.adapters():
             mine, factors = high[:, adapter.ranks], self.A[:, adapter.ranks]
             if adapter.dropout:
@@ -98,7 +98,17 @@ class Projection(NamedTuple):
         remain = 1 - adapter.dropout
         return torch.empty_like(rows).bernoulli_(remain, generator=generator) * rows / remain
 
-    def _multiply(self, rows: Tensor, offsets: Tensor, out: Tensor | None, *, back: bool) -> Tensor:
+    def _multiply(
+        self,
+        rows: Tensor,
+        offsets: Tensor,
+        out: Tensor | None,
+        low: Tensor | None = None,
+        factors: Tensor | None = None,
+        *,
+        back: bool,
+    ) -> Tensor:
+        """By the weight, plus ``low`` by its factors: one sum where a kernel can."""
         if isinstance(self.weight, Stored):
-            return self.products.packed(rows, self.weight, offsets, out, back=back != self.turned)
-        return self.products.rows(rows, self.weight.mT if back else self.weight, offsets, out=out)
+            return self.products.packed(rows, self.weight, offsets, out, low, factors, back=back != self.turned)
+        return self.products.rows(rows, self.weight.mT if back else self.weight, offsets, out, low, factors)

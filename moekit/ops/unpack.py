@@ -21,7 +21,6 @@ Values are computed in float32 (in float64 for a float64 result), in the order i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,18 +28,10 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
+from moekit._codes import NESTED_BLOCK, dynamic_table, pair_table, powers_of_two
 from moekit.ops import _library
 
-NF4_BLOCK, NESTED_BLOCK, MXFP4_BLOCK = 64, 256, 32
 FOUR_BITS = ("nf4", "mxfp4")  # two values a byte
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, arXiv:2305.14314, appendix E).
-NF4_TABLE = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 class Stored(NamedTuple):
@@ -95,7 +86,7 @@ def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
     """The scales of the experts ``start`` to ``stop``: float32, in their stored shape, and not quantised themselves."""
     first = stored.scales[0][start:stop]
     if stored.format == "mxfp4":
-        return _powers_of_two(first)
+        return powers_of_two(first)
     if len(stored.scales) == 1:
         return first.float()
     _, nested, offset = stored.scales
@@ -105,41 +96,9 @@ def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
     return (values * nested.index_select(0, groups) + offset).view(first.shape)
 
 
-def _powers_of_two(exponents: Tensor) -> Tensor:
-    """``2 ** (exponents - 127)`` from the bits of float32: exact, with the subnormal number for 0 and infinity for 255."""
-    bits = exponents.int() << 23
-    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
-
-
-@functools.cache
-def table(name: str, device: torch.device) -> Tensor:
-    """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
-    codes = torch.arange(256, device=device)
-    high, low = codes >> 4, codes & 15
-    if name == "nf4":
-        return torch.tensor(NF4_TABLE, device=device)[torch.stack([high, low], 1)]
-    return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
-
-
-@functools.cache
-def dynamic_table(device: torch.device) -> Tensor:
-    """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
-
-    A decade below 1 has twice as many numbers as the one below it, from 1 to 64: the middles of equal parts of 0.1 to 1,
-    times the decade. They are computed in float32 and in this order, on which their last bits depend.
-    """
-    parts = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
-        parts.append(10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2))
-    positive = torch.cat(parts)
-    zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
-    return torch.cat([-positive.flip(0), zero, positive, one]).to(device)
-
-
 def _pairs(stored: Stored, expert: int, wide: torch.dtype) -> Tensor:
     codes = stored.codes[expert].reshape(-1).int()
-    return table(stored.format, codes.device).to(wide).index_select(0, codes)
+    return pair_table(stored.format, codes.device).to(wide).index_select(0, codes)
 
 
 def _four_bits(stored: Stored, expert: int, scale: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit.ops.unpack import NESTED_BLOCK, Stored, float_scales
+from moekit._codes import NESTED_BLOCK
+from moekit.ops.unpack import Stored, float_scales
 from moekit.packed._format import Entries, Format
 from moekit.packed.fp8 import FP8
 from moekit.packed.int8 import INT8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit import _formats
+from moekit import _codes
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import decode_e4m3
 
@@ -123,12 +124,18 @@ def weight_tile(
     return tile
 
 
+@functools.cache
+def nf4_table(device: torch.device) -> Tensor:
+    """The values of nf4: float32 ``[16]``."""
+    return torch.tensor(_codes.NF4_TABLE, device=device)
+
+
 def reads(stored: Any) -> bool:
     """Whether :func:`weight_tile` reads this packed stack: blocks that lie in one row, contiguous parts."""
-    height, width = stored.shape[1:]
+    width = stored.shape[2]
     first, *rest = stored.scales
     fits = {
-        "nf4": width % 64 == 0 and (first.dtype is torch.float32 and not rest or first.dtype is torch.uint8),
+        "nf4": width % 64 == 0 and ((first.dtype is torch.float32 and not rest) or first.dtype is torch.uint8),
         "mxfp4": width % 32 == 0 and first.dtype is torch.uint8,
         "fp8": stored.codes.dtype is torch.float8_e4m3fn and first.dtype in (*_SCALES, torch.float8_e8m0fnu),
         "int8": first.dtype in _SCALES,
@@ -142,8 +149,8 @@ def parts(stored: Any) -> tuple[Tensor | None, ...]:
     if stored.format == "fp8":
         codes = _launch.float8(codes)
         scales = scales.view(torch.uint8) if scales.dtype is torch.float8_e8m0fnu else scales
-    table = _formats.nf4_table(codes.device) if stored.format == "nf4" else None
-    nested = (_formats.dynamic_table(codes.device), *rest) if rest else (None, None, None)
+    table = nf4_table(codes.device) if stored.format == "nf4" else None
+    nested = (_codes.dynamic_table(codes.device), *rest) if rest else (None, None, None)
     return codes, scales, table, *nested
 
 

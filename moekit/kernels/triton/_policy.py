@@ -1,0 +1,95 @@
+"""How grouped products are cut into tiles: pure functions of shapes, dtypes and architecture, from measurements.
+
+None says that another way is faster, and which one the caller knows: :mod:`moekit.ops.gemm`'s for a product of matrices,
+unpacking in slices for a packed one. Rows are told by their average an expert, which is all that the host knows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """How a product is cut: rows, columns and depth of a tile, warps, stages of its pipeline, programs a multiprocessor.
+
+    ``turned`` computes the transpose of a tile: the weights are then the operand that comes from registers, which is where
+    packed ones are made. ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap
+    the last products of the one before it.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    turned: bool = False
+    flat: bool = False
+    registers: int | None = None
+
+
+class Shape(NamedTuple):
+    """A grouped product: ``num_rows`` rows of ``depth`` by matrices ``[num_experts, depth, width]``."""
+
+    num_rows: int
+    num_experts: int
+    depth: int
+    width: int
+
+    @property
+    def rows_an_expert(self) -> float:
+        """On average."""
+        return self.num_rows / max(self.num_experts, 1)
+
+
+_DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
+_HALVES = (torch.bfloat16, torch.float16)
+_MIDDLE = 192  # rows an expert up to which unpacking in registers, once a block of rows, is faster than in memory
+
+
+def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False) -> Blocks | None:
+    """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower."""
+    if arch not in _DESCRIBED or dtype not in _HALVES:
+        return None
+    if shape.width <= 64:
+        cut = Blocks(128, max(_power_of_two(shape.width), 16), 128, 4, 3, 2, flat=True)
+    elif shape.rows_an_expert <= 128:
+        cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
+    elif shape.width <= 128:
+        cut = Blocks(128, 128, 64, 4, 3, 2)
+    else:
+        cut = Blocks(128, 256, 64, 8, 4 if updated else 3, 1, flat=True)
+    return cut._replace(flat=cut.flat and not updated)
+
+
+def plain(dtype: torch.dtype) -> Blocks:
+    """Of operands that threads fetch, on any architecture."""
+    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 32, 4, 2, 2)
+
+
+def packed(shape: Shape, form: str, dtype: torch.dtype, *, back: bool) -> Blocks | None:
+    """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
+    rows, by_table, bytes_ = shape.rows_an_expert, form == "nf4", form in ("fp8", "int8")
+    if rows > _MIDDLE:
+        return None
+    if dtype not in _HALVES:
+        return plain(dtype)
+    if rows <= 16:
+        depth, stages = (64, 4) if back and bytes_ else (128, 3)
+        cut = Blocks(32, 128, depth, 4, stages, 4)
+    elif rows <= 48:
+        cut = Blocks(64, 128, 64, 4, 4, 3) if by_table and not back else Blocks(64, 256, 64, 8, 3, 2)
+    else:
+        cut = Blocks(128, 256, 64, 8, 3, 1) if bytes_ else Blocks(128, 128, 64, 4, 3, 2)
+    return cut._replace(turned=True)
+
+
+def low_rank() -> Blocks:
+    """Of an update alone, which takes as long as the rows that it changes take to be read and written."""
+    return Blocks(64, 256, 16, 8, 1, 2)
+
+
+def _power_of_two(extent: int) -> int:
+    return 1 << max(extent - 1, 0).bit_length()
