@@ -66,29 +66,37 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
 
 def plain(dtype: torch.dtype) -> Blocks:
     """Of operands that threads fetch, on any architecture."""
-    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 32, 4, 2, 2)
+    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
 
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
-    rows, by_table, bytes_ = shape.rows_an_expert, form == "nf4", form in ("fp8", "int8")
+    rows = shape.rows_an_expert
     if rows > _MIDDLE:
         return None
     if dtype not in _HALVES:
         return plain(dtype)
+    # nf4 takes more registers than the others, for its table.
+    by_table, bytes_ = form == "nf4", form in ("fp8", "int8")
     if rows <= 16:
-        depth, stages = (64, 4) if back and bytes_ else (128, 3)
-        cut = Blocks(32, 128, depth, 4, stages, 4)
+        cut = Blocks(32, 128, 64, 4, 4, 4) if by_table or (bytes_ and back) else Blocks(32, 128, 128, 4, 3, 4)
     elif rows <= 48:
         cut = Blocks(64, 128, 64, 4, 4, 3) if by_table and not back else Blocks(64, 256, 64, 8, 3, 2)
+    elif bytes_:
+        cut = Blocks(128, 256, 64, 8, 3, 1)
     else:
-        cut = Blocks(128, 256, 64, 8, 3, 1) if bytes_ else Blocks(128, 128, 64, 4, 3, 2)
+        cut = Blocks(128, 128, 32, 4, 4, 2) if by_table else Blocks(128, 128, 64, 4, 3, 2)
     return cut._replace(turned=True)
 
 
-def low_rank() -> Blocks:
+def low_rank(dtype: torch.dtype) -> Blocks:
     """Of an update alone, which takes as long as the rows that it changes take to be read and written."""
-    return Blocks(64, 256, 16, 8, 1, 2)
+    return Blocks(64, 256, 16, 8, 1, 2) if dtype in _HALVES else Blocks(32, 64, 16, 4, 1, 4)
+
+
+def ranks_at_a_time(dtype: torch.dtype) -> int:
+    """Of an update: more of float32, which has no tensor cores, would not fit into the registers."""
+    return 64 if dtype in _HALVES else 16
 
 
 def _power_of_two(extent: int) -> int:
