@@ -46,7 +46,19 @@ class Shape(NamedTuple):
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
 _HALVES = (torch.bfloat16, torch.float16)
-_MIDDLE = 192  # rows an expert up to which unpacking in registers, once a block of rows, is faster than in memory
+# Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
+# for each block of rows.
+_STEPS = (16, 48, 192)
+_LEAN = (Blocks(32, 64, 64, 4, 4, 6), Blocks(64, 128, 64, 4, 3, 3), Blocks(128, 128, 64, 8, 3, 2))  # in registers
+_SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
+# By architecture, format and direction. What spills a register is not among them, faster or not.
+_MEASURED = {
+    ("9", "nf4", False): (_SMALL, Blocks(64, 128, 64, 4, 4, 3), _SHALLOW),
+    ("9", "nf4", True): (_SMALL, _WIDE, _SHALLOW),
+    **{("9", "mxfp4", b): (Blocks(32, 64, 128, 4, 4, 6), _WIDE, Blocks(128, 128, 64, 4, 3, 2)) for b in (False, True)},
+    **{("9", f, False): (Blocks(32, 128, 128, 4, 3, 4), _WIDE, Blocks(128, 256, 64, 8, 3, 1)) for f in ("fp8", "int8")},
+    **{("9", f, True): (_SMALL, _WIDE, _SHALLOW) for f in ("fp8", "int8")},
+}
 
 
 def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False) -> Blocks | None:
@@ -69,29 +81,20 @@ def plain(dtype: torch.dtype) -> Blocks:
     return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
 
 
-def packed(shape: Shape, form: str, dtype: torch.dtype, *, back: bool) -> Blocks | None:
+def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
     rows = shape.rows_an_expert
-    if rows > _MIDDLE:
+    if rows > _STEPS[-1]:
         return None
     if dtype not in _HALVES:
         return plain(dtype)
-    # nf4 takes more registers than the others, for its table.
-    by_table, bytes_ = form == "nf4", form in ("fp8", "int8")
-    if rows <= 16:
-        cut = Blocks(32, 128, 64, 4, 4, 4) if by_table or (bytes_ and back) else Blocks(32, 128, 128, 4, 3, 4)
-    elif rows <= 48:
-        cut = Blocks(64, 128, 64, 4, 4, 3) if by_table and not back else Blocks(64, 256, 64, 8, 3, 2)
-    elif bytes_:
-        cut = Blocks(128, 256, 64, 8, 3, 1)
-    else:
-        cut = Blocks(128, 128, 32, 4, 4, 2) if by_table else Blocks(128, 128, 64, 4, 3, 2)
-    return cut._replace(turned=True)
+    cuts = _MEASURED.get((arch, form, back), _LEAN)
+    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
 
 
 def low_rank(dtype: torch.dtype) -> Blocks:
     """Of an update alone, which takes as long as the rows that it changes take to be read and written."""
-    return Blocks(64, 256, 16, 8, 1, 2) if dtype in _HALVES else Blocks(32, 64, 16, 4, 1, 4)
+    return Blocks(64, 256, 16, 8, 1, 2) if dtype in _HALVES else Blocks(32, 32, 16, 4, 1, 8)
 
 
 def ranks_at_a_time(dtype: torch.dtype) -> int:

@@ -326,7 +326,7 @@ def packed_rows(
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
-    cut = _policy.packed(shape, stored.format, rows.dtype, back=back)
+    cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
     if cut is None or not _fits(rows, offsets, low, factors, out) or not _packed.reads(stored):
         return NotImplemented
     out = _room(rows, shape.width, out)
