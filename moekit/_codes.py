@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,27 @@ NF4_TABLE = (
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-@functools.cache
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what ``make`` returns for the same arguments; but in a trace, say, where it is a tensor of that trace."""
+    kept = functools.cache(make)
+    return functools.wraps(make)(lambda *args: make(*args) if torch._C._len_torch_dispatch_stack() else kept(*args))
+
+
+@_kept
+def table(format: str, device: torch.device) -> Tensor:
+    """The values of the 16 codes of ``nf4`` or ``mxfp4``: float32."""
+    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, device=device)
+
+
+@_kept
+def pair_table(format: str, device: torch.device) -> Tensor:
+    """The two values of each byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
+    codes = torch.arange(256, device=device)
+    high, low = codes >> 4, codes & 15
+    return table(format, device)[torch.stack([high, low] if format == "nf4" else [low, high], 1)]
+
+
+@_kept
 def dynamic_table(device: torch.device) -> Tensor:
     """The signed dynamic map of bitsandbytes, which stands for the scales of scales: float32 ``[256]``, ascending.
 

@@ -175,8 +175,7 @@ def test_dropout_is_seeded_and_the_same_in_backward():
             torch.testing.assert_close(
                 change, (torch.autograd.grad(out.sum(), factor)[0] * step).sum(), rtol=1e-8, atol=1e-8
             )
-    names = [leaf for leaf in leaves_of(x, p, pairs)]
-    for leaf in names:  # central differences in a random direction
+    for leaf in leaves_of(x, p, pairs):  # central differences in a random direction
         step = draw(71, *leaf.shape)
         (grad,) = torch.autograd.grad(dropping(0, 0.5, *args).sum(), leaf)
         with torch.no_grad():
@@ -332,19 +331,20 @@ def test_scales_of_alpha():
 @pytest.mark.parametrize("format", FORMATS)
 def test_merge(format, transposed):
     weight = weights(torch.float32, format)[0]
-    pairs, others = factors(torch.float32), factors(torch.float32, 30)
-    lora = [Lora(*pairs["gate_up"], 0.25), Lora(*others["gate_up"], -0.5)]
+    pairs, others = (tuple(f.detach() for f in factors(torch.float32, seed)["gate_up"]) for seed in (3, 30))
+    lora = [Lora(*pairs, 0.25), Lora(*others, -0.5)]
     merged, lost = moekit.merge(weight.mT if transposed else weight, lora, transposed=transposed)
     exact = dense_of(weight, torch.float64) + sum(one.scale * one.B.double() @ one.A.double() for one in lora)
     values = dense_of(merged, torch.float64)
     values = values.mT if transposed else values
-    assert lost == pytest.approx(float((values - exact).norm() / exact.norm()), rel=1e-3, abs=1e-9)
+    assert lost == pytest.approx(float((values - exact).norm() / exact.norm()), rel=1e-3, abs=1e-7)
     assert lost < {None: 1e-7, "nf4": 0.12, "mxfp4": 0.15, "fp8": 0.04, "int8": 0.02}[format]
     assert type(merged) is type(weight) and merged.dtype == weight.dtype and not merged.requires_grad
     if format:
         again = moekit.pack(exact.float(), format)
         assert merged.format == format and merged.turned == transposed
-        assert (values == again.unpack(dtype=torch.float64)).float().mean() > 0.999  # float32 sums against float64 ones
+        off = (values - again.unpack(dtype=torch.float64)).abs() > 1e-6 * values.abs().max()
+        assert off.float().mean() < 1e-3  # a sum in float32 may be on the other side of a code's limit
 
 
 @pytest.mark.reference_only("no operator")
@@ -354,5 +354,5 @@ def test_merge_keeps_double_quantisation_and_refuses_what_does_not_fit():
     assert len(merged.stored().scales) == 3
     with pytest.raises(ValueError, match=r"lora\['weight'\].A must be of shape"):
         moekit.merge(weight, Lora(*pairs["down"]))
-    with pytest.raises(TypeError, match="weight must be a plain tensor|a floating-point tensor"):
+    with pytest.raises(TypeError, match="weight must be a floating-point tensor"):
         moekit.merge(torch.zeros(2, 3, 4, dtype=torch.int8), Lora(*pairs["down"]))

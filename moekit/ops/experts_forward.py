@@ -107,7 +107,8 @@ def _flops(*args: Any, **_: Any) -> int:
     """Of the products; a row of no expert counts as any other."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
     matrices = [*options.shapes(given), *filter(None, given.factors())]
-    return 2 * given.order[0] * sum(math.prod(shape[1:]) for shape in matrices)
+    num_rows: Any = given.order[0]
+    return 2 * num_rows * sum(math.prod(shape[1:]) for shape in matrices)
 
 
 operator = _library.define(

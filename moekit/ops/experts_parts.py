@@ -21,7 +21,7 @@ _TABLES = "Tensor order, Tensor inverse, Tensor offsets"
 # Not lists: the vmap of batched gradients takes none.
 _SCALES = ", ".join(f"Tensor? {name}_{part}" for name in ("gate_up", "down") for part in ("scale", "nested", "offset"))
 ARGUMENTS = f"Tensor x, {_WEIGHTS}, {_FACTORS}, {_TABLES}, {_SCALES}, Tensor? seeds"
-_STORAGE = "bool transposed, str[] formats, int[] blocks, bool[] turned"
+_STORAGE = "bool transposed, str gate_up_format, str down_format, int[] blocks, bool[] turned"
 CONSTANTS = f"{glu.CONSTANTS}, {_STORAGE}, float[] gate_up_lora, float[] down_lora, bool weight_after_down, str save"
 
 
@@ -100,7 +100,8 @@ class Options(NamedTuple):
 
     spec: glu.Glu
     transposed: bool
-    formats: list[str]  # of gate_up and down; empty if dense
+    gate_up_format: str  # empty if dense
+    down_format: str
     blocks: list[int]  # the rows and columns of a block of each
     turned: list[bool]  # packed as [E, in, out]
     gate_up_lora: list[float]  # the rank, scale and dropout of each adapter
@@ -112,6 +113,11 @@ class Options(NamedTuple):
     def of(constants: tuple) -> Options:
         """From the operators' arguments."""
         return Options(glu.Glu(*constants[:7]), *constants[7:])
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Of gate_up and down."""
+        return self.gate_up_format, self.down_format
 
     def constants(self) -> tuple:
         """As the operators' arguments."""

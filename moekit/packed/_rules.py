@@ -24,11 +24,13 @@ _aten: Any = torch.ops.aten
 def run(func: Any, args: tuple, kwargs: dict) -> Any:
     """The operator ``func``, if packed weights have it."""
     rule = RULES.get(func)
-    if rule is not None and getattr(args[0], "is_packed_experts", False):
+    of_packed = getattr(args[0], "is_packed_experts", False)
+    if rule is not None and of_packed:
         return rule(args[0], *args[1:], **kwargs)
-    if func._schema.is_mutable:
-        raise TypeError(f"PackedExperts: {func} is not defined for packed weights, which are immutable")
-    raise TypeError(f"PackedExperts: {func} is not defined for packed weights; use .unpack()")
+    changes = of_packed and func._schema.is_mutable
+    taken = "; use .unpack(), or what takes them (moekit.experts; in Transformers experts_implementation='moekit')"
+    hint = ", which are immutable" if changes else taken
+    raise TypeError(f"PackedExperts: {func} is not defined for packed weights{hint}")
 
 
 def _view(packed: PackedExperts) -> PackedExperts:

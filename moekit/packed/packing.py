@@ -45,26 +45,22 @@ def pack(weight: Tensor, format: str, *, double_quant: bool = False, block: Bloc
     num_experts, height, width = weight.shape
     if not weight.numel():
         raise _check.fail(op, "weight", "of at least one value", f"shape {list(weight.shape)}")
-    block = row.block(op, height, width, block)
-
-    def one(expert: int) -> Tensor:
-        values = weight[expert].contiguous()
-        _check_finite(values, expert)
-        return values
-
-    stored = pack_each(one, (num_experts, height, width), format, block, weight.device, double_quant=double_quant)
+    block, shape = row.block(op, height, width, block), (num_experts, height, width)
+    stored = pack_each(lambda expert: weight[expert], shape, format, block, weight.device, double_quant=double_quant)
     return PackedExperts.of(stored, weight.dtype)
 
 
 def pack_each(
     values: Callable[[int], Tensor], shape: Shape, format: str, block: Block, device: torch.device, *, double_quant: bool
 ) -> Stored:
-    """Pack a stack ``[E, out, in]`` of which ``values`` gives an expert at a time."""
+    """Pack a stack ``[E, out, in]`` of which ``values`` gives an expert at a time, in order."""
     row = FORMATS[format]
     layout = row.layout(shape, block, False)
     codes, scales = layout.codes.empty(device), layout.scales[0].empty(device)
     for expert in range(shape[0]):
-        codes[expert], scales[expert] = row.pack(values(expert), block)
+        weight = values(expert).contiguous()
+        _check_finite(weight, expert)
+        codes[expert], scales[expert] = row.pack(weight, block)
     return Stored(codes, nf4.compress(scales) if double_quant else [scales], format, block)
 
 

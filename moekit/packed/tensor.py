@@ -196,7 +196,10 @@ class PackedExperts(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         stored = self.stored()
-        parts = [stored.codes, *stored.scales]
+        # Bytes as such: pickle, other than torch.save, knows no float8.
+        parts = [
+            (part.view(torch.uint8) if part.itemsize == 1 else part, part.dtype) for part in (stored.codes, *stored.scales)
+        ]
         return _rebuild, (parts, self._format, self._block, self.dtype, self._turned, _is_parameter(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedExperts:
@@ -246,9 +249,11 @@ def _as_parameter(packed: PackedExperts, wanted: bool) -> Any:
     return torch.nn.Parameter(packed, requires_grad=False) if wanted else packed
 
 
-def _rebuild(parts: list[Tensor], format: str, block: Block, dtype: torch.dtype, turned: bool, parameter: bool) -> Any:
+def _rebuild(
+    parts: list[tuple[Tensor, torch.dtype]], format: str, block: Block, dtype: torch.dtype, turned: bool, parameter: bool
+) -> Any:
     """What was pickled."""
-    codes, *scales = parts
+    codes, *scales = (part.view(kind) for part, kind in parts)
     return _as_parameter(PackedExperts(Stored(codes, scales, format, block), dtype, turned), parameter)
 
 
