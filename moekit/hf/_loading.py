@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
 )
 
 from moekit import _check
-from moekit._codes import MXFP4_BLOCK
 from moekit.ops.unpack import Stored
 from moekit.packed import PackedExperts, pack
 from moekit.packed.formats import FORMATS
