@@ -84,7 +84,7 @@ def assert_stands_for(model: nn.Module, dense: nn.Module, format: str, count: in
         if isinstance(ours, PackedExperts):
             assert ours.format == format and not ours.requires_grad and ours.dtype is theirs.dtype
             ours = ours.unpack()
-        assert ours.dtype is theirs.dtype and torch.equal(ours, theirs), name
+        assert torch.equal(ours, theirs.to(ours.dtype)), name  # Transformers' own forgets what is kept in float32
     assert len(packed_names(model)) == count
 
 

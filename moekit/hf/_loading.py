@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from moekit import _check
-from moekit.ops.unpack import MXFP4_BLOCK, Stored
+from moekit.ops.unpack import Stored
 from moekit.packed import PackedExperts, pack
 from moekit.packed.formats import FORMATS
 
@@ -112,7 +112,7 @@ class ReadPacked(Operation):
         ends = {pattern: _unescaped(pattern).removeprefix(f".{attribute}") for pattern in input_dict}
         tensors = {name + ends[pattern]: _one(found) for pattern, found in input_dict.items()}
         input_dict.clear()
-        dtype = getattr(module, attribute).dtype
+        dtype = _dtype(model, name)
         if list(tensors) == [name]:
             return {name: tensors[name].to(dtype)}
         if name + _SCALE in tensors:
@@ -164,7 +164,7 @@ class ReadFp8(Operation):
     ) -> dict[str, Any]:
         """Codes without scales are refused: their values are not known."""
         pairs = self._pairs(input_dict, full_layer_name)
-        dtype = getattr(*_place(model, full_layer_name)).dtype
+        dtype = _dtype(model, full_layer_name)
         kwargs |= {"source_patterns": self.sources, "full_layer_name": full_layer_name, "model": model}
         coded = all(scale is not None for tensors in pairs.values() for _, scale in tensors)
         if coded and self.hf_quantizer.is_target(full_layer_name):
@@ -237,7 +237,7 @@ def _stored(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Sto
     height, width = codes.shape[1:]
     if codes.dtype is torch.uint8:
         exponents = scales.view(torch.uint8) if scales.dtype is torch.float8_e8m0fnu else scales
-        return Stored(codes, [exponents], "mxfp4", (1, MXFP4_BLOCK))
+        return Stored(codes, [exponents], "mxfp4", FORMATS["mxfp4"].block("hf.load", height, 2 * width, None))
     if block is None:
         scales, block = scales.repeat_interleave(height // max(1, scales.shape[1]), 1), (1, width)
     return Stored(codes, [scales], "fp8", block)
@@ -280,6 +280,13 @@ def _place(model: Any, name: str) -> tuple[Any, str]:
     """The module and the attribute that a parameter's name is of."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _dtype(model: Any, name: str) -> torch.dtype:
+    """What a parameter is to be: the model's dtype, but for what it keeps in float32."""
+    declared = getattr(*_place(model, name)).dtype
+    kept = model._get_dtype_plan(declared).items()
+    return next((dtype for pattern, dtype in kept if re.search(pattern.replace("*", ".*"), name)), declared)
 
 
 def _unescaped(pattern: str) -> str:

@@ -106,7 +106,7 @@ def _obstacle(layer: Any, module: Any) -> str:
         return f"{type(layer).__name__} has its own idea of what is added"
     if layer.get_param().requires_grad:
         return f"{layer.parameter_name} is trained itself"
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):  # older releases do not say
         return "its experts are spread over ranks"
     if exporting_to_onnx():
         return "ONNX has no grouped products"
