@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from moekit.ops.aux_loss import aux_loss
     from moekit.ops.balance import balance_loss, sequence_balance_loss
     from moekit.ops.experts import experts
-    from moekit.ops.gemm import grouped_linear
     from moekit.ops.glu import glu
+    from moekit.ops.grouped_linear import grouped_linear
+    from moekit.ops.lora import Lora
     from moekit.ops.losses import get_capacity, load_balancing_loss, z_loss
     from moekit.ops.route import route
     from moekit.ops.rows import permute, sort_chunks, unpermute
     from moekit.ops.topk import topk_router
-    from moekit.packed import PackedExperts, pack
+    from moekit.packed import PackedExperts, merge, pack
     from moekit.replay import Replay
     from moekit.routing import Routing
 
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Choices": "moekit.choices",
+    "Lora": "moekit.ops.lora",
     "PackedExperts": "moekit.packed",
     "Replay": "moekit.replay",
     "Routing": "moekit.routing",
@@ -40,8 +42,9 @@ _HOME = {
     "experts": "moekit.ops.experts",
     "get_capacity": "moekit.ops.losses",
     "glu": "moekit.ops.glu",
-    "grouped_linear": "moekit.ops.gemm",
+    "grouped_linear": "moekit.ops.grouped_linear",
     "load_balancing_loss": "moekit.ops.losses",
+    "merge": "moekit.packed",
     "pack": "moekit.packed",
     "permute": "moekit.ops.rows",
     "route": "moekit.ops.route",
@@ -54,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "Choices",
+    "Lora",
     "PackedExperts",
     "Replay",
     "Routing",
@@ -67,6 +71,7 @@ __all__ = [
     "glu",
     "grouped_linear",
     "load_balancing_loss",
+    "merge",
     "pack",
     "permute",
     "route",

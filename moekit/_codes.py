@@ -1,4 +1,4 @@
-"""What the codes and the scales of packed weights stand for: tables that the reference shares with kernels."""
+"""What the codes of packed weights stand for: the tables that the reference and the kernels of every backend share."""
 
 from __future__ import annotations
 
@@ -19,21 +19,29 @@ NF4_TABLE = (
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep what ``make`` returns for the same arguments; but in a trace, say, where it is a tensor of that trace."""
-    known = functools.cache(make)
-    return functools.wraps(make)(lambda *args: make(*args) if torch._C._len_torch_dispatch_stack() else known(*args))
+    kept = functools.cache(make)
+    return functools.wraps(make)(lambda *args: make(*args) if torch._C._len_torch_dispatch_stack() else kept(*args))
 
 
-def powers_of_two(exponents: Tensor) -> Tensor:
-    """``2 ** (exponents - 127)`` from the bits of float32: exact, with the subnormal number for 0 and infinity for 255."""
-    bits = exponents.int() << 23
-    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
+@_kept
+def table(format: str, device: torch.device) -> Tensor:
+    """The values of the 16 codes of ``nf4`` or ``mxfp4``: float32."""
+    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, device=device)
 
 
-@kept
+@_kept
+def pair_table(format: str, device: torch.device) -> Tensor:
+    """The two values of each byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
+    codes = torch.arange(256, device=device)
+    high, low = codes >> 4, codes & 15
+    return table(format, device)[torch.stack([high, low] if format == "nf4" else [low, high], 1)]
+
+
+@_kept
 def dynamic_table(device: torch.device) -> Tensor:
-    """The values of doubly quantised scales, bitsandbytes' signed dynamic map: float32 ``[256]``, ascending.
+    """The signed dynamic map of bitsandbytes, which stands for the scales of scales: float32 ``[256]``, ascending.
 
     A decade below 1 has twice as many numbers as the one below it, from 1 to 64: the middles of equal parts of 0.1 to 1,
     times the decade. They are computed in float32 and in this order, on which their last bits depend.
@@ -45,3 +53,9 @@ def dynamic_table(device: torch.device) -> Tensor:
     positive = torch.cat(parts)
     zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
     return torch.cat([-positive.flip(0), zero, positive, one]).to(device)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """``2 ** (exponents - 127)`` from the bits of float32: exact, with the subnormal number for 0 and infinity for 255."""
+    bits = exponents.int() << 23
+    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)

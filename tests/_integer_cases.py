@@ -13,7 +13,7 @@ from torch import Tensor
 import moekit
 from moekit import Routing, moe_utils
 from moekit.ops import experts as _experts  # noqa: F401  (defines the operators)
-from moekit.ops import gemm, topk  # noqa: F401
+from moekit.ops import grouped_linear, topk  # noqa: F401
 
 OPS = torch.ops.moekit
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
@@ -21,8 +21,20 @@ INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 NO_INTEGERS = {
     *("x", "y", "grad", "rows", "left", "right", "tokens", "values", "weights", "bias", "scale", "logits", "matrices"),
     *("gate_up", "down", "gate_up_bias", "down_bias", "expert_bias", "projected", "kept_rows", "kept_act", "output", "loss"),
-    *("grad_sums", "link", "padding_mask"),
+    *(
+        "grad_sums",
+        "link",
+        "padding_mask",
+        "nested",
+        "offset",
+        "gate_up_nested",
+        "gate_up_offset",
+        "down_nested",
+        "down_offset",
+    ),
     *("total", "counts"),  # of accumulate: added, in place; never addresses
+    *("gate_up_a", "gate_up_b", "down_a", "down_b", "low", "seeds"),
+    *("codes", "scales", "gate_up_scale", "down_scale"),  # any bit pattern is a number
 }
 _GLU = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
 
@@ -202,28 +214,55 @@ def _(m: Make) -> dict[str, Any]:
     return {"left": left, "right": right, "offsets": m.offsets()}
 
 
-def _expert_inputs(m: Make) -> dict[str, Any]:
-    biases = {"gate_up_bias": m.bias(), "down_bias": m.optional(m.floats(m.sizes.experts, m.sizes.hidden))}
-    weights = m.floats(m.sizes.tokens, m.sizes.topk)
-    x = m.floats(m.sizes.tokens, m.sizes.hidden)
-    return {"x": x, "weights": weights, **m.expert_weights(), **biases, **m.of_routing()}
+@target("ops.packed_linear", "offsets")
+def _(m: Make) -> dict[str, Any]:
+    stored = moekit.pack(m.floats(m.sizes.experts, m.sizes.inner, m.sizes.hidden), m._rng.choice(("int8", "fp8"))).stored()
+    back = m._rng.random() < 0.5
+    rows = m.floats(m.sizes.rows, m.sizes.inner if back else m.sizes.hidden)
+    parts = dict(enumerate(grouped_linear.flat(stored)))
+    return {"rows": rows, **{f"part{i}": part for i, part in parts.items()}, "offsets": m.offsets(), "back": back}
+
+
+def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and the constants of the experts, dense or packed, with adapters or without."""
+    s = m.sizes
+    named: dict[str, Any] = {"x": m.floats(s.tokens, s.hidden), "weights": m.floats(s.tokens, s.topk)}
+    parts = ("scale", "nested", "offset")
+    scales = {f"{name}_{part}": None for name in ("gate_up", "down") for part in parts}
+    formats, blocks = ["", ""], [0, 0, 0, 0]
+    for which, (name, weight) in enumerate(m.expert_weights().items()):
+        named[name] = weight
+        if m._rng.random() < 0.3:
+            named[name], [scales[f"{name}_scale"]], formats[which], block = moekit.pack(weight, "int8").stored()
+            blocks[2 * which : 2 * which + 2] = block
+    biases = {"gate_up_bias": m.bias(), "down_bias": m.optional(m.floats(s.experts, s.hidden))}
+    shapes = {
+        **{"gate_up_a": (s.experts, 3, s.hidden), "gate_up_b": (s.experts, 2 * s.inner, 3)},
+        **{"down_a": (s.experts, 3, s.inner), "down_b": (s.experts, s.hidden, 3)},
+    }
+    rank = m._rng.random() < 0.3
+    factors = {name: m.floats(*shape) if rank else None for name, shape in shapes.items()}
+    lora = [3.0, 0.5, 0.0] if rank else []
+    constants = _constants(False, *formats, blocks, False, False, lora, lora)
+    return {**named, **biases, **factors, **m.of_routing(), **scales, "seeds": None}, constants
 
 
 @target("ops.experts", "order inverse offsets", lambda **a: OPS.experts(*a.values())[0])  # the rest may hold anything
 def _(m: Make) -> dict[str, Any]:
+    inputs, constants = _expert_inputs(m)
     save = m._rng.choice(("nothing", "recompute", "fp8", "all"))
-    return {**_expert_inputs(m), **_constants(False, m._rng.random() < 0.5, save)}
+    return {**inputs, **constants, "weight_after_down": m._rng.random() < 0.5, "save": save}
 
 
 @target("ops.experts_backward", "order inverse offsets")
 def _(m: Make) -> dict[str, Any]:
-    inputs = _expert_inputs(m)
-    constants = _constants(False, False, "recompute")
+    inputs, constants = _expert_inputs(m)
+    constants |= {"weight_after_down": False, "save": "recompute"}
     with moekit.backend("torch"):
         _, *kept = OPS.experts(*inputs.values(), *constants.values())
     kept = [t.float().nan_to_num(0, 0, 0).to(t.dtype) for t in kept]  # rows of no expert hold anything
-    named = dict(zip(("projected", "scale", "kept_rows", "kept_act"), kept, strict=True))
-    wanted = [inputs[name] is not None for name in ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")]
+    named = dict(zip(("projected", "scale", "kept_rows", "kept_act", "low"), kept, strict=True))
+    wanted = [value is not None and value.is_floating_point() for value in list(inputs.values())[:10]]
     return {"grad": m.floats(m.sizes.tokens, m.sizes.hidden), **inputs, **named, **constants, "wanted": wanted}
 
 

@@ -35,6 +35,10 @@ SELECTION = (
     "tests/test_glu_operators.py::test_float8_rows",
     "tests/test_glu_operators.py::test_float8_gradients_are_close_at_any_scale",
     "tests/test_aux_loss.py::test_linear_in_its_scale",
+    "tests/test_lora.py::test_values_and_gradients",
+    "tests/test_lora.py::test_dropout_is_seeded_and_the_same_in_backward",
+    "tests/test_lora.py::test_merge",
+    "tests/test_packed.py",
 )
 
 
@@ -111,6 +115,16 @@ def one_row_on(rows: Any) -> Any:
     return rows.roll(1, 0)
 
 
+def method(name: str, change: Callable[..., Any]) -> Callable[[], None]:
+    """``change(original, self, *args)`` takes the place of a method of the experts' projections."""
+
+    def changed(kind: Any) -> Any:
+        original = getattr(kind, name)
+        return type(kind.__name__, (kind,), {name: lambda self, *args, **named: change(original, self, *args, **named)})
+
+    return attribute("ops.experts_parts", "Projection", changed)
+
+
 def constant(wrong: dict[float, float]) -> Callable[[Any], Any]:
     """A constant of an activation, replaced if it is one of ``wrong``."""
     return lambda value: next((bad for right, bad in wrong.items() if math.isclose(value, right)), value)
@@ -154,6 +168,30 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "the auxiliary gradient is not scaled": attribute(
         "ops.aux_loss", "scaled_ones", lambda ones: lambda scale, *rest: ones(None, *rest)
     ),
+    "adapters are not scaled": method("adapters", lambda run, self: (one._replace(scale=1.0) for one in run(self))),
+    "the gradient of A is not scaled": method("raised", lambda run, self, grad, offsets: run(self, grad, offsets) / 0.5),
+    "the tokens' gradient leaves the adapters out": method(
+        "backward", lambda run, self, grad, offsets, high, out=None: run(self, grad, offsets, None, out)
+    ),
+    "the gradient of A is one of what was not dropped": method(
+        "gradient_of_a", lambda run, self, *args: run(self._replace(seed=None), *args)
+    ),
+    "B's gradient is one of what was not dropped": method(
+        "lower", lambda run, self, rows, offsets: run(self._replace(seed=None), rows, offsets)
+    ),
+    "nibbles are swapped": attribute("ops.unpack", "_pairs", lambda pairs: lambda *args: pairs(*args).flip(1)),
+    "a scale is of the next block": attribute(
+        "ops.unpack", "float_scales", lambda scales: lambda *args: scales(*args).roll(1, 1)
+    ),
+    "every expert has the first one's values": attribute(
+        "ops.packed_products",
+        "unpack",
+        lambda unpack: lambda stored, start, stop, *rest: unpack(stored, 0, stop - start, *rest),
+    ),
+    "codes are rounded down": attribute(
+        "packed.nf4", "_nearest", lambda nearest: lambda values, table: (nearest(values, table).int() - 1).clamp(0).byte()
+    ),
+    "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda *args: scales(*args) ** 0),
 }
 
 

@@ -332,8 +332,9 @@ def test_opcheck(save):
     inputs = make(dtype=torch.float32, bias=True)
     leaves = [v.requires_grad_(save != "nothing") for v in inputs.values()]
     routing = Routing.from_topk(choose(), num_experts=E)
-    constants = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated", False, False, save)
-    arguments = (*leaves, routing.order, routing.inverse, routing.offsets, *constants)
+    gate, dense = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated"), ("", "", [0] * 4, False, False, [], [])
+    tables = (routing.order, routing.inverse, routing.offsets, *[None] * 7)
+    arguments = (*leaves, *[None] * 4, *tables, *gate, False, *dense, False, save)
     # The last check adds up every output, which PyTorch cannot do in float8.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.moekit.experts, arguments, test_utils=checks[: 3 if save == "fp8" else 4])

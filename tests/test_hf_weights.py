@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import moekit
 import moekit.hf
+from moekit.ops import packed_products
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: E402
@@ -364,7 +365,7 @@ def exact(module: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Ten
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("slice_bytes", [2**30, 1], ids=["at once", "an expert at a time"])
 def test_fp8_experts_against_float64(gate, slice_bytes, monkeypatch):
-    monkeypatch.setattr(moekit.hf.fp8, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(packed_products, "WORKSPACE", slice_bytes)
     for dtype, block, scale_fmt in (
         (F32, (16, 16), "float"),
         (F32, None, "float"),

@@ -29,7 +29,7 @@ LAYERS = {
     "moekit._routers": 3,
     "moekit.choices": 3,
     "moekit.monitor": 3,
-    "moekit.packed": 3,
+    "moekit.packed": 2,  # what the products of packed weights take; made of ops.unpack
     "moekit.nn": 3,  # finds moekit.hf.blocks by name, at the call
     "moekit.replay": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli
@@ -41,6 +41,7 @@ ONLY_FOR = {
     "llvmlite": ["moekit.kernels.numba"],
     "triton": ["moekit.kernels.triton"],
     "transformers": ["moekit.hf"],
+    "peft": ["moekit.hf.peft"],
     "torch.distributed": ["moekit.ops.losses", "moekit.hf._trainer"],
     "typer": ["moekit.cli"],
     "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show"],

@@ -11,7 +11,7 @@ from _reference import draw, transposed
 
 import moekit
 from moekit import Routing
-from moekit.ops import experts, gemm, topk  # noqa: F401  (defines the operators)
+from moekit.ops import experts, grouped_linear, topk  # noqa: F401  (defines the operators)
 
 pytestmark = pytest.mark.usefixtures("backend")
 OPS = torch.ops.moekit
@@ -41,15 +41,47 @@ def test_grouped_products():
     torch.library.opcheck(OPS.grouped_outer.default, (rows, right, OFFSETS))
 
 
-def test_experts_backward():
+def test_packed_weights():
+    rows, weight = draw(1, 8, 64, dtype=torch.float32).requires_grad_(), draw(2, 3, 5, 64, dtype=torch.float32)
+    for format in ("nf4", "mxfp4", "int8"):  # opcheck itself multiplies what it is given, which float8 does not have
+        stored = grouped_linear.flat(moekit.pack(weight, format).stored())
+        torch.library.opcheck(OPS.packed_linear.default, (rows, *stored, OFFSETS, False))
+        torch.library.opcheck(OPS.unpack.default, (*moekit.pack(weight, format).stored(), 1, 3, torch.float32))
+
+
+@pytest.mark.parametrize("format", ["", "nf4"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_experts_backward(format, rank):
     x, weights = draw(1, 6, 4, dtype=torch.float32), draw(2, 6, 2, dtype=torch.float32)
-    gate_up, down = draw(3, 3, 10, 4, dtype=torch.float32), draw(4, 3, 4, 5, dtype=torch.float32)
+    gate_up, down = draw(3, 3, 32, 4, dtype=torch.float32), draw(4, 3, 4, 16, dtype=torch.float32)
+    shapes = [(3, rank, 4), (3, 32, rank), (3, rank, 16), (3, 4, rank)]
+    factors = [draw(5 + i, *shape, dtype=torch.float32) if rank else None for i, shape in enumerate(shapes)]
+    scales = [None, None]
+    if format:
+        (gate_up, [scales[0]], *_), (down, [scales[1]], *_) = (moekit.pack(w, format).stored() for w in (gate_up, down))
     routing = Routing.from_topk(torch.tensor([[0, 2]] * 6), num_experts=3)
     tables = (routing.order, routing.inverse, routing.offsets)
-    constants = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated", False, False, "recompute")
-    inputs = (weights, gate_up, down, None, None, *tables)
+    gate = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
+    lora = [float(rank), 0.5, 0.25] if rank else []
+    constants = (*gate, False, format, format, [1, 64] * 2, False, False, lora, lora, False, "recompute")
+    inputs = (
+        weights,
+        gate_up,
+        down,
+        None,
+        None,
+        *factors,
+        *tables,
+        scales[0],
+        None,
+        None,
+        scales[1],
+        None,
+        None,
+        torch.tensor([1, 2]),
+    )
     _, *kept = OPS.experts(x, *inputs, *constants)
-    wanted = [True, True, True, True, False, False]
+    wanted = [True, True, not format, not format, False, False, *[rank > 0] * 4]
     torch.library.opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, *kept, *constants, wanted))
 
 

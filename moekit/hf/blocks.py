@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moekit import _check
 from moekit.hf import gates
 from moekit.hf.weights import plain
+from moekit.packed import PackedExperts
 
 _OP = "nn.MoE.from_transformers"
 
@@ -174,6 +175,9 @@ def _own(module: Any, name: str) -> Tensor:
     if name not in module._parameters and name not in module._buffers:
         raise _check.wrong_type(_OP, f"{type(module).__name__}.{name}", "a parameter or buffer of its own", "another thing")
     value = plain(module, name)
+    if isinstance(value, PackedExperts):
+        got = f"one packed in {value.format}; unpack it (moekit.hf.unpack)"
+        raise _check.wrong_type(_OP, f"{type(module).__name__}.{name}", "a floating-point tensor", got)
     if value.is_meta:
         raise _check.wrong_type(_OP, f"{type(module).__name__}.{name}", "a tensor with numbers", 'one on "meta"')
     return value

@@ -1,8 +1,7 @@
 """Transformers' FP8 experts (FineGrainedFP8 checkpoints): ``float8_e4m3fn`` weights with a scale a block.
 
-The weights are dequantised for a slice of the experts at a time, and the layer is computed with them as any other: the
-products of the stored weights and scales, with activations that are not quantised. In training the slices are made
-again in backward. The weights are frozen; gradients go to the tokens and the routing weights.
+They run as packed weights do, in the bytes they are stored in: the products of the stored weights and scales, with
+activations that are not quantised. The weights are frozen; gradients go to the tokens and the routing weights.
 """
 
 from __future__ import annotations
@@ -11,18 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moekit import _check
-from moekit.hf.experts import experts_forward, run
+from moekit.hf.experts import Adapters, experts_forward, run
 from moekit.hf.weights import Weights, plain
+from moekit.ops.unpack import Stored
+from moekit.packed import PackedExperts
 
-_SLICE_BYTES = 2**30  # of dequantised weights at a time
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 def fp8_experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, save: str = "recompute"
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    save: str = "recompute",
+    lora: Adapters | None = None,
 ) -> Tensor:
     """The forward of an FP8 experts module of Transformers.
 
@@ -32,6 +37,7 @@ def fp8_experts_forward(
         top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
         top_k_weights: ``[T, K]`` routing weights.
         save: as in :func:`moekit.experts`.
+        lora: as there; what :mod:`moekit.hf.peft` hands on.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
@@ -42,53 +48,33 @@ def fp8_experts_forward(
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     if getattr(module, first).element_size() > 1:  # not quantised after all
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save)
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save, lora=lora)
     if module.activation_scheme == "static":
         raise NotImplementedError(
             "moekit.hf: FP8 experts with activation_scheme='static' clip their activations, which moekit does not do; "
             "use experts_implementation='eager'"
         )
     _check.computable("hf", "hidden_states", hidden_states)
-    stored = (*_stored(module, first, 2 if module.has_gate else 1), *_stored(module, "down_proj", 1))
-    block, num_experts = module.block_size, stored[0].shape[0]
-    expert_bytes = (stored[0][:1].numel() + stored[2][:1].numel()) * hidden_states.element_size()
-    count = max(1, _SLICE_BYTES // max(1, expert_bytes))
-
-    def part(x: Tensor, weights: Tensor, start: int) -> Tensor:
-        codes, scales, down_codes, down_scales = (tensor[start : start + count] for tensor in stored)
-        gate_up = _dequantised(codes, scales, block, x.dtype)
-        down = _dequantised(down_codes, down_scales, block, x.dtype)
-        mine = (top_k_index >= start) & (top_k_index < start + codes.shape[0])
-        indices = torch.where(mine, top_k_index - start, -1)
-        return run(module, x, indices, weights, Weights(gate_up, down, None, None), save)
-
-    training = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-    parts = []
-    for start in range(0, num_experts, count):
-        args = (hidden_states, top_k_weights, start)
-        parts.append(checkpoint(part, *args, use_reentrant=False) if training else part(*args))
-    return parts[0] if len(parts) == 1 else torch.stack([out.float() for out in parts]).sum(0).to(hidden_states.dtype)
+    gate_up = _packed(module, first, 2 if module.has_gate else 1, hidden_states.dtype)
+    down = _packed(module, "down_proj", 1, hidden_states.dtype)
+    weights = Weights(gate_up, down, None, None)
+    return run(module, hidden_states, top_k_index, top_k_weights, weights, save, lora or {}).to(hidden_states.dtype)
 
 
-def _stored(module: Any, name: str, halves: int) -> tuple[Tensor, Tensor]:
-    """The codes and scales of a weight; ``halves`` of it may not share a block."""
+def _packed(module: Any, name: str, halves: int, dtype: torch.dtype) -> PackedExperts:
+    """A weight's codes and scales, standing for ``dtype``; ``halves`` of it may not share a block."""
     codes, scales = plain(module, name, (torch.float8_e4m3fn,)), plain(module, f"{name}_scale_inv", _SCALES)
     (height, width), (rows, columns) = codes.shape[1:], scales.shape[1:]
     if module.block_size is None:
-        fits = height % rows == 0 and columns == 1
+        block, fits = (height // max(1, rows), width), columns == 1 and height % max(1, rows) == 0
     else:
-        down, across = module.block_size
+        block = down, across = tuple(module.block_size)
         fits = (rows, columns) == (-(-height // down), -(-width // across)) and (halves == 1 or height // halves % down == 0)
     if not fits:
         argument = f"{type(module).__name__}.{name}_scale_inv"
         wanted = f"one scale for each block {module.block_size} of {list(codes.shape)}, and gate and up of whole blocks"
         raise _check.fail("hf", argument, wanted, f"shape {list(scales.shape)}")
-    return codes.detach(), scales.detach()
-
-
-def _dequantised(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """``[E, N, K]`` codes times their scales, each rounded once to ``dtype``."""
-    height, width = codes.shape[1:]
-    down, across = block or (height // scales.shape[1], width)
-    wide = scales.float().repeat_interleave(down, 1)[:, :height]
-    return (codes.float() * wide.repeat_interleave(across, 2)[:, :, :width]).to(dtype)
+    scales = scales.detach()
+    return PackedExperts(
+        Stored(codes.detach(), [scales.float() if scales.dtype is torch.float16 else scales], "fp8", block), dtype
+    )

@@ -1,4 +1,7 @@
-"""The weights of an experts module as they are: read once a call, and used only where they are what they seem."""
+"""The weights of an experts module as they are: read once a call, and used only where they are what they seem.
+
+Packed weights (:class:`moekit.PackedExperts`) are: products take them as they are.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit import _check
+from moekit.packed import PackedExperts
 
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -22,7 +26,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(module: Any) -> Weights:
-    """Every weight of ``module`` as a plain floating-point tensor.
+    """Every weight of ``module`` as a plain floating-point tensor, or as a packed one.
 
     Raises:
         TypeError: a weight of another kind; the message names it, says what it is and what to do.
@@ -47,6 +51,8 @@ def plain(module: Any, name: str, dtypes: tuple[torch.dtype, ...] = _check.FLOAT
 def _unwrapped(module: Any, name: str, value: Any) -> Tensor:
     """What a tensor subclass stands for."""
     kind = type(value)
+    if kind is PackedExperts:
+        return value
     if hasattr(value, "placements"):
         return _local(module, name, value)
     if getattr(kind, "dequantize", Tensor.dequantize) is not Tensor.dequantize:

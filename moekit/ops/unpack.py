@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit._codes import E2M1_TABLE, NESTED_BLOCK, NF4_TABLE, dynamic_table, kept, powers_of_two
+from moekit._codes import NESTED_BLOCK, dynamic_table, pair_table, powers_of_two
 from moekit.ops import _library
+
+FOUR_BITS = ("nf4", "mxfp4")  # two values a byte
 
 
 class Stored(NamedTuple):
@@ -44,7 +46,7 @@ class Stored(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """``(E, out, in)``."""
         num_experts, height, width = self.codes.shape
-        return num_experts, height, width * (2 if self.format in ("nf4", "mxfp4") else 1)
+        return num_experts, height, width * (2 if self.format in FOUR_BITS else 1)
 
     @property
     def device(self) -> torch.device:
@@ -94,19 +96,9 @@ def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
     return (values * nested.index_select(0, groups) + offset).view(first.shape)
 
 
-@kept
-def table(name: str, device: torch.device) -> Tensor:
-    """The 256 pairs of values of a byte of ``nf4`` or ``mxfp4``: float32 ``[256, 2]``."""
-    codes = torch.arange(256, device=device)
-    high, low = codes >> 4, codes & 15
-    if name == "nf4":
-        return torch.tensor(NF4_TABLE, device=device)[torch.stack([high, low], 1)]
-    return torch.tensor(E2M1_TABLE, device=device)[torch.stack([low, high], 1)]
-
-
 def _pairs(stored: Stored, expert: int, wide: torch.dtype) -> Tensor:
     codes = stored.codes[expert].reshape(-1).int()
-    return table(stored.format, codes.device).to(wide).index_select(0, codes)
+    return pair_table(stored.format, codes.device).to(wide).index_select(0, codes)
 
 
 def _four_bits(stored: Stored, expert: int, scale: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ A stack ``[E, out, in]`` is packed once and never changed. Names load on first u
 tensors in them can be read by ``torch.load`` from then on.
 """
 
+from moekit.packed.merging import merge
 from moekit.packed.packing import pack
 from moekit.packed.tensor import PackedExperts
 
-__all__ = ["PackedExperts", "pack"]
+__all__ = ["PackedExperts", "merge", "pack"]

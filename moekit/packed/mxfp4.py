@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit._codes import E2M1_TABLE, MXFP4_BLOCK
+from moekit._codes import E2M1_TABLE, MXFP4_BLOCK, table
 from moekit.ops.unpack import Stored
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
@@ -48,7 +48,7 @@ def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 def _limits(device: torch.device) -> Tensor:
     """The largest magnitude of each code but the last: half-way to the next, or just below that where the next is even."""
-    magnitudes = torch.tensor(E2M1_TABLE[:8], device=device)
+    magnitudes = table("mxfp4", device)[:8]
     middles = (magnitudes[:-1] + magnitudes[1:]) / 2
     even = torch.arange(7, device=device) % 2 == 0
     return torch.where(even, middles, middles.nextafter(torch.zeros_like(middles)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit._codes import NESTED_BLOCK, NF4_BLOCK, NF4_TABLE, dynamic_table
+from moekit._codes import NESTED_BLOCK, NF4_BLOCK, dynamic_table, table
 from moekit.ops.unpack import Stored
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
@@ -47,13 +47,13 @@ def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     blocks = weight.float().reshape(-1, NF4_BLOCK)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=_SMALLEST)).unsqueeze(1)).clamp_(-1, 1)
-    codes = _nearest(scaled, torch.tensor(NF4_TABLE, device=weight.device))
+    codes = _nearest(scaled, table("nf4", weight.device))
     return (codes[:, ::2] << 4 | codes[:, 1::2]).view(weight.shape[0], -1), absmax
 
 
-def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """The places of the nearest values of an ascending table."""
-    return torch.bucketize(values, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+def _nearest(values: Tensor, candidates: Tensor) -> Tensor:
+    """The places of the nearest candidates, which ascend."""
+    return torch.bucketize(values, (candidates[:-1] + candidates[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 def compress(absmax: Tensor) -> list[Tensor]:
@@ -79,7 +79,7 @@ def entries(stored: Stored, dtype: torch.dtype) -> dict[str, Tensor]:
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(stored.shape),
     }
-    found = {"": stored.codes.view(-1, 1), ".absmax": absmax.view(-1), ".quant_map": torch.tensor(NF4_TABLE, device=device)}
+    found = {"": stored.codes.view(-1, 1), ".absmax": absmax.view(-1), ".quant_map": table("nf4", device).clone()}
     if nested:
         found |= {".nested_absmax": nested[0], ".nested_quant_map": dynamic_table(device).clone()}
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested[1].item()}
@@ -93,7 +93,7 @@ def stored(entries: Entries) -> tuple[Stored, torch.dtype]:
     shape, dtype = _shape(op, state), entries.dtype or getattr(torch, str(state.get("dtype")), None)
     if state.get("blocksize") != NF4_BLOCK:
         raise _check.fail(op, "blocksize", f"{NF4_BLOCK}", state.get("blocksize"))
-    _check_table(entries, ".quant_map", torch.tensor(NF4_TABLE))
+    _check_table(entries, ".quant_map", table("nf4", torch.device("cpu")))
     block_ = block(op, shape[1], shape[2], entries.block)
     double_quant = "nested_offset" in state
     parts = layout(shape, block_, double_quant)
@@ -109,13 +109,13 @@ def stored(entries: Entries) -> tuple[Stored, torch.dtype]:
 
 def _state(entries: Entries) -> dict[str, Any]:
     """What is no tensor, which bitsandbytes writes as the bytes of a JSON text."""
-    written = bytes(entries.take(_MARK).tolist())
+    written = entries.take(_MARK).tolist()
     try:
-        state = json.loads(written)
-    except ValueError:
+        state = json.loads(bytes(written))
+    except (TypeError, ValueError):
         state = None
     if not isinstance(state, dict):
-        raise _check.fail(entries.op, entries.prefix + _MARK, "the bytes of a JSON object", written[:40])
+        raise _check.fail(entries.op, entries.prefix + _MARK, "the bytes of a JSON object", f"{written[:20]}...")
     return state
 
 
@@ -133,10 +133,10 @@ def _shaped(entries: Entries, suffix: str, value: Tensor, part: Part) -> Tensor:
     return value.reshape(part.shape)
 
 
-def _check_table(entries: Entries, suffix: str, table: Tensor) -> None:
+def _check_table(entries: Entries, suffix: str, standard: Tensor) -> None:
     """Refuse codes of another table: nothing else would show that every value is wrong."""
     found = entries.take(suffix).cpu()
-    if found.shape != table.shape or not torch.allclose(found.float(), table, rtol=1e-6, atol=0):
+    if found.shape != standard.shape or not torch.allclose(found.float(), standard, rtol=1e-6, atol=0):
         raise _check.fail(entries.op, entries.prefix + suffix, "the standard table of nf4", "other values")
 
 

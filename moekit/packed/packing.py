@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moekit import _backend, _check
 from moekit.ops.unpack import Stored
 from moekit.packed import nf4
-from moekit.packed._format import Block
+from moekit.packed._format import Block, Shape
 from moekit.packed.formats import FORMATS
 from moekit.packed.tensor import PackedExperts
 
@@ -43,15 +45,23 @@ def pack(weight: Tensor, format: str, *, double_quant: bool = False, block: Bloc
     num_experts, height, width = weight.shape
     if not weight.numel():
         raise _check.fail(op, "weight", "of at least one value", f"shape {list(weight.shape)}")
-    block = row.block(op, height, width, block)
-    layout = row.layout((num_experts, height, width), block, False)
-    codes, scales = layout.codes.empty(weight.device), layout.scales[0].empty(weight.device)
-    for expert in range(num_experts):
-        one = weight[expert].contiguous()
-        _check_finite(one, expert)
-        codes[expert], scales[expert] = row.pack(one, block)
-    parts = nf4.compress(scales) if double_quant else [scales]
-    return PackedExperts.of(Stored(codes, parts, format, block), weight.dtype)
+    block, shape = row.block(op, height, width, block), (num_experts, height, width)
+    stored = pack_each(lambda expert: weight[expert], shape, format, block, weight.device, double_quant=double_quant)
+    return PackedExperts.of(stored, weight.dtype)
+
+
+def pack_each(
+    values: Callable[[int], Tensor], shape: Shape, format: str, block: Block, device: torch.device, *, double_quant: bool
+) -> Stored:
+    """Pack a stack ``[E, out, in]`` of which ``values`` gives an expert at a time, in order."""
+    row = FORMATS[format]
+    layout = row.layout(shape, block, False)
+    codes, scales = layout.codes.empty(device), layout.scales[0].empty(device)
+    for expert in range(shape[0]):
+        weight = values(expert).contiguous()
+        _check_finite(weight, expert)
+        codes[expert], scales[expert] = row.pack(weight, block)
+    return Stored(codes, nf4.compress(scales) if double_quant else [scales], format, block)
 
 
 def _check_finite(weight: Tensor, expert: int) -> None:

@@ -36,8 +36,17 @@ def element_of(dtype: torch.dtype) -> int:
     return NONE if element == E4M3 or (element == F16 and not HARDWARE_F16) else element
 
 
-def grouped_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor | None = None) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_rows`. Many rows an expert, and matrices without a dense side, are left to it."""
+def grouped_rows(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """See :func:`moekit.ops.gemm.grouped_rows`, to which are left: many rows an expert, updates, no dense side."""
+    if low is not None or factors is not None:
+        return NotImplemented
     element = element_of(rows.dtype)
     num_experts, width, features = matrices.shape
     if element == NONE or matrices.dtype is not rows.dtype:

@@ -7,13 +7,14 @@ Elements are the reference's, bit for bit, but for bfloat16 that is subnormal an
 
 from __future__ import annotations
 
+import functools
 from array import array
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekit._codes import E2M1_TABLE, NESTED_BLOCK, NF4_BLOCK, dynamic_table, kept, powers_of_two
+from moekit._codes import NESTED_BLOCK, NF4_BLOCK, dynamic_table, powers_of_two, table
 from moekit.kernels.numba import _packed_kernels as kernels
 from moekit.kernels.numba._bits import HARDWARE_F16
 from moekit.kernels.numba._elements import NONE, SIZES
@@ -64,8 +65,18 @@ def unpack(stored: Any, start: int, stop: int, dtype: torch.dtype, out: Tensor |
     return out
 
 
-def packed_rows(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor | None = None, back: bool = False) -> Any:
-    """See :func:`moekit.ops.packed_products.packed_rows`. Many rows an expert are left to it."""
+def packed_rows(
+    rows: Tensor,
+    stored: Any,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    back: bool = False,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """See :func:`moekit.ops.packed_products.packed_rows`, to which many rows an expert and updates are left."""
+    if low is not None or factors is not None:
+        return NotImplemented
     num_experts, height, width = stored.shape
     if element_of(rows.dtype) == NONE or not fits(rows, offsets, out, num_experts, height if back else width):
         return NotImplemented
@@ -112,8 +123,7 @@ def _tensors(stored: Any, format: int, dtype: torch.dtype) -> _Tensors | None:
     return (dense(first), dynamic_table(_CPU), groups, offset) if known else None
 
 
-@kept
+@functools.cache
 def _exponents(dtype: torch.dtype) -> Tensor:
-    """The 16 values of a nibble of mxfp4 for each exponent: ``[256, 16]``."""
-    values = torch.tensor(E2M1_TABLE, device=_CPU)
-    return (values * powers_of_two(torch.arange(256, device=_CPU)).unsqueeze(1)).to(dtype)
+    """The values of mxfp4's 16 codes for each exponent: ``[256, 16]``."""
+    return (table("mxfp4", _CPU) * powers_of_two(torch.arange(256, device=_CPU)).unsqueeze(1)).to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import entries, glu, glu_backward, maps, rows, tables, topk
+from moekit.kernels.triton import decode, entries, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -27,5 +27,11 @@ KERNELS: dict[str, Callable] = {
     "topk_router_backward": topk.topk_router_backward,
     "score_sums": topk.score_sums,
     "weigh_experts": topk.weigh_experts,
+    "unpack": unpack.unpack,
+    "grouped_rows": gemm.grouped_rows,
+    "grouped_slice": gemm.grouped_slice,
+    "grouped_add": gemm.grouped_add,
+    "packed_rows": gemm.packed_rows,
+    "packed_rows_few": decode.packed_rows_few,
 }
 """Operator name to the function that runs it, with the reference's arguments and results."""

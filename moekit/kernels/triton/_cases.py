@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _integers(*shape: int) -> Tensor:
@@ -145,7 +145,81 @@ def _all_routers() -> Iterator[Case]:
             yield Case(f"weigh {what}", "weigh_experts", (*grads[2:], None, *score), shown, aligned=False)
 
 
+class _Packed(NamedTuple):
+    """A packed stack ``[E, out, in]`` as the launchers see it: ``moekit.ops`` is above them."""
+
+    codes: Tensor
+    scales: list[Tensor]
+    format: str
+    block: tuple[int, int]
+    shape: tuple[int, int, int]
+
+
+def _packed(form: str, experts: int, height: int, width: int) -> _Packed:
+    def stored(codes: Tensor, scale: Tensor, *block: int, nested: tuple[Tensor, ...] = ()) -> _Packed:
+        return _Packed(codes, [scale, *nested], form.split()[0], block, (experts, height, width))
+
+    byte, blocks = torch.uint8, height * width // 64
+    half, whole = _meta(experts, height, width // 2, dtype=byte), (experts, height, width)
+    found = {
+        "nf4": lambda: stored(half, _meta(experts, blocks), 1, 64),
+        "nf4 nested": lambda: stored(
+            half, _meta(experts, blocks, dtype=byte), 1, 64, nested=(_meta(-(-experts * blocks // 256)), _meta())
+        ),
+        "mxfp4": lambda: stored(half, _meta(experts, height, width // 32, dtype=byte), 1, 32),
+        "fp8": lambda: stored(
+            _meta(*whole, dtype=torch.float8_e4m3fn), _meta(experts, -(-height // 128), -(-width // 128)), 128, 128
+        ),
+        "int8": lambda: stored(_meta(*whole, dtype=torch.int8), _meta(experts, height), 1, width),
+    }
+    return found[form]()
+
+
+def _all_products() -> Iterator[Case]:
+    """With three numbers of rows an expert: where kernels unpack in registers it says which of them."""
+
+    def case(op: str, name: str, *args: Any, shown: bool = False) -> Case:
+        return Case(f"{op} {name}", op, args, shown, aligned=False)
+
+    experts, height, width, offsets = _E, 2 * _I, _H, _integers(_E)
+    for name, dtype in _DTYPES.items():
+        for (rows, rank), back in itertools.product(((_R, 0), (_R, 16), (4096, 0), (4096, 64)), (False, True)):
+            x, weight = _meta(rows, width, dtype=dtype), _meta(experts, height, width, dtype=dtype)
+            matrices = weight.transpose(1, 2).contiguous() if back else weight.mT
+            low, factors = _meta(rows, rank, dtype=dtype), _meta(experts, height, rank, dtype=dtype).mT
+            update, out = (low, factors) if rank else (None, None), _meta(rows, height, dtype=dtype)
+            what = f"{name} R={rows} r={rank}" + (" back" if back else "")
+            shown = name == "bf16" and rows == _R
+            yield case("grouped_slice", what, x, matrices, offsets, 0, out, *update, shown=shown)
+            if name != "fp32":
+                yield case("grouped_rows", what, x, matrices, offsets, None, *update)
+        for rank in (8, 64):
+            factors = _meta(experts, rank, width, dtype=dtype)
+            yield case("grouped_rows", f"{name} narrow r={rank}", x, factors.mT, offsets)
+            yield case("grouped_add", f"{name} r={rank}", x, _meta(len(x), rank, dtype=dtype), factors, offsets)
+    for form, (name, dtype) in itertools.product(("nf4", "nf4 nested", "mxfp4", "fp8", "int8"), _DTYPES.items()):
+        stored = _packed(form, experts, height, width)
+        yield case("unpack", f"{form} {name}", stored, 0, 4, dtype, None, shown=name == "bf16")
+        for rows, rank, back in itertools.product((8, 32, 128), (0, 16), (False, True)):
+            depth, outputs = (height, width) if back else (width, height)
+            x, low = _meta(rows * experts, depth, dtype=dtype), _meta(rows * experts, rank, dtype=dtype)
+            update = (low, _meta(experts, outputs, rank, dtype=dtype).mT) if rank else (None, None)
+            what = f"{form} {name} R/E={rows} r={rank}" + (" back" if back else "")
+            yield case("packed_rows", what, x, stored, offsets, None, back, *update, shown=name == "bf16" and not rank)
+
+
+def _all_decoding() -> Iterator[Case]:
+    """With one row an expert and with four: sums, and matrix instructions."""
+    forms = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
+    for form, name, (height, width) in itertools.product(forms, ("bf16", "fp16"), ((2 * _I, _H), (_H, _I))):
+        stored = _packed(form, _E, height, width)
+        for rows in (1, 4):
+            args = (_meta(rows * _E, width, dtype=_DTYPES[name]), stored, _integers(_E))
+            shown = name == "bf16" and width == _H and form != "nf4 nested"
+            yield Case(f"packed_rows_few {form} {name} R/E={rows} {width}", "packed_rows_few", args, shown, aligned=False)
+
+
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
     """All of them, or those that ``select`` takes."""
-    for family in (_all_glu, _all_rows, _all_tables, _all_routers):
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_decoding):
         yield from filter(select, family())

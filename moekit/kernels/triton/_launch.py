@@ -35,6 +35,7 @@ _TILES = {
     "permute": Tile(8, 4),
     "unpermute": Tile(16, 1),
     "unpermute_backward": Tile(8, 4),
+    "unpack": Tile(32, 2),
 }
 # Where an architecture (major compute capability, or the name of an AMD one) wants another.
 _TILES_OF_ARCH: dict[str, dict[str, Tile]] = {}

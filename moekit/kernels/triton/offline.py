@@ -32,6 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit.kernels.triton import KERNELS, _launch
 from moekit.kernels.triton._cases import Case, cases
@@ -55,6 +56,7 @@ _POINTERS = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # what a launch gives to the compiler alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def catch_launches(target: GPUTarget) -> Iterator[list[Launch]]:
     caught: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+        options = {name: constants.pop(name) for name in _OPTIONS if name in constants}
         if target.backend != "cuda":
             options.pop("maxnreg", None)
         caught.append(Launch(self, args, constants, options))
@@ -112,6 +114,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         aligned = False
         if isinstance(value, Tensor):
             kind, aligned = "*" + _POINTERS[value.dtype], value.storage_offset() * value.itemsize % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
         elif value is None or parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             kind, constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):

@@ -1,0 +1,71 @@
+"""The name ``"moekit"`` in Transformers: an experts implementation, and a quantisation method of its loader."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from moekit import _check
+from moekit.hf import gates, peft
+from moekit.hf.experts import experts_forward
+from moekit.hf.fp8 import fp8_experts_forward
+from moekit.ops.experts import SAVES
+
+NAME = "moekit"
+SUPPORTED = "5.12 to 5.x"
+
+
+def register(save: str = "recompute") -> None:
+    """Put the experts implementation ``"moekit"`` into Transformers' experts interfaces.
+
+    From then on, ``from_pretrained`` reads what ``save_pretrained`` wrote of a model with packed experts, too.
+
+    Args:
+        save: what the fused experts keep for backward, as in :func:`moekit.experts`.
+
+    Raises:
+        ImportError: Transformers is not installed, or a release without an experts interface.
+        ValueError: an unknown ``save``.
+    """
+    _check.one_of("hf.register", "save", save, SAVES)
+    plain, fp8 = _interfaces()
+    gates.learn_transformers(importlib.import_module("transformers.activations"))
+    plain.register(NAME, functools.partial(experts_forward, save=save))
+    if fp8 is not None:
+        fp8.register(NAME, functools.partial(fp8_experts_forward, save=save))
+    _loader().enter(NAME)
+    peft.hook()
+
+
+def unregister() -> None:
+    """Take the implementation out again; models that use it must be set to another one first."""
+    for interface in _interfaces():
+        if interface is not None:
+            interface._global_mapping.pop(NAME, None)
+    _loader().leave(NAME)
+    peft.unhook()
+
+
+def ensure_registered() -> None:
+    """Register where nobody did; whoever did may have chosen what is kept for backward."""
+    if NAME not in _interfaces()[0]._global_mapping:
+        register()
+
+
+def _interfaces() -> tuple[Any, Any]:
+    """The interface of experts, and the one of FP8 experts (None in a release that has none)."""
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(
+            f"moekit.hf needs Transformers {SUPPORTED} (its experts interface): pip install 'moekit[hf]'"
+        ) from error
+    from transformers.integrations import finegrained_fp8
+
+    return ExpertsInterface, getattr(finegrained_fp8, "FP8ExpertsInterface", None)
+
+
+def _loader() -> Any:
+    """What knows Transformers' loader; it needs Transformers to be imported at all."""
+    return importlib.import_module("moekit.hf._quantizer")

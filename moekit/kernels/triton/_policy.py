@@ -1,0 +1,111 @@
+"""How grouped products are cut into tiles: pure functions of shapes, dtypes and architecture, from measurements.
+
+None says that another way is faster, and which one the caller knows: :mod:`moekit.ops.gemm`'s for a product of matrices,
+unpacking in slices for a packed one. Rows are told by their average an expert, which is all that the host knows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """How a product is cut: rows, columns and depth of a tile, warps, stages of its pipeline, programs a multiprocessor.
+
+    ``turned`` computes the transpose of a tile: the weights are then the operand that comes from registers, which is where
+    packed ones are made. ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap
+    the last products of the one before it.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    turned: bool = False
+    flat: bool = False
+    registers: int | None = None
+
+
+class Shape(NamedTuple):
+    """A grouped product: ``num_rows`` rows of ``depth`` by matrices ``[num_experts, depth, width]``."""
+
+    num_rows: int
+    num_experts: int
+    depth: int
+    width: int
+
+    @property
+    def rows_an_expert(self) -> float:
+        """On average."""
+        return self.num_rows / max(self.num_experts, 1)
+
+
+_DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
+_HALVES = (torch.bfloat16, torch.float16)
+# Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
+# for each block of rows.
+_STEPS = (16, 48, 192)
+# Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
+_LEAN = (
+    Blocks(32, 64, 64, 4, 4, 6, registers=255),
+    Blocks(64, 128, 64, 4, 3, 3, registers=255),
+    Blocks(128, 128, 64, 8, 3, 2, registers=255),
+)
+_SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
+# By architecture, format and direction. What spills a register is not among them, faster or not.
+_MEASURED = {
+    ("9", "nf4", False): (_SMALL, Blocks(64, 128, 64, 4, 4, 3), _SHALLOW),
+    ("9", "nf4", True): (_SMALL, _WIDE, _SHALLOW),
+    **{("9", "mxfp4", b): (Blocks(32, 64, 128, 4, 4, 6), _WIDE, Blocks(128, 128, 64, 4, 3, 2)) for b in (False, True)},
+    **{("9", f, False): (Blocks(32, 128, 128, 4, 3, 4), _WIDE, Blocks(128, 256, 64, 8, 3, 1)) for f in ("fp8", "int8")},
+    **{("9", f, True): (_SMALL, _WIDE, _SHALLOW) for f in ("fp8", "int8")},
+}
+
+
+def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False) -> Blocks | None:
+    """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower."""
+    if arch not in _DESCRIBED or dtype not in _HALVES:
+        return None
+    if shape.width <= 64:
+        cut = Blocks(128, max(_power_of_two(shape.width), 16), 128, 4, 3, 2, flat=True)
+    elif shape.rows_an_expert <= 128:
+        cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
+    elif shape.width <= 128:
+        cut = Blocks(128, 128, 64, 4, 3, 2)
+    else:
+        cut = Blocks(128, 256, 64, 8, 4 if updated else 3, 1, flat=True)
+    return cut._replace(flat=cut.flat and not updated)
+
+
+def plain(dtype: torch.dtype) -> Blocks:
+    """Of operands that threads fetch, on any architecture."""
+    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
+
+
+def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
+    """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
+    rows = shape.rows_an_expert
+    if rows > _STEPS[-1]:
+        return None
+    if dtype not in _HALVES:
+        return plain(dtype)
+    cuts = _MEASURED.get((arch, form, back), _LEAN)
+    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
+
+
+def low_rank(dtype: torch.dtype) -> Blocks:
+    """Of an update alone, which takes as long as the rows that it changes take to be read and written."""
+    return Blocks(64, 256, 16, 8, 1, 2) if dtype in _HALVES else Blocks(32, 32, 16, 4, 1, 8)
+
+
+def ranks_at_a_time(dtype: torch.dtype) -> int:
+    """Of an update: more of float32, which has no tensor cores, would not fit into the registers."""
+    return 64 if dtype in _HALVES else 16
+
+
+def _power_of_two(extent: int) -> int:
+    return 1 << max(extent - 1, 0).bit_length()

@@ -1,0 +1,79 @@
+"""Tiles of grouped products: where each lies, which programs find out from the offsets, and how it is written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _ends(offsets, first, num_experts, num_rows, BLOCK_E: tl.constexpr):
+    """Where the rows of experts ``first`` onwards end: within the rows and ascending, whatever the offsets are."""
+    expert = first + tl.arange(0, BLOCK_E)
+    end = tl.load(offsets + expert, mask=(expert >= 0) & (tl.arange(0, BLOCK_E) < num_experts), other=0)
+    # In range before it is cut to 32 bits, which could make any number of it.
+    return tl.associative_scan(tl.minimum(tl.maximum(end, 0), num_rows).to(tl.int32), 0, _larger)
+
+
+@triton.jit
+def row_blocks(offsets, first, num_experts, num_rows, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Of each expert of a slice: first row, last row, and the blocks of rows up to and with its own."""
+    before = tl.zeros([], tl.int32)
+    if first > 0:
+        before = tl.minimum(tl.maximum(tl.load(offsets + first - 1), 0), num_rows).to(tl.int32)
+    end = tl.maximum(_ends(offsets, first, num_experts, num_rows, BLOCK_E), before)
+    begin = tl.maximum(_ends(offsets, first - 1, num_experts, num_rows, BLOCK_E), before)
+    blocks = tl.where(tl.arange(0, BLOCK_E) < num_experts, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
+    return begin, end, tl.cumsum(blocks, 0)
+
+
+@triton.jit
+def place_of(tile, begin, end, through, column_blocks, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr):
+    """Of a tile: its expert in the slice, its first row, the end of the expert's rows, and its block of columns.
+
+    Tiles go expert by expert, and within one by groups of GROUP blocks of rows, so that neighbours in time share operands.
+    """
+    last = through * column_blocks
+    expert = tl.sum((last <= tile).to(tl.int32), 0)
+    own = tl.arange(0, BLOCK_E) == expert
+    begin = tl.sum(tl.where(own, begin, 0), 0)
+    end = tl.sum(tl.where(own, end, 0), 0)
+    inner = tile - tl.max(tl.where(last <= tile, last, 0), 0)
+    blocks = (end - begin + BLOCK_M - 1) // BLOCK_M
+    group = inner // (GROUP * column_blocks)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    inner -= group * GROUP * column_blocks
+    return expert, begin + (group * GROUP + inner % size) * BLOCK_M, end, inner // size
+
+
+@triton.jit
+def low_rank(
+    total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
+    RANK: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Add ``low[row] @ factors[expert]`` to a tile in float32, or to its transpose, RANK ranks at a time.
+
+    All of ``row`` must exist.
+    """
+    for part in tl.static_range(PARTS):
+        r = part * RANK + tl.arange(0, RANK)
+        left = tl.load(low + row.to(tl.int64)[:, None] * stride_low + r[None, :], mask=(r < rank)[None, :], other=0.0)
+        address = factors + expert.to(tl.int64) * stride_fe + r[:, None] * stride_fr + column[None, :] * stride_fn
+        right = tl.load(address, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
+        if TURNED:
+            total = tl.dot(tl.trans(right), tl.trans(left), total, input_precision="ieee")
+        else:
+            total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def store(out, value, row, column, end, width, stride_out):
+    """Write those rows of a tile that are its expert's, rounded once."""
+    place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width)[None, :])

@@ -1,0 +1,353 @@
+"""Grouped products: each expert's rows by its matrix, dense or packed, with a low-rank update in the same sum.
+
+A launch has as many programs as the GPU holds, which take tiles in turn until none is left; how many there are they find
+out from the offsets, so that nothing waits for the host. Two kernels: in one the copy engine of sm_90 and later fetches the
+operands; in the other threads do, on any architecture, and can unpack weights on their way into the product: each to
+float32, times its scale, rounded to the rows' dtype, so that results are those of unpacking first.
+
+Descriptors are made on the host and passed by value. Those that a kernel makes for itself need a global allocator of
+Triton's, which is one for the process (one thread in newer releases), and memory that a captured graph would have to keep.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moekit.kernels.triton import _launch, _packed, _policy
+from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
+from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
+
+_GROUP = 8  # blocks of rows that share what is in the L2 cache of a matrix
+_MOST_RANKS = 256  # of an update; a product of its own has more
+
+
+@triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
+def _described_kernel(
+    offsets, rows, matrices, low, factors, out,
+    num_rows, first, num_experts, depth, width, column_blocks, stride_out,
+    rank, stride_low, stride_fe, stride_fr, stride_fn,
+    BACK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of the rows of the experts from ``first`` on.
+
+    ``rows`` and ``matrices`` are descriptors, by which the copy engine fetches blocks and fills zeros past their edges.
+    """
+    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    tiles = tl.max(through, 0) * column_blocks
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
+        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, depth, BLOCK_K):
+            x = rows.load([top, start])
+            if BACK:
+                w = tl.reshape(matrices.load([expert, start, block * BLOCK_N]), (BLOCK_K, BLOCK_N))
+            else:
+                w = tl.trans(tl.reshape(matrices.load([expert, block * BLOCK_N, start]), (BLOCK_N, BLOCK_K)))
+            total = tl.dot(x, w, total)
+        row, column = top + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
+        if RANK > 0:
+            total = low_rank(
+                total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
+                stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
+            )  # fmt: skip
+        store(out, total, row, column, end, width, stride_out)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
+def _fetched_kernel(
+    rows, codes, scales, table, dynamic, nested, shift, low, factors, offsets, out,
+    num_rows, first, num_experts, depth, width, column_blocks, stride_rows, stride_out,
+    stride_e, stride_a, stride_s, scale_columns, rank, stride_low, stride_fe, stride_fr, stride_fn,
+    FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, UNIT: tl.constexpr,
+    BACK: tl.constexpr, TURNED: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of the rows of the experts from ``first`` on.
+
+    ``codes`` holds these experts' matrices as ``[N, K]``, or with BACK as ``[K, N]``. Rows of a tile that are not its
+    expert's are read as some other row, and so are columns of an ``[N, K]`` past the last: they are not written.
+    """
+    DTYPE: tl.constexpr = rows.dtype.element_ty
+    BLOCK_B: tl.constexpr = BLOCK_N if BACK else BLOCK_K
+    height, across = (depth, width) if BACK else (width, depth)
+    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    tiles = tl.max(through, 0) * column_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        row = tl.minimum(top + tl.arange(0, BLOCK_M), end - 1)
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        address = rows + row.to(tl.int64)[:, None] * stride_rows
+        if BACK:
+            a, b = tl.arange(0, BLOCK_K), block * BLOCK_N
+        else:
+            a, b = tl.minimum(column, width - 1), 0
+        scale = scale_tile(
+            scales, dynamic, nested, shift, expert, a, b, height, stride_s, scale_columns,
+            BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
+        )  # fmt: skip
+        total = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
+        if RANK > 0:  # before the loop, where registers are free
+            total = low_rank(
+                total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
+                RANK, PARTS, TURNED,
+            )  # fmt: skip
+        for start in range(0, depth, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = load_tile(address + k[None, :], row < end, k < depth, False, not EVEN_K)
+            w = weight_tile(
+                codes, table, scale, expert, a + (start if BACK else 0), b + (0 if BACK else start), height, across,
+                stride_e, stride_a, BLOCK_B, BACK and not EVEN_K, not EVEN_N if BACK else not EVEN_K, FORMAT, DTYPE,
+            )  # fmt: skip
+            # Those of the next tile already: the compiler does not bring such small loads forward.
+            scale = scale_tile(
+                scales, dynamic, nested, shift, expert, a + (start + BLOCK_K if BACK else 0),
+                b + (0 if BACK else start + BLOCK_K), height, stride_s, scale_columns,
+                BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
+            )  # fmt: skip
+            if TURNED:
+                total = tl.dot(tl.trans(w) if BACK else w, tl.trans(x), total, input_precision="ieee")
+            else:
+                total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
+        store(out, tl.trans(total) if TURNED else total, top + tl.arange(0, BLOCK_M), column, end, width, stride_out)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _add_kernel(
+    low, factors, offsets, out, num_rows, num_experts, width, column_blocks, stride_out, rank, stride_low,
+    stride_fe, stride_fr, stride_fn,
+    RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Each program adds to every so many-th tile ``[BLOCK_M, BLOCK_N]`` of ``out``."""
+    begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    tiles = tl.max(through, 0) * column_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        row, column = top + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+        before = tl.load(place, mask=(row < end)[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
+        total = low_rank(
+            before, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
+            stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
+        )  # fmt: skip
+        store(out, total, row, column, end, width, stride_out)
+
+
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+
+class _Update(NamedTuple):
+    """``low [R, r]`` times ``factors [E, r, N]``, to be added to a product; or nothing."""
+
+    low: Tensor | None = None
+    factors: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The rank, and the strides of rows of ``low`` and of experts, ranks and columns of ``factors``."""
+        if self.low is None or self.factors is None:
+            return 0, 0, 0, 0, 0
+        return self.low.shape[1], self.low.stride(0), *self.factors.stride()
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How many ranks are added at a time, and how often; 0 for nothing."""
+        if self.low is None:
+            return {"RANK": 0, "PARTS": 0}
+        rank, most = self.low.shape[1], _policy.ranks_at_a_time(self.low.dtype)
+        size = min(max(_launch.power_of_two(rank), 16), most)
+        return {"RANK": size, "PARTS": _launch.blocks(rank, size)}
+
+
+def _update(low: Tensor | None, factors: Tensor | None) -> _Update:
+    if low is None or low.shape[1] == 0:
+        return _Update()
+    return _Update(_launch.rows_of(low), factors)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of one that is not there, as many as an H100 has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _grid(cut: Blocks, shape: Shape, device: torch.device) -> tuple[int]:
+    """Programs: no more than there can be tiles, as every expert with rows may have a block that is not full."""
+    experts = min(shape.num_experts, shape.num_rows)
+    blocks = experts + (shape.num_rows - experts) // cut.rows
+    return (min(blocks * _launch.blocks(shape.width, cut.columns), cut.programs * _processors(device)),)
+
+
+def _sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
+    return {
+        "BLOCK_M": cut.rows,
+        "BLOCK_N": cut.columns,
+        "BLOCK_E": _launch.power_of_two(num_experts),
+        "GROUP": _GROUP,
+        "num_stages": cut.stages,
+    }
+
+
+def _fits(rows: Tensor, offsets: Tensor, low: Tensor | None, *others: Tensor | None) -> bool:
+    """What the kernels take: floats of one dtype, a list of offsets, and in ``low`` ranks that can be called few."""
+    same = all(t is None or t.dtype is rows.dtype for t in (low, *others))
+    few = low is None or low.shape[1] <= _MOST_RANKS
+    return _launch.computes(rows) and same and few and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
+
+
+def _room(rows: Tensor, width: int, out: Tensor | None) -> Tensor | None:
+    """``out``, or one of its own; None for one that cannot be written into."""
+    if out is None:
+        return rows.new_empty(rows.shape[0], width)
+    return out if out.stride(1) == 1 or width == 1 else None
+
+
+def _fetched(
+    rows: Tensor,
+    weights: tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any], bool],
+    offsets: Tensor,
+    first: int,
+    shape: Shape,
+    out: Tensor,
+    cut: Blocks,
+    update: _Update,
+) -> Tensor:
+    """Launch the kernel whose threads fetch; ``weights``: tensors, sizes, constants, and whether they are ``[K, N]``."""
+    rows = _launch.rows_of(rows)
+    tensors, strides, constants, back = weights
+    _launch.launch(
+        _fetched_kernel, _grid(cut, shape, out.device),
+        rows, *tensors, *update, offsets.contiguous(), out,
+        shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
+        rows.stride(0), out.stride(0), *strides, *update.sizes,
+        **constants, BACK=back, TURNED=cut.turned, **update.parts, BLOCK_K=cut.depth,
+        EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
+        **_sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
+    )  # fmt: skip
+    return out
+
+
+def _described(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, first: int, out: Tensor, cut: Blocks, update: _Update
+) -> Tensor:
+    """Launch the kernel for which the copy engine fetches."""
+    shape = _shape(rows, matrices)
+    back = _describes(matrices)
+    box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
+    _launch.launch(
+        _described_kernel, _grid(cut, shape, out.device),
+        offsets.contiguous(), TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]),
+        TensorDescriptor.from_tensor(matrices if back else matrices.mT, box), *update, out,
+        shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
+        out.stride(0), *update.sizes,
+        BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **_sizes(cut, shape.num_experts), config=cut,
+    )  # fmt: skip
+    return out
+
+
+def _shape(rows: Tensor, matrices: Tensor) -> Shape:
+    return Shape(rows.shape[0], *matrices.shape)
+
+
+def _describes(x: Tensor) -> bool:
+    """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
+    steps = [stride * x.itemsize for stride in x.stride()[:-1]]
+    return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
+
+
+def _describable(rows: Tensor, matrices: Tensor) -> bool:
+    return _describes(rows) and (_describes(matrices) or _describes(matrices.mT))
+
+
+def grouped_rows(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    out: Tensor | None = None,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster."""
+    arch, updated = _launch.arch(rows.device).name, low is not None
+    cut = _policy.described(_shape(rows, matrices), rows.dtype, arch, updated=updated)
+    if cut is None or not _fits(rows, offsets, low, factors, matrices, out) or not _describable(rows, matrices):
+        return NotImplemented
+    out = _room(rows, matrices.shape[2], out)
+    return NotImplemented if out is None else _described(rows, matrices, offsets, 0, out, cut, _update(low, factors))
+
+
+def grouped_slice(
+    rows: Tensor,
+    matrices: Tensor,
+    offsets: Tensor,
+    first: int,
+    out: Tensor,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """The rows of experts ``first`` to ``first + n`` by matrices ``[n, K, N]``, into their rows of ``out [R, N]`` alone."""
+    if not _fits(rows, offsets, low, factors, matrices, out) or _room(rows, matrices.shape[2], out) is None:
+        return NotImplemented
+    shape, update = _shape(rows, matrices), _update(low, factors)
+    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
+    if cut is not None and _describable(rows, matrices):
+        return _described(rows, matrices, offsets, first, out, cut, update)
+    return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
+
+
+def _dense(matrices: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any], bool]:
+    """Matrices ``[n, K, N]`` as :func:`_fetched` takes weights: which of the two dimensions is adjacent says their order."""
+    if 1 not in matrices.stride()[1:]:
+        matrices = matrices.contiguous()
+    back = matrices.stride(2) == 1
+    sizes = (matrices.stride(0), matrices.stride(1 if back else 2), 0, 0)
+    return (matrices, *(None,) * 5), sizes, {"FORMAT": "dense", "SHARE_A": 1, "SHARE_B": 1, "UNIT": 1}, back
+
+
+def packed_rows(
+    rows: Tensor,
+    stored: Any,
+    offsets: Tensor,
+    out: Tensor | None,
+    back: bool,
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
+    num_experts, height, width = stored.shape
+    shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
+    cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
+    if cut is None or not _fits(rows, offsets, low, factors, out) or not _packed.reads(stored):
+        return NotImplemented
+    out = _room(rows, shape.width, out)
+    if out is None:
+        return NotImplemented
+    constants = _packed.constants(stored, cut.columns if back else cut.depth)
+    weights = (_packed.parts(stored), _packed.sizes(stored), constants, back)
+    return _fetched(rows, weights, offsets, 0, shape, out, cut, _update(low, factors))
+
+
+def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> Any:
+    """``out[r] += low[r] @ factors[e]`` of each expert's rows, in place: ``low [R, r]``, ``factors [E, r, N]``."""
+    if not _fits(out, offsets, low, factors) or _room(out, out.shape[1], out) is None:
+        return NotImplemented
+    cut, update, shape = _policy.low_rank(out.dtype), _update(low, factors), _shape(low, factors)
+    if update.low is None:
+        return out
+    _launch.launch(
+        _add_kernel, _grid(cut, shape, out.device),
+        *update, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.width,
+        _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes,
+        **update.parts, **_sizes(cut, shape.num_experts), config=cut,
+    )  # fmt: skip
+    return out
