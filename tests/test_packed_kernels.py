@@ -17,7 +17,7 @@ from moekit.kernels.numba import _gemm_kernels, _packed_kernels, _units, packed
 from moekit.ops.unpack import Stored, unpack
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CPUS = [_units.ANY, *([_units.AVX2] if _units._BYTES else [])]
+CPUS = [_units.ANY, *([_units.BYTES] if _units.FINDS_BYTES else [])]
 ENDS = [0, 2, 2, 3, 12, 12]  # the first, third and last have no rows; two rows follow that are nobody's
 ROWS = 14
 NUMBERS = {"nf4": _units.NF4, "nested": _units.NESTED, "mxfp4": _units.MXFP4, "fp8": _units.FP8, "int8": _units.INT8}
