@@ -7,7 +7,7 @@ that are multiplied by the scale and rounded already: with a scale for 32 or 64 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -207,74 +207,97 @@ def _nf4_table(builder: Any, matrix: Matrix, words: Scales, scale: Any) -> Any:
 
 def _entries(builder: Any, cpu: int, table: Any, codes: Any) -> list[Any]:
     """The entries, of 16 or 32 bits, of the codes' low nibbles and of their high ones."""
+    words = builder.zext(codes, vector(I16))
+    nibbles = builder.and_(words, every(vector(I16), 15)), builder.lshr(words, every(vector(I16), 4))
     if table.type.element == I16:
-        return _look_up(cpu)(builder, table, codes)
+        return [_find(builder, cpu, table, index) for index in nibbles]
     halves = [builder.trunc(builder.lshr(table, every(vector(I32), shift)), vector(I16)) for shift in (0, 16)]
-    parts = zip(*(_look_up(cpu)(builder, half, codes) for half in halves), strict=True)
+    parts = [[_find(builder, cpu, half, index) for half in halves] for index in nibbles]
     return [builder.bitcast(interleaved(builder, *both), vector(I32)) for both in parts]
 
 
-def _look_up(cpu: int) -> Callable:
-    """AVX-512 finds 16-bit entries by one instruction, others bytes of them; without either they are found one by one."""
-    if cpu == HOST:
-        return _by_words if _FINDS_WORDS else _by_bytes if FINDS_BYTES else _one_by_one
-    return _by_bytes if cpu == BYTES else _one_by_one
-
-
-def _by_words(builder: Any, table: Any, codes: Any) -> list[Any]:
-    words = builder.zext(codes, vector(I16))
-    nibbles = words, builder.lshr(words, every(vector(I16), 4))  # their low four bits count
-    return [call(builder, "llvm.x86.avx512.permvar.hi.256", vector(I16), table, index) for index in nibbles]
-
-
-def _by_bytes(builder: Any, table: Any, codes: Any) -> list[Any]:
-    both, found = builder.bitcast(table, vector(I8, 2 * UNIT)), []
-    tables = [shuffled(builder, both, both, range(part, 2 * UNIT, 2)) for part in (0, 1)]
-    for index in _nibbles(builder, codes):
-        parts = [call(builder, _FIND_BYTES, vector(I8), entries, index) for entries in tables]
-        found.append(builder.bitcast(interleaved(builder, *parts), vector(I16)))
-    return found
-
-
-def _one_by_one(builder: Any, table: Any, codes: Any) -> list[Any]:
-    place, found = cgutils.alloca_once(builder, table.type), []
+def _find(builder: Any, cpu: int, table: Any, index: Any) -> Any:
+    """16-bit entries by their numbers: AVX-512 finds them by one instruction, others their bytes, or one after the other."""
+    if cpu == HOST and _FINDS_WORDS:
+        return call(builder, "llvm.x86.avx512.permvar.hi.256", vector(I16), table, index)
+    if cpu == BYTES or (cpu == HOST and FINDS_BYTES):
+        entries, numbers = builder.bitcast(table, vector(I8, 2 * UNIT)), builder.trunc(index, vector(I8))
+        tables = [shuffled(builder, entries, entries, range(part, 2 * UNIT, 2)) for part in (0, 1)]
+        parts = [call(builder, _FIND_BYTES, vector(I8), each, numbers) for each in tables]
+        return builder.bitcast(interleaved(builder, *parts), vector(I16))
+    place, found = cgutils.alloca_once(builder, table.type), ir.Constant(vector(I16), ir.Undefined)
     builder.store(table, place)
     entries = builder.bitcast(place, I16.as_pointer())
-    for index in _nibbles(builder, codes):
-        words = ir.Constant(vector(I16), ir.Undefined)
-        for lane in map(I32, range(UNIT)):
-            number = builder.zext(builder.extract_element(index, lane), I64)
-            words = builder.insert_element(words, builder.load(builder.gep(entries, [number])), lane)
-        found.append(words)
+    for lane in map(I32, range(UNIT)):
+        number = builder.zext(builder.extract_element(index, lane), I64)
+        found = builder.insert_element(found, builder.load(builder.gep(entries, [number])), lane)
     return found
-
-
-def _nibbles(builder: Any, codes: Any) -> tuple[Any, Any]:
-    return builder.and_(codes, every(vector(I8), 15)), builder.lshr(codes, every(vector(I8), 4))
 
 
 # --- eight bits -----------------------------------------------------------------------------------------------------
 
 
 def _eight_bits(builder: Any, matrix: Matrix, words: Scales, address: Any, scale: Any) -> list[Any]:
-    absmax = _entry(builder, FLOAT, words.scales, scale, 4)
-    factor = broadcast(builder, builder.fmul(absmax, FLOAT(256.0)) if matrix.format == FP8 else absmax)
-    values = _fp8 if matrix.format == FP8 else _int8
+    factor = _entry(builder, FLOAT, words.scales, scale, 4)
     codes = [load(builder, kind, place, 1) for kind, place in _places(builder, address, I8, 1, 2)]
-    return [narrowed(builder, matrix, values(builder, part, factor)) for part in codes]
+    if matrix.format == INT8:
+        return [_int8(builder, matrix, part, factor) for part in codes]
+    if matrix.kind != BF16:
+        return [_fp8(builder, matrix, part, factor) for part in codes]
+    usual, found = _usual(builder, codes, factor), []
+    with builder.if_else(usual) as branches:
+        for branch, make in zip(branches, (_fp8_by_mantissa, _fp8), strict=True):
+            with branch:
+                found.append(([make(builder, matrix, part, factor) for part in codes], builder.block))
+    joined = [builder.phi(vector(I16)) for _ in codes]
+    for made, block in found:
+        for value, incoming in zip(joined, made, strict=True):
+            value.add_incoming(incoming, block)
+    return joined
 
 
-def _fp8(builder: Any, codes: Any, factor: Any) -> Any:
+def _fp8(builder: Any, matrix: Matrix, codes: Any, factor: Any) -> Any:
     """By way of float16, whose exponents are 8 more: that takes subnormal codes along."""
-    words = builder.zext(codes, vector(I16))
-    magnitude = builder.and_(words, every(vector(I16), 0x7F))
-    sign = builder.shl(builder.and_(words, every(vector(I16), 0x80)), every(vector(I16), 8))
-    number = builder.icmp_unsigned("!=", magnitude, every(vector(I16), 0x7F))
-    bits = builder.select(number, builder.shl(magnitude, every(vector(I16), 7)), every(vector(I16), 0x7E00))
-    half = builder.bitcast(builder.or_(bits, sign), vector(HALF))
-    return builder.fmul(builder.fpext(half, vector(FLOAT)), factor)
+    words = builder.shl(builder.sext(codes, vector(I16)), every(vector(I16), 7))
+    bits = builder.and_(words, every(vector(I16), ~0x407F))  # the sign is there twice
+    half = builder.select(_no_numbers(builder, codes), every(vector(I16), 0x7E00), bits)
+    value = builder.fpext(builder.bitcast(half, vector(HALF)), vector(FLOAT))
+    value = builder.fmul(value, every(vector(FLOAT), 256.0))
+    return narrowed(builder, matrix, builder.fmul(value, broadcast(builder, factor)))
 
 
-def _int8(builder: Any, codes: Any, factor: Any) -> Any:
+def _no_numbers(builder: Any, codes: Any) -> Any:
+    magnitude = every(codes.type, 0x7F)
+    return builder.icmp_unsigned("==", builder.and_(codes, magnitude), magnitude)
+
+
+def _fp8_by_mantissa(builder: Any, matrix: Matrix, codes: Any, factor: Any) -> Any:
+    """To bfloat16: how a product is rounded depends on mantissas alone, of which fp8 has eight.
+
+    A table has the products with each of them at the exponent 0, then those with subnormal codes; exponent and sign are
+    added to its entries. That is 1.3 times as fast as the conversions of :func:`_fp8`.
+    """
+    numbers = [(1 + mantissa / 8) / 2**7 for mantissa in range(8)] + [code / 2**9 for code in range(8)]
+    products = builder.fmul(ir.Constant(vector(FLOAT), numbers), broadcast(builder, factor))
+    words = builder.sext(codes, vector(I16))
+    exponent = builder.and_(words, every(vector(I16), 0x78))
+    subnormal = builder.lshr(builder.sub(exponent, every(vector(I16), 8)), every(vector(I16), 4))  # its bit of 8
+    index = builder.or_(builder.and_(subnormal, every(vector(I16), 8)), builder.and_(words, every(vector(I16), 7)))
+    entries = _find(builder, matrix.cpu, narrowed(builder, matrix, products), index)
+    added = builder.and_(builder.shl(words, every(vector(I16), 4)), every(vector(I16), ~0x787F))
+    return builder.add(entries, added)
+
+
+def _usual(builder: Any, codes: list[Any], factor: Any) -> Any:
+    """Whether every code is a number, and the scale such that no product over- or underflows."""
+    both = shuffled(builder, codes[0], codes[1], range(2 * UNIT))
+    numbers = builder.icmp_unsigned("==", builder.bitcast(_no_numbers(builder, both), I32), I32(0))
+    exponent = builder.and_(builder.lshr(builder.bitcast(factor, I32), I32(23)), I32(0xFF))
+    moderate = builder.icmp_unsigned("<", builder.sub(exponent, I32(16)), I32(224))
+    return builder.and_(numbers, moderate)
+
+
+def _int8(builder: Any, matrix: Matrix, codes: Any, factor: Any) -> Any:
     value = builder.sitofp(builder.sext(codes, vector(I32)), vector(FLOAT))
-    return builder.fmul(builder.fmul(value, factor), every(vector(FLOAT), 1 / 127))
+    value = builder.fmul(value, broadcast(builder, factor))
+    return narrowed(builder, matrix, builder.fmul(value, every(vector(FLOAT), 1 / 127)))

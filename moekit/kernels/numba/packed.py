@@ -2,7 +2,7 @@
 
 A stack comes as :class:`moekit.ops.unpack.Stored`, whose module says what its parts are. What the kernels do not take is
 left to the reference: products with nf4 whose blocks lie in two rows, blocks of fp8 that are not made of whole tiles.
-Elements are the reference's, bit for bit, but for bfloat16 that is subnormal and scales of fp8 above 2**120.
+Elements are the reference's, bit for bit, but for bfloat16 that is subnormal.
 """
 
 from __future__ import annotations
