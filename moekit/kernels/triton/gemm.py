@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit.kernels.triton import _launch, _packed, _policy
+from moekit.kernels.triton import _launch, _packed, _policy, decode
 from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
@@ -324,6 +324,10 @@ def packed_rows(
     factors: Tensor | None = None,
 ) -> Any:
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
+    if not back and low is None:
+        few = decode.packed_rows_few(rows, stored, offsets, out)
+        if few is not NotImplemented:
+            return few
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
     cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
