@@ -243,7 +243,7 @@ def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
     rank = m._rng.random() < 0.3
     factors = {name: m.floats(*shape) if rank else None for name, shape in shapes.items()}
     lora = [3.0, 0.5, 0.0] if rank else []
-    constants = _constants(False, *formats, blocks, [False, False], lora, lora)
+    constants = _constants(False, *formats, blocks, False, False, lora, lora)
     return {**named, **biases, **factors, **m.of_routing(), **scales, "seeds": None}, constants
 
 

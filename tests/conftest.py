@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kernels_run_here = interpreted or torch.cuda.is_available()
 
     def repeats(item: pytest.Item) -> bool:
-        if item.path.name == "test_triton_kernels.py" and not kernels_run_here:
+        if item.path.name in ("test_triton_kernels.py", "test_triton_packed.py") and not kernels_run_here:
             return item.name != "test_the_operators_pass_in_the_interpreter"
         if interpreted and item.get_closest_marker("not_interpreted") is not None:
             return True

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -259,3 +259,41 @@ def test_experts_targets(experts):
         "decode: times faster than the best peer": True,
         "peak memory: the best peer's over ours": True,
     }
+
+
+def test_whole_models_are_packed_and_learn(monkeypatch, tmp_path, capsys):
+    for needed in ("transformers", "peft"):
+        pytest.importorskip(needed)
+    import moekit.hf
+
+    whole_model = load("whole_model", monkeypatch)
+    options = ["--tiny", "--device", "cpu", "--tokens", "600", "--steps", "3", "--json", str(tmp_path / "rows.json")]
+    try:
+        with moekit.backend("torch"):
+            assert whole_model.main(options) == 0
+    finally:
+        moekit.hf.unregister()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    weights, factors = 2 * 8 * (128 * 64 + 64 * 64), 2 * 8 * 8 * (64 + 128 + 64 + 64)  # of 2 layers of 8 experts
+    for row, name, bits in zip(rows, ("Qwen3-30B-A3B", "gpt-oss-20b"), (4.127, 4.25), strict=True):
+        parts = {part: size * 2**30 for part, size in row["parts GiB"].items()}
+        assert row["model"] == name and row["losses"][2] < row["losses"][1] < row["losses"][0]
+        assert parts["experts"] == pytest.approx(weights * bits / 8, rel=1e-3)
+        assert (parts["adapters"], parts["moments"]) == (2 * factors, 4 * factors)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_loss_in_chunks_is_that_of_the_whole(monkeypatch):
+    pytest.importorskip("transformers")
+    whole_model = load("whole_model", monkeypatch)
+    hidden, head = torch.randn(1100, 8, requires_grad=True), torch.randn(30, 8)
+    tokens = torch.randint(30, (1, 1101))
+
+    model = SimpleNamespace(
+        model=lambda **_: SimpleNamespace(last_hidden_state=hidden[None]), lm_head=SimpleNamespace(weight=head)
+    )
+    wanted = torch.nn.functional.cross_entropy(hidden @ head.T, tokens[0, 1:])
+    found = whole_model.loss_of(model, tokens)
+    grads = [torch.autograd.grad(loss, hidden)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-8)

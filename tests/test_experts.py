@@ -332,7 +332,7 @@ def test_opcheck(save):
     inputs = make(dtype=torch.float32, bias=True)
     leaves = [v.requires_grad_(save != "nothing") for v in inputs.values()]
     routing = Routing.from_topk(choose(), num_experts=E)
-    gate, dense = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated"), ("", "", [0] * 4, [False] * 2, [], [])
+    gate, dense = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated"), ("", "", [0] * 4, False, False, [], [])
     tables = (routing.order, routing.inverse, routing.offsets, *[None] * 7)
     arguments = (*leaves, *[None] * 4, *tables, *gate, False, *dense, False, save)
     # The last check adds up every output, which PyTorch cannot do in float8.

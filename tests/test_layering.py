@@ -41,6 +41,7 @@ ONLY_FOR = {
     "llvmlite": ["moekit.kernels.numba"],
     "triton": ["moekit.kernels.triton"],
     "transformers": ["moekit.hf"],
+    "peft": ["moekit.hf.peft"],
     "torch.distributed": ["moekit.ops.losses", "moekit.hf._trainer"],
     "typer": ["moekit.cli"],
     "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show"],

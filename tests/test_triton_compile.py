@@ -38,6 +38,19 @@ NAMES = [
     "topk sqrtsoftplus fp32 T=4096 E=256 K=8 grouped biased",
     "topk backward sqrtsoftplus fp32 T=16384 E=128 K=8",
     "topk backward pre-softmax fp32 T=16384 E=128 K=8",
+    "unpack nf4 nested bf16",
+    "grouped_add bf16 r=8",
+    "grouped_rows bf16 R=131072 r=0",
+    "packed_rows nf4 bf16 R/E=128 r=16",
+]
+# Products are cut by architecture: shared memory in KiB, the least of each; of sm_80's family it is 8.6's and 8.9's.
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+PRODUCTS = [
+    ("sm_80", "packed_rows fp8 bf16 R/E=128 r=16 back"),
+    ("sm_90", "grouped_rows bf16 R=131072 r=16 back"),
+    ("sm_90", "packed_rows mxfp4 bf16 R/E=8 r=16"),
+    ("sm_100", "grouped_rows bf16 R=4096 r=64"),
+    ("gfx942", "grouped_slice bf16 R=131072 r=16"),
 ]
 
 
@@ -51,6 +64,13 @@ def test_machine_code(cases, name):
     case = cases[name]
     for report in offline.compile_case(case, offline.TARGETS[ARCH]):
         assert not report.faults(case.aligned), f"{report}: {report.faults(case.aligned)}"
+
+
+@pytest.mark.parametrize(("arch", "name"), PRODUCTS)
+def test_machine_code_of_products(cases, arch, name):
+    for report in offline.compile_case(cases[name], offline.TARGETS[arch]):
+        assert not report.faults(aligned=False), str(report)
+        assert report.shared <= SHARED[arch] * 1024, str(report)
 
 
 def test_every_operator_is_compiled(cases):

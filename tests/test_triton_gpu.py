@@ -8,7 +8,9 @@ from _interpreter import INTERPRETED
 
 import moekit
 from moekit import Routing
-from moekit.ops import tables
+from moekit.ops import gemm, tables
+from moekit.ops.packed_products import WORKSPACE, packed_rows
+from moekit.ops.unpack import unpack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -183,3 +185,122 @@ def test_past_2_to_the_31_elements():
     assert torch.equal(drows[tail], x[tail] * 0.5)
     expected = (x[tail].double() * rows.detach()[tail].double()).sum(1)
     assert torch.allclose(dweights[tail].double(), expected, rtol=1e-6)
+
+
+# --- grouped products -----------------------------------------------------------------------------------------------
+
+RANK = 16
+PRODUCTS = {  # tokens, and what the weight is packed in
+    "dense": (T, None),
+    "dense, few rows": (64, None),
+    "by slices": (4 * T, "nf4"),
+    "in registers": (T // 4, "mxfp4"),
+    "in registers, few rows": (256, "fp8"),
+}
+
+
+def operands(name, back=False):
+    """Rows, a weight, offsets and a low-rank update of a layer's first projection."""
+    tokens, form = PRODUCTS[name]
+    depth, width = (2 * I, H) if back else (H, 2 * I)
+    weight = normal(E, 2 * I, H, seed=3) * 0.02
+    weight = weight if form is None else moekit.pack(weight, form).stored()
+    update = (normal(tokens * K, RANK, seed=4), normal(E, width, RANK, seed=5).mT * 0.02)
+    return normal(tokens * K, depth, seed=6), weight, offsets_of(tokens), *update
+
+
+def offsets_of(tokens, seed=7):
+    chosen = normal(tokens, E, dtype=torch.float32, seed=seed).topk(K, 1).indices.flatten()
+    return torch.bincount(chosen, minlength=E).cumsum(0).int()
+
+
+def multiply(name, rows, weight, offsets, low, factors, back=False, out=None):
+    if PRODUCTS[name][1] is None:
+        return gemm.grouped_rows(rows, weight if back else weight.mT, offsets, out, low, factors)
+    return packed_rows(rows, weight, offsets, out, low, factors, back=back)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_rounded_once(name, back):
+    rows, weight, offsets, low, factors = operands(name, back)
+    found = multiply(name, rows, weight, offsets, low, factors, back)
+    matrices = weight if PRODUCTS[name][1] is None else unpack(weight, 0, E, rows.dtype)
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()[:8]):
+        block = slice(begin, end)
+        matrix = matrices[expert] if back else matrices[expert].mT
+        terms = [(rows[block].double(), matrix.double()), (low[block].double(), factors[expert].double())]
+        value, size = sum(x @ m for x, m in terms), sum(x.abs() @ m.abs() for x, m in terms)
+        allowed = torch.finfo(rows.dtype).eps / 2 * value.abs() + 2**-20 * size
+        assert ((found[block].double() - value).abs() <= allowed).all(), f"expert {expert}"
+        begin = end
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_in_graphs_streams_and_without_waiting(name):
+    rows, weight, offsets, low, factors = operands(name)
+    expected = multiply(name, rows, weight, offsets, low, factors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = multiply(name, rows, weight, offsets, low, factors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [multiply(name, rows, weight, offsets, low, factors) for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(found, expected) for found in runs)
+    for seed in (8, 9):
+        offsets.copy_(offsets_of(PRODUCTS[name][0], seed))
+        graph.replay()
+        assert torch.equal(out, multiply(name, rows, weight, offsets, low, factors))
+    expected = out.clone()
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found += [multiply(name, rows, weight, offsets, low, factors) for _ in range(5)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["dense", "dense, few rows"])
+def test_products_on_another_device_than_the_current(name):
+    given = operands(name)
+    assert torch.equal(multiply(name, *(t.to("cuda:1") for t in given)).cpu(), multiply(name, *given).cpu())
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_take_no_memory_but_a_workspace(name):
+    rows, weight, offsets, low, factors = operands(name)
+    out = multiply(name, rows, weight, offsets, low, factors)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert multiply(name, rows, weight, offsets, low, factors, out=out) is out
+    assert torch.cuda.max_memory_allocated() - before <= (WORKSPACE if name == "by slices" else 0)
+
+
+def peak_of_a_step(gate_up, down):
+    """Bytes above what is there before, of the forward and backward of a layer with adapters on both weights."""
+    (indices, weights), x = choose(), normal(T, H).requires_grad_()
+    routing = Routing.from_topk(indices, weights, num_experts=E)
+    lora = {}
+    for which, (width, depth) in (("gate_up", (2 * I, H)), ("down", (H, I))):
+        factors = normal(E, RANK, depth).requires_grad_(), normal(E, width, RANK).requires_grad_()
+        lora[which] = moekit.Lora(*factors)
+    grad = normal(T, H, seed=1)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        moekit.experts(x, routing, gate_up, down, lora=lora).backward(grad)
+        peak = torch.cuda.max_memory_allocated() - before
+    return peak
+
+
+def test_a_step_on_packed_weights_peaks_at_a_workspace_more():
+    dense = normal(E, 2 * I, H, seed=3) * 0.02, normal(E, H, I, seed=4) * 0.02
+    packed = [moekit.pack(weight, "nf4") for weight in dense]
+    assert peak_of_a_step(*packed) <= peak_of_a_step(*dense) + WORKSPACE

@@ -13,6 +13,9 @@ for backward is set with ``moekit.hf.register(save="fp8")``. FP8 checkpoints run
 
 :func:`pack` packs a model's experts in 4 or 8 bits, :func:`load` does so while it reads them, :func:`unpack` undoes it.
 
+LoRA of PEFT on experts (``target_parameters``) reaches :func:`moekit.experts` as its two factors, beside dense weights and
+packed ones: :mod:`moekit.hf.peft`.
+
 :func:`fix_aux_loss` makes a model's auxiliary loss one of what its routers chose; ``moekit.hf.routers.spec_of`` reads a
 router as arguments of :func:`moekit.route`.
 """

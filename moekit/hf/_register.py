@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 from moekit import _check
-from moekit.hf import gates
+from moekit.hf import gates, peft
 from moekit.hf.experts import experts_forward
 from moekit.hf.fp8 import fp8_experts_forward
 from moekit.ops.experts import SAVES
@@ -35,6 +35,7 @@ def register(save: str = "recompute") -> None:
     if fp8 is not None:
         fp8.register(NAME, functools.partial(fp8_experts_forward, save=save))
     _loader().enter(NAME)
+    peft.hook()
 
 
 def unregister() -> None:
@@ -43,6 +44,7 @@ def unregister() -> None:
         if interface is not None:
             interface._global_mapping.pop(NAME, None)
     _loader().leave(NAME)
+    peft.unhook()
 
 
 def ensure_registered() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.hf.experts import experts_forward, run
+from moekit.hf.experts import Adapters, experts_forward, run
 from moekit.hf.weights import Weights, plain
 from moekit.ops.unpack import Stored
 from moekit.packed import PackedExperts
@@ -21,7 +21,13 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 def fp8_experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, save: str = "recompute"
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    save: str = "recompute",
+    lora: Adapters | None = None,
 ) -> Tensor:
     """The forward of an FP8 experts module of Transformers.
 
@@ -31,6 +37,7 @@ def fp8_experts_forward(
         top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
         top_k_weights: ``[T, K]`` routing weights.
         save: as in :func:`moekit.experts`.
+        lora: as there; what :mod:`moekit.hf.peft` hands on.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
@@ -41,7 +48,7 @@ def fp8_experts_forward(
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     if getattr(module, first).element_size() > 1:  # not quantised after all
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save)
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, save=save, lora=lora)
     if module.activation_scheme == "static":
         raise NotImplementedError(
             "moekit.hf: FP8 experts with activation_scheme='static' clip their activations, which moekit does not do; "
@@ -51,7 +58,7 @@ def fp8_experts_forward(
     gate_up = _packed(module, first, 2 if module.has_gate else 1, hidden_states.dtype)
     down = _packed(module, "down_proj", 1, hidden_states.dtype)
     weights = Weights(gate_up, down, None, None)
-    return run(module, hidden_states, top_k_index, top_k_weights, weights, save).to(hidden_states.dtype)
+    return run(module, hidden_states, top_k_index, top_k_weights, weights, save, lora or {}).to(hidden_states.dtype)
 
 
 def _packed(module: Any, name: str, halves: int, dtype: torch.dtype) -> PackedExperts:

@@ -116,7 +116,7 @@ def experts(
     if not _library.needs_grad(*inputs):
         save = "nothing"
     found = (routing.order, routing.inverse, routing.offsets, *weights[0].scales, *weights[1].scales, _seeds(*factors))
-    stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], [w.turned for w in weights]]
+    stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], *(w.turned for w in weights)]
     constants = (*spec, transposed, *stored, factors[0].numbers, factors[1].numbers, weight_after_down, save)
     return operator(*inputs, *found, *constants)[0]
 

@@ -21,7 +21,9 @@ _TABLES = "Tensor order, Tensor inverse, Tensor offsets"
 # Not lists: the vmap of batched gradients takes none.
 _SCALES = ", ".join(f"Tensor? {name}_{part}" for name in ("gate_up", "down") for part in ("scale", "nested", "offset"))
 ARGUMENTS = f"Tensor x, {_WEIGHTS}, {_FACTORS}, {_TABLES}, {_SCALES}, Tensor? seeds"
-_STORAGE = "bool transposed, str gate_up_format, str down_format, int[] blocks, bool[] turned"
+_STORAGE = (  # torch.jit.trace takes no lists of strings or bools
+    "bool transposed, str gate_up_format, str down_format, int[] blocks, bool gate_up_turned, bool down_turned"
+)
 CONSTANTS = f"{glu.CONSTANTS}, {_STORAGE}, float[] gate_up_lora, float[] down_lora, bool weight_after_down, str save"
 
 
@@ -103,7 +105,8 @@ class Options(NamedTuple):
     gate_up_format: str  # empty if dense
     down_format: str
     blocks: list[int]  # the rows and columns of a block of each
-    turned: list[bool]  # packed as [E, in, out]
+    gate_up_turned: bool  # packed as [E, in, out]
+    down_turned: bool
     gate_up_lora: list[float]  # the rank, scale and dropout of each adapter
     down_lora: list[float]
     weight_after_down: bool
@@ -118,6 +121,11 @@ class Options(NamedTuple):
     def formats(self) -> tuple[str, str]:
         """Of gate_up and down."""
         return self.gate_up_format, self.down_format
+
+    @property
+    def turned(self) -> tuple[bool, bool]:
+        """Whether gate_up and down are packed as ``[E, in, out]``."""
+        return self.gate_up_turned, self.down_turned
 
     def constants(self) -> tuple:
         """As the operators' arguments."""

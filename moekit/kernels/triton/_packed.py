@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -124,12 +123,6 @@ def weight_tile(
     return tile
 
 
-@functools.cache
-def nf4_table(device: torch.device) -> Tensor:
-    """The values of nf4: float32 ``[16]``."""
-    return torch.tensor(_codes.NF4_TABLE, device=device)
-
-
 def reads(stored: Any) -> bool:
     """Whether :func:`weight_tile` reads this packed stack: blocks that lie in one row, contiguous parts."""
     width = stored.shape[2]
@@ -149,7 +142,7 @@ def parts(stored: Any) -> tuple[Tensor | None, ...]:
     if stored.format == "fp8":
         codes = _launch.float8(codes)
         scales = scales.view(torch.uint8) if scales.dtype is torch.float8_e8m0fnu else scales
-    table = nf4_table(codes.device) if stored.format == "nf4" else None
+    table = _codes.table("nf4", codes.device) if stored.format == "nf4" else None
     nested = (_codes.dynamic_table(codes.device), *rest) if rest else (None, None, None)
     return codes, scales, table, *nested
 

@@ -46,7 +46,24 @@ class Shape(NamedTuple):
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
 _HALVES = (torch.bfloat16, torch.float16)
-_MIDDLE = 192  # rows an expert up to which unpacking in registers, once a block of rows, is faster than in memory
+# Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
+# for each block of rows.
+_STEPS = (16, 48, 192)
+# Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
+_LEAN = (
+    Blocks(32, 64, 64, 4, 4, 6, registers=255),
+    Blocks(64, 128, 64, 4, 3, 3, registers=255),
+    Blocks(128, 128, 64, 8, 3, 2, registers=255),
+)
+_SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
+# By architecture, format and direction. What spills a register is not among them, faster or not.
+_MEASURED = {
+    ("9", "nf4", False): (_SMALL, Blocks(64, 128, 64, 4, 4, 3), _SHALLOW),
+    ("9", "nf4", True): (_SMALL, _WIDE, _SHALLOW),
+    **{("9", "mxfp4", b): (Blocks(32, 64, 128, 4, 4, 6), _WIDE, Blocks(128, 128, 64, 4, 3, 2)) for b in (False, True)},
+    **{("9", f, False): (Blocks(32, 128, 128, 4, 3, 4), _WIDE, Blocks(128, 256, 64, 8, 3, 1)) for f in ("fp8", "int8")},
+    **{("9", f, True): (_SMALL, _WIDE, _SHALLOW) for f in ("fp8", "int8")},
+}
 
 
 def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False) -> Blocks | None:
@@ -66,29 +83,28 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
 
 def plain(dtype: torch.dtype) -> Blocks:
     """Of operands that threads fetch, on any architecture."""
-    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 32, 4, 2, 2)
+    return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
 
 
-def packed(shape: Shape, form: str, dtype: torch.dtype, *, back: bool) -> Blocks | None:
+def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
-    rows, by_table, bytes_ = shape.rows_an_expert, form == "nf4", form in ("fp8", "int8")
-    if rows > _MIDDLE:
+    rows = shape.rows_an_expert
+    if rows > _STEPS[-1]:
         return None
     if dtype not in _HALVES:
         return plain(dtype)
-    if rows <= 16:
-        depth, stages = (64, 4) if back and bytes_ else (128, 3)
-        cut = Blocks(32, 128, depth, 4, stages, 4)
-    elif rows <= 48:
-        cut = Blocks(64, 128, 64, 4, 4, 3) if by_table and not back else Blocks(64, 256, 64, 8, 3, 2)
-    else:
-        cut = Blocks(128, 256, 64, 8, 3, 1) if bytes_ else Blocks(128, 128, 64, 4, 3, 2)
-    return cut._replace(turned=True)
+    cuts = _MEASURED.get((arch, form, back), _LEAN)
+    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
 
 
-def low_rank() -> Blocks:
+def low_rank(dtype: torch.dtype) -> Blocks:
     """Of an update alone, which takes as long as the rows that it changes take to be read and written."""
-    return Blocks(64, 256, 16, 8, 1, 2)
+    return Blocks(64, 256, 16, 8, 1, 2) if dtype in _HALVES else Blocks(32, 32, 16, 4, 1, 8)
+
+
+def ranks_at_a_time(dtype: torch.dtype) -> int:
+    """Of an update: more of float32, which has no tensor cores, would not fit into the registers."""
+    return 64 if dtype in _HALVES else 16
 
 
 def _power_of_two(extent: int) -> int:

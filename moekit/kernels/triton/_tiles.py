@@ -54,17 +54,21 @@ def place_of(tile, begin, end, through, column_blocks, BLOCK_M: tl.constexpr, BL
 @triton.jit
 def low_rank(
     total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
-    RANK: tl.constexpr, TURNED: tl.constexpr,
+    RANK: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Add ``low[row] @ factors[expert]`` to a tile in float32, or to its transpose. All of ``row`` must exist."""
-    r = tl.arange(0, RANK)
-    left = tl.load(low + row.to(tl.int64)[:, None] * stride_low + r[None, :], mask=(r < rank)[None, :], other=0.0)
-    address = factors + expert.to(tl.int64) * stride_fe + r[:, None] * stride_fr + column[None, :] * stride_fn
-    right = tl.load(address, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
-    if TURNED:
-        total = tl.dot(tl.trans(right), tl.trans(left), total, input_precision="ieee")
-    else:
-        total = tl.dot(left, right, total, input_precision="ieee")
+    """Add ``low[row] @ factors[expert]`` to a tile in float32, or to its transpose, RANK ranks at a time.
+
+    All of ``row`` must exist.
+    """
+    for part in tl.static_range(PARTS):
+        r = part * RANK + tl.arange(0, RANK)
+        left = tl.load(low + row.to(tl.int64)[:, None] * stride_low + r[None, :], mask=(r < rank)[None, :], other=0.0)
+        address = factors + expert.to(tl.int64) * stride_fe + r[:, None] * stride_fr + column[None, :] * stride_fn
+        right = tl.load(address, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
+        if TURNED:
+            total = tl.dot(tl.trans(right), tl.trans(left), total, input_precision="ieee")
+        else:
+            total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
 

@@ -26,6 +26,7 @@ from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
 
 _GROUP = 8  # blocks of rows that share what is in the L2 cache of a matrix
+_MOST_RANKS = 256  # of an update; a product of its own has more
 
 
 @triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
@@ -33,8 +34,8 @@ def _described_kernel(
     offsets, rows, matrices, low, factors, out,
     num_rows, first, num_experts, depth, width, column_blocks, stride_out,
     rank, stride_low, stride_fe, stride_fr, stride_fn,
-    BACK: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
+    BACK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of the rows of the experts from ``first`` on.
 
@@ -56,7 +57,7 @@ def _described_kernel(
         if RANK > 0:
             total = low_rank(
                 total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
-                stride_fe, stride_fr, stride_fn, RANK, False,
+                stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
             )  # fmt: skip
         store(out, total, row, column, end, width, stride_out)
 
@@ -67,7 +68,7 @@ def _fetched_kernel(
     num_rows, first, num_experts, depth, width, column_blocks, stride_rows, stride_out,
     stride_e, stride_a, stride_s, scale_columns, rank, stride_low, stride_fe, stride_fr, stride_fn,
     FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, UNIT: tl.constexpr,
-    BACK: tl.constexpr, TURNED: tl.constexpr, RANK: tl.constexpr,
+    BACK: tl.constexpr, TURNED: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _fetched_kernel(
         if RANK > 0:  # before the loop, where registers are free
             total = low_rank(
                 total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
-                RANK, TURNED,
+                RANK, PARTS, TURNED,
             )  # fmt: skip
         for start in range(0, depth, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -124,7 +125,8 @@ def _fetched_kernel(
 def _add_kernel(
     low, factors, offsets, out, num_rows, num_experts, width, column_blocks, stride_out, rank, stride_low,
     stride_fe, stride_fr, stride_fn,
-    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Each program adds to every so many-th tile ``[BLOCK_M, BLOCK_N]`` of ``out``."""
     begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, BLOCK_M, BLOCK_E)
@@ -136,7 +138,7 @@ def _add_kernel(
         before = tl.load(place, mask=(row < end)[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
         total = low_rank(
             before, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
-            stride_fe, stride_fr, stride_fn, RANK, False,
+            stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
         )  # fmt: skip
         store(out, total, row, column, end, width, stride_out)
 
@@ -158,9 +160,13 @@ class _Update(NamedTuple):
         return self.low.shape[1], self.low.stride(0), *self.factors.stride()
 
     @property
-    def padded_rank(self) -> int:
-        """As a product needs it; 0 for nothing."""
-        return 0 if self.low is None else max(_launch.power_of_two(self.low.shape[1]), 16)
+    def parts(self) -> dict[str, int]:
+        """How many ranks are added at a time, and how often; 0 for nothing."""
+        if self.low is None:
+            return {"RANK": 0, "PARTS": 0}
+        rank, most = self.low.shape[1], _policy.ranks_at_a_time(self.low.dtype)
+        size = min(max(_launch.power_of_two(rank), 16), most)
+        return {"RANK": size, "PARTS": _launch.blocks(rank, size)}
 
 
 def _update(low: Tensor | None, factors: Tensor | None) -> _Update:
@@ -192,10 +198,11 @@ def _sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
     }
 
 
-def _fits(rows: Tensor, offsets: Tensor, *others: Tensor | None) -> bool:
-    """What the kernels take: floats of one dtype, an ``out`` among them with adjacent columns, and a list of offsets."""
-    same = all(t is None or t.dtype is rows.dtype for t in others)
-    return _launch.computes(rows) and same and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
+def _fits(rows: Tensor, offsets: Tensor, low: Tensor | None, *others: Tensor | None) -> bool:
+    """What the kernels take: floats of one dtype, a list of offsets, and in ``low`` ranks that can be called few."""
+    same = all(t is None or t.dtype is rows.dtype for t in (low, *others))
+    few = low is None or low.shape[1] <= _MOST_RANKS
+    return _launch.computes(rows) and same and few and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
 
 
 def _room(rows: Tensor, width: int, out: Tensor | None) -> Tensor | None:
@@ -223,9 +230,9 @@ def _fetched(
         rows, *tensors, *update, offsets.contiguous(), out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         rows.stride(0), out.stride(0), *strides, *update.sizes,
-        **constants, BACK=back, TURNED=cut.turned, RANK=update.padded_rank, BLOCK_K=cut.depth,
+        **constants, BACK=back, TURNED=cut.turned, **update.parts, BLOCK_K=cut.depth,
         EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
-        **_sizes(cut, shape.num_experts), enable_fp_fusion=False, config=cut,
+        **_sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
     )  # fmt: skip
     return out
 
@@ -243,7 +250,7 @@ def _described(
         TensorDescriptor.from_tensor(matrices if back else matrices.mT, box), *update, out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         out.stride(0), *update.sizes,
-        BACK=back, RANK=update.padded_rank, BLOCK_K=cut.depth, FLAT=cut.flat, **_sizes(cut, shape.num_experts), config=cut,
+        BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **_sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
     return out
 
@@ -273,7 +280,7 @@ def grouped_rows(
     """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster."""
     arch, updated = _launch.arch(rows.device).name, low is not None
     cut = _policy.described(_shape(rows, matrices), rows.dtype, arch, updated=updated)
-    if cut is None or not _fits(rows, offsets, matrices, out, low, factors) or not _describable(rows, matrices):
+    if cut is None or not _fits(rows, offsets, low, factors, matrices, out) or not _describable(rows, matrices):
         return NotImplemented
     out = _room(rows, matrices.shape[2], out)
     return NotImplemented if out is None else _described(rows, matrices, offsets, 0, out, cut, _update(low, factors))
@@ -289,7 +296,7 @@ def grouped_slice(
     factors: Tensor | None = None,
 ) -> Any:
     """The rows of experts ``first`` to ``first + n`` by matrices ``[n, K, N]``, into their rows of ``out [R, N]`` alone."""
-    if not _fits(rows, offsets, matrices, out, low, factors) or _room(rows, matrices.shape[2], out) is None:
+    if not _fits(rows, offsets, low, factors, matrices, out) or _room(rows, matrices.shape[2], out) is None:
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
@@ -319,8 +326,8 @@ def packed_rows(
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
-    cut = _policy.packed(shape, stored.format, rows.dtype, back=back)
-    if cut is None or not _fits(rows, offsets, out, low, factors) or not _packed.reads(stored):
+    cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
+    if cut is None or not _fits(rows, offsets, low, factors, out) or not _packed.reads(stored):
         return NotImplemented
     out = _room(rows, shape.width, out)
     if out is None:
@@ -334,13 +341,13 @@ def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> A
     """``out[r] += low[r] @ factors[e]`` of each expert's rows, in place: ``low [R, r]``, ``factors [E, r, N]``."""
     if not _fits(out, offsets, low, factors) or _room(out, out.shape[1], out) is None:
         return NotImplemented
-    cut, update, shape = _policy.low_rank(), _update(low, factors), _shape(low, factors)
+    cut, update, shape = _policy.low_rank(out.dtype), _update(low, factors), _shape(low, factors)
     if update.low is None:
         return out
     _launch.launch(
         _add_kernel, _grid(cut, shape, out.device),
         *update, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.width,
         _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes,
-        RANK=update.padded_rank, **_sizes(cut, shape.num_experts), enable_fp_fusion=False, config=cut,
+        **update.parts, **_sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
     return out

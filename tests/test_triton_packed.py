@@ -1,0 +1,244 @@
+"""Grouped products and unpacking in Triton against float64: on a GPU if there is one, else in the interpreter.
+
+Without a GPU one test starts another pytest on this file, which interprets, as in ``test_triton_kernels.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _interpreter import INTERPRETED, run_interpreted
+from _reference import draw
+
+pytest.importorskip("triton")
+
+import moekit
+from moekit.kernels.triton import KERNELS, _launch, _policy, gemm
+from moekit.kernels.triton._policy import Blocks
+from moekit.ops.unpack import unpack
+
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+ENDS = [0, 5, 5, 24, 33, 33]  # the first, third and last have no rows; three rows follow that are nobody's
+ROWS = 36
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
+def test_the_operators_pass_in_the_interpreter():
+    run_interpreted(Path(__file__))
+
+
+# --- dense matrices --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Small tiles, many to a program, whatever the shapes; on a GPU the policy's own."""
+
+    def choose(arch="9"):
+        if GPU:
+            return
+        monkeypatch.setattr(_launch, "arch", lambda device: _launch.Arch(arch, 32))
+        monkeypatch.setattr(gemm, "_processors", lambda device: 2)
+        small = Blocks(16, 32, 32, 4, 2, 1)
+        described = small._replace(flat=True) if arch == "9" else None
+        monkeypatch.setattr(_policy, "described", lambda shape, dtype, *_, **__: described if dtype.itemsize == 2 else None)
+        monkeypatch.setattr(_policy, "plain", lambda dtype: small)
+        monkeypatch.setattr(_policy, "low_rank", lambda dtype: small)
+
+    return choose
+
+
+def on(*tensors):
+    """The same, on the device of the kernels, strides and all."""
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t) for t in tensors]
+
+
+def case(dtype, depth, width, rank=0, layout="out, in", ends=ENDS, rows=ROWS):
+    """Rows, matrices as views of either storage, offsets, and a low-rank update as adapters have it."""
+    E = len(ends)
+    matrices = draw(2, E, width, depth).to(dtype)
+    matrices = matrices.mT if layout == "out, in" else matrices.mT.contiguous()
+    update = (draw(3, rows, rank).to(dtype), draw(4, E, width, rank).to(dtype).mT) if rank else (None, None)
+    return draw(1, rows, depth).to(dtype), matrices, torch.tensor(ends).int(), update
+
+
+def assert_products(found, rows, matrices, ends, update, before, first=0):
+    """One rounding to the dtype of a sum in float32, for the experts from ``first`` on; other rows are as before."""
+    ends, out = [0, *ends][first : first + len(matrices) + 1], found.cpu().double()
+    terms = [(rows, matrices)] + ([] if update[0] is None else [update])
+    for place, block in enumerate(map(slice, ends, ends[1:])):
+        value = sum(x[block].double() @ m[place].double() for x, m in terms)
+        size = sum(x[block].double().abs() @ m[place].double().abs() for x, m in terms)
+        step = torch.finfo(found.dtype).eps / 2 * value.abs() + 2 * torch.finfo(torch.float32).eps * size
+        error = (out[block] - value).abs() - step - torch.finfo(found.dtype).tiny
+        assert (error <= 0).all(), f"expert {first + place}: {float(error.max())}"
+    for others in (slice(ends[0]), slice(ends[-1], None)):
+        assert torch.equal(found[others], before.to(found)[others]), "rows of others are left as they are"
+
+
+@pytest.mark.parametrize("rank", [0, 4, 8, 40])
+@pytest.mark.parametrize("layout", ["out, in", "in, out"])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "width"), [(torch.bfloat16, 72, 40), (torch.float16, 32, 64), (torch.bfloat16, 8, 8)]
+)
+def test_products_by_the_copy_engine(dtype, depth, width, layout, rank, cut):
+    cut()
+    rows, matrices, offsets, update = case(dtype, depth, width, rank, layout)
+    out = torch.full((ROWS, width), 7.0, dtype=dtype, device=DEVICE)
+    update = on(*update) if rank else update
+    assert KERNELS["grouped_rows"](*on(rows, matrices, offsets), out, *update) is out
+    assert_products(out, rows, matrices, ENDS, [t if t is None else t.cpu() for t in update], torch.full_like(out, 7))
+
+
+LEFT = {
+    "float32": lambda: case(torch.float32, 32, 32),
+    "float64": lambda: case(torch.float64, 32, 32),
+    "strides of no 16 bytes": lambda: case(torch.bfloat16, 36, 32),
+    "another dtype": lambda: (draw(1, ROWS, 32).half(), *case(torch.bfloat16, 32, 32)[1:]),
+    "no rows": lambda: case(torch.bfloat16, 32, 32, ends=[0, 0], rows=0),
+    "no depth": lambda: case(torch.bfloat16, 0, 32),
+    "strided matrices": lambda: (
+        *case(torch.bfloat16, 32, 32)[:1],
+        draw(2, 6, 64, 64).bfloat16()[:, ::2, ::2],
+        torch.tensor(ENDS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_the_copy_engine_cannot_fetch_is_left(name, cut):
+    cut()
+    rows, matrices, offsets, *_ = LEFT[name]()
+    assert KERNELS["grouped_rows"](rows.to(DEVICE), matrices.to(DEVICE), offsets.to(DEVICE), None) is NotImplemented
+
+
+@pytest.mark.parametrize("arch", ["9", "8"])
+@pytest.mark.parametrize(("first", "stop"), [(0, 6), (1, 4), (3, 4), (4, 6)])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "width"), [(torch.bfloat16, 40, 72), (torch.float16, 37, 35), (torch.float32, 33, 64)]
+)
+def test_slices_of_experts(dtype, depth, width, first, stop, arch, cut):
+    cut(arch)
+    for layout, rank in (("out, in", 4), ("in, out", 0)):
+        rows, matrices, offsets, update = case(dtype, depth, width, rank, layout)
+        mine = [update[0], None if rank == 0 else update[1][first:stop]]
+        out = torch.full((ROWS, width), 7.0, dtype=dtype, device=DEVICE)
+        args = (*on(rows, matrices[first:stop], offsets), first, out, *(mine if rank == 0 else on(*mine)))
+        assert KERNELS["grouped_slice"](*args) is not NotImplemented
+        assert_products(out, rows, matrices[first:stop], ENDS, mine, torch.full_like(out, 7), first)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 100])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 33), (torch.bfloat16, 64), (torch.float16, 35)])
+def test_updates_alone(dtype, width, rank, cut):
+    cut("8")
+    low, factors, offsets, _ = case(dtype, rank, width)
+    before = draw(5, ROWS, width).to(dtype)
+    out = KERNELS["grouped_add"](*on(before, low, factors, offsets))
+    one = torch.eye(width, dtype=dtype).expand(len(ENDS), width, width)
+    assert_products(out, before, one, ENDS, (low, factors), before)
+
+
+NONSENSE = {
+    "negative": [-5, 3, -1, 9, 20, 36],
+    "descending": [30, 20, 10, 5, 2, 0],
+    "past the rows": [3, 4000, 5, 2**31 - 1, 7, 100],
+    "past 32 bits": [2**40, -(2**40), 2**62, 5, -(2**63), 2**33 + 4],
+}
+
+
+@pytest.mark.parametrize("arch", ["9", "8"])
+@pytest.mark.parametrize("name", NONSENSE)
+def test_offsets_are_not_trusted(name, arch, cut):
+    cut(arch)
+    rows, matrices, _, (low, factors) = case(torch.bfloat16, 32, 32, 8)
+    offsets = torch.tensor(NONSENSE[name])
+    offsets = offsets if name == "past 32 bits" else offsets.int()
+    room = torch.full((3 * ROWS, 32), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    out, guards = room[ROWS : 2 * ROWS], (room[:ROWS], room[2 * ROWS :])
+    rows, matrices, offsets, low, factors = on(rows, matrices, offsets, low, factors)
+    KERNELS["grouped_rows"](rows, matrices, offsets, out, low, factors)
+    for first in range(len(ENDS) - 1):
+        KERNELS["grouped_slice"](rows, matrices[:2], offsets, first, out)
+    KERNELS["grouped_add"](out, low, factors, offsets)
+    KERNELS["packed_rows"](rows, stored("int8", len(ENDS), 32, 32), offsets, out, False)
+    assert all((guard == 7).all() for guard in guards) and not out.isnan().any()
+
+
+# --- packed weights -------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "nf4": {},
+    "nf4 nested": {"double_quant": True},
+    "mxfp4": {},
+    "fp8": {},
+    "fp8 row": {"block": (1, 192)},
+    "fp8 small": {"block": (32, 64)},
+    "int8": {},
+}
+
+
+def stored(name, num_experts, height, width, seed=6):
+    """Drawn weights, packed."""
+    options = dict(FORMATS[name])
+    if "block" in options:
+        options["block"] = (options["block"][0], min(options["block"][1], width))
+    packed = moekit.pack(draw(seed, num_experts, height, width).float() * 0.02, name.split()[0], **options).stored()
+    return packed._replace(codes=packed.codes.to(DEVICE), scales=[scale.to(DEVICE) for scale in packed.scales])
+
+
+def reference(packed, dtype):
+    with moekit.backend("torch"):
+        return unpack(packed, 0, packed.shape[0], dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacking_gives_the_same_bits(name):
+    for (height, width), dtype in zip(((10, 192), (7, 64), (18, 64)), LOW, strict=True):
+        packed = stored(name, 3, height, width)
+        expected = reference(packed, dtype)
+        assert torch.equal(KERNELS["unpack"](packed, 0, 3, dtype, None), expected)
+        room = torch.full((4, height, width), 7.0, dtype=dtype, device=DEVICE)
+        assert KERNELS["unpack"](packed, 1, 3, dtype, room[1:3]) is not NotImplemented
+        assert torch.equal(room[1:3], expected[1:]) and (room[::3] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_of_checkpoints(dtype):
+    packed = stored("fp8", 2, 40, 192)
+    packed = packed._replace(scales=[packed.scales[0].to(dtype)])
+    assert torch.equal(KERNELS["unpack"](packed, 0, 2, torch.bfloat16, None), reference(packed, torch.bfloat16))
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_of_packed_weights(name, rank, back, cut):
+    cut("8")
+    many = [0, 5, 5, 80, 97, 97]
+    for number, (height, width, ends) in enumerate(((40, 192, ENDS), (72, 64, many))):
+        dtype = LOW[(number + rank + back) % 3]
+        packed = stored(name, len(ENDS), height, width)
+        weights = reference(packed, dtype).cpu()
+        depth, outputs = (height, width) if back else (width, height)
+        rows, _, offsets, update = case(dtype, depth, outputs, rank, ends=ends, rows=ends[-1] + 3)
+        out = torch.full((len(rows), outputs), 7.0, dtype=dtype, device=DEVICE)
+        given = on(*update) if rank else update
+        assert KERNELS["packed_rows"](*on(rows), packed, *on(offsets), out, back, *given) is out
+        assert_products(out, rows, weights if back else weights.mT, ends, update, torch.full_like(out, 7))
+
+
+def test_what_is_left_to_slices(cut):
+    cut("8")
+    packed, odd = stored("int8", 2, 32, 64), stored("nf4", 2, 64, 32)
+    few, offsets = torch.zeros(4, 64, device=DEVICE), torch.tensor([1, 4], dtype=torch.int32, device=DEVICE)
+    assert KERNELS["packed_rows"](few, packed, offsets, None, False) is not NotImplemented
+    assert KERNELS["packed_rows"](few.double(), packed, offsets, None, False) is NotImplemented
+    assert KERNELS["packed_rows"](few[:, :32], odd, offsets, None, False) is NotImplemented, "blocks across rows"
+    assert KERNELS["packed_rows"](few.repeat(100, 1), packed, offsets, None, False) is NotImplemented, "many rows"
+    assert KERNELS["unpack"](odd, 0, 2, torch.bfloat16, None) is NotImplemented
+    assert KERNELS["unpack"](packed, 0, 2, torch.float64, None) is NotImplemented

@@ -1,0 +1,107 @@
+"""How grouped products are cut, how experts are sliced, and what is multiplied in one sum: pure functions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moekit.kernels.triton import _policy
+from moekit.kernels.triton._policy import Shape
+from moekit.ops import packed_products
+from moekit.ops.projection import Projection
+from moekit.ops.unpack import Stored
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+QWEN = Shape(131072, 128, 2048, 1536)
+CUTS = {
+    "many rows": ((QWEN, "9", False), (128, 256, 3, True)),
+    "many rows, sm_100": ((QWEN, "10", False), (128, 256, 3, True)),
+    "many rows, updated": ((QWEN, "9", True), (128, 256, 4, False)),
+    "few rows": ((QWEN._replace(num_rows=128 * 128), "9", False), (64, 128, 4, True)),
+    "few rows, updated": ((QWEN._replace(num_rows=8), "9", True), (64, 128, 4, False)),
+    "narrow": ((QWEN._replace(width=8), "9", False), (128, 16, 3, True)),
+    "less narrow": ((QWEN._replace(width=48), "9", False), (128, 64, 3, True)),
+    "one block of columns": ((QWEN._replace(width=100), "9", False), (128, 128, 3, False)),
+    "without a copy engine": ((QWEN, "8", False), None),
+    "too little shared memory": ((QWEN, "12", False), None),
+    "gfx942": ((QWEN, "gfx942", False), None),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_how_products_are_cut(name):
+    (shape, arch, updated), expected = CUTS[name]
+    for dtype in LOW:
+        cut = _policy.described(shape, dtype, arch, updated=updated)
+        found = None if cut is None else (cut.rows, cut.columns, cut.stages, cut.flat)
+        assert found == (None if dtype is torch.float32 else expected), dtype
+
+
+@pytest.mark.parametrize(
+    ("rows_an_expert", "form", "back", "arch", "expected"),
+    [
+        (4, "nf4", False, "9", (32, 128, 64)),
+        (16, "mxfp4", True, "9", (32, 64, 128)),
+        (16, "fp8", False, "9", (32, 128, 128)),
+        (16, "int8", True, "9", (32, 128, 64)),
+        (17, "nf4", False, "9", (64, 128, 64)),
+        (48, "nf4", True, "9", (64, 256, 64)),
+        (49, "mxfp4", False, "9", (128, 128, 64)),
+        (192, "fp8", False, "9", (128, 256, 64)),
+        (192, "fp8", False, "8", (128, 128, 64)),
+        (16, "mxfp4", True, "gfx942", (32, 64, 64)),
+        (193, "nf4", False, "9", None),
+        (193, "nf4", False, "gfx942", None),
+    ],
+)
+def test_where_weights_are_unpacked_in_registers(rows_an_expert, form, back, arch, expected):
+    shape = Shape(rows_an_expert * 32, 32, 512, 512)
+    cut = _policy.packed(shape, form, torch.bfloat16, arch, back=back)
+    assert (None if cut is None else (cut.rows, cut.columns, cut.depth, cut.turned)) == (expected and (*expected, True))
+    exact = _policy.packed(shape, form, torch.float32, arch, back=back)
+    assert (exact is None) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "size", "expected"),
+    [
+        (128, 6 << 20, [32, 32, 32, 32]),
+        (32, 5760 * 2880 * 2, [5, 5, 6, 5, 5, 6]),
+        (7, 64 << 20, [2, 2, 3]),
+        (2, 1 << 30, [1, 1]),
+        (3, 10, [3]),
+        (3, 0, [3]),
+        (0, 10, []),
+    ],
+)
+def test_slices_are_of_one_length_or_nearly(num_experts, size, expected):
+    found = packed_products.slices(num_experts, size)
+    assert [stop - first for first, stop in found] == expected
+    assert [0, *(stop for _, stop in found)] == [*(first for first, _ in found), num_experts]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("weight", ["dense", "packed"])
+def test_an_adapter_is_part_of_the_product(weight, dropout):
+    """One product, not a product and an addition, which would round twice; what drops elements of it cannot be."""
+    calls = []
+
+    def product(rows, weight, offsets, out=None, low=None, factors=None, *, back=False):
+        calls.append("plain" if low is None else "updated")
+        return rows.new_zeros(len(rows), 4)
+
+    products = SimpleNamespace(rows=product, packed=product, add=lambda out, *_: calls.append("add") or out, outer=None)
+    stored = Stored(torch.zeros(2, 4, 4, dtype=torch.int8), [torch.ones(2, 4)], "int8", (1, 4))
+    A, B = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    matrices = torch.zeros(2, 4, 4) if weight == "dense" else stored
+    lora = Projection(matrices, False, A, B, [4, 1.0, dropout], torch.tensor(1), products)
+    rows, offsets = torch.zeros(3, 4), torch.tensor([1, 3]).int()
+    lora.forward(rows, offsets)
+    assert calls == ["plain", "updated"]  # the rows by A, then all
+    calls.clear()
+    lora.backward(rows, offsets, lora.raised(rows, offsets))
+    assert calls == (["plain", "plain", "plain"] if dropout else ["plain", "updated"])
