@@ -301,6 +301,8 @@ def test_a_model_in_a_wrapper_of_peft():
     assert len(report.packed) == 4 and model.base_model.model.is_quantized
     assert model.base_model.model.config._experts_implementation == "moekit"
     model(tokens(), labels=tokens()).loss.backward()
+    moekit.hf.unpack(model)
+    assert all(not parameter.requires_grad for name, parameter in model.named_parameters() if "lora" not in name)
 
 
 # --- beside other libraries -----------------------------------------------------------------------------------------
