@@ -258,7 +258,8 @@ def show(rows: list[dict]) -> None:
     dense = {(row["what"], row["layer"], row["tokens"]): row["ms"] for row in rows if row["name"] == "moekit, dense"}
     for row in rows:
         ratio = row["ms"] / dense[row["what"], row["layer"], row["tokens"]]
-        line = f"{row['what']:10} {row['layer']:14} T={row['tokens']:<6} {row['name']:18} {row['ms']:10.3f} ms {ratio:6.2f}x dense"
+        label = f"{row['what']:10} {row['layer']:14} T={row['tokens']:<6} {row['name']:18}"
+        line = f"{label} {row['ms']:10.3f} ms {ratio:6.2f}x dense"
         print(line, *(f" {key} {row[key]:8.1f}" for key in ("peak MiB", "kept MiB") if key in row), flush=True)
 
 

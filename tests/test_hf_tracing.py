@@ -169,7 +169,8 @@ def test_classes_that_peft_makes_leave_nothing_behind(caplog):
         for _ in range(100):
             model(*inputs(2)).sum().backward()
     gc.collect()
-    assert len([record for record in caplog.records if record.name == "moekit.hf"]) == len(moekit.hf._said) == 1
+    said = [record for record in caplog.records if record.name.startswith("moekit")]  # others may speak, too
+    assert len(said) == len(moekit.hf._said) == 1
     assert not OwnGate.__subclasses__()
 
 
