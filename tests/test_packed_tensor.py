@@ -218,7 +218,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_nothing_computes_with_codes(packed, name):
-    with pytest.raises(TypeError, match=rf"^PackedExperts: {re.escape(name)}[\w.]* is not .*; use \.unpack\(\)$"):
+    with pytest.raises(TypeError, match=rf"^PackedExperts: {re.escape(name)}[\w.]* is not .*; use \.unpack\(\)"):
         REFUSED[name](packed)
 
 
@@ -466,14 +466,16 @@ def sharded_cases() -> dict[str, PackedExperts]:
 
 def of_rank(rank: int, folder: str) -> None:
     """Two steps of layers whose packed experts are sharded, and what cannot be sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
     found: dict[str, list[Tensor]] = {}
     for name, packed in sharded_cases().items():
         layer = Holder(packed)
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
         shard = layer.weight.to_local()
         assert isinstance(shard, PackedExperts) and same(shard, packed[2 * rank : 2 * rank + 2])
         layer.load_state_dict(layer.state_dict())
@@ -482,9 +484,9 @@ def of_rank(rank: int, folder: str) -> None:
         found[name] = [*(out.detach() for out in outputs), layer.adapter.grad.full_tensor()]
     for count, message in ((3, "experts must be divisible"), (1, "experts must be at least one for each rank")):
         with pytest.raises(ValueError, match=message):
-            fully_shard(Holder(moekit.pack(weights(count, 64, 192), "nf4")))
+            fully_shard(Holder(moekit.pack(weights(count, 64, 192), "nf4")), mesh=mesh)
     with pytest.raises(ValueError, match=r"doubly quantised scales must be in whole blocks .* \(ignored_params=\)"):
-        fully_shard(Holder(moekit.pack(weights(2, 32, 192), "nf4", double_quant=True)))
+        fully_shard(Holder(moekit.pack(weights(2, 32, 192), "nf4", double_quant=True)), mesh=mesh)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.barrier()

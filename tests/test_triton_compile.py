@@ -38,6 +38,8 @@ NAMES = [
     "topk sqrtsoftplus fp32 T=4096 E=256 K=8 grouped biased",
     "topk backward sqrtsoftplus fp32 T=16384 E=128 K=8",
     "topk backward pre-softmax fp32 T=16384 E=128 K=8",
+    "packed_rows_few nf4 bf16 R/E=1 768",
+    "packed_rows_few mxfp4 fp16 R/E=4 2048",
     "unpack nf4 nested bf16",
     "grouped_add bf16 r=8",
     "grouped_rows bf16 R=131072 r=0",

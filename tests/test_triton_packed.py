@@ -73,7 +73,8 @@ def assert_products(found, rows, matrices, ends, update, before, first=0):
     for place, block in enumerate(map(slice, ends, ends[1:])):
         value = sum(x[block].double() @ m[place].double() for x, m in terms)
         size = sum(x[block].double().abs() @ m[place].double().abs() for x, m in terms)
-        step = torch.finfo(found.dtype).eps / 2 * value.abs() + 2 * torch.finfo(torch.float32).eps * size
+        # Matrix units cut sums off where others round them.
+        step = torch.finfo(found.dtype).eps / 2 * value.abs() + 8 * torch.finfo(torch.float32).eps * size
         error = (out[block] - value).abs() - step - torch.finfo(found.dtype).tiny
         assert (error <= 0).all(), f"expert {first + place}: {float(error.max())}"
     for others in (slice(ends[0]), slice(ends[-1], None)):
@@ -103,7 +104,7 @@ LEFT = {
     "no depth": lambda: case(torch.bfloat16, 0, 32),
     "strided matrices": lambda: (
         *case(torch.bfloat16, 32, 32)[:1],
-        draw(2, 6, 64, 64).bfloat16()[:, ::2, ::2],
+        draw(2, 6, 64, 64).bfloat16(),  # of which every other number, where it is
         torch.tensor(ENDS),
     ),
 }
@@ -113,7 +114,9 @@ LEFT = {
 def test_what_the_copy_engine_cannot_fetch_is_left(name, cut):
     cut()
     rows, matrices, offsets, *_ = LEFT[name]()
-    assert KERNELS["grouped_rows"](rows.to(DEVICE), matrices.to(DEVICE), offsets.to(DEVICE), None) is NotImplemented
+    matrices = matrices.to(DEVICE)
+    matrices = matrices[:, ::2, ::2] if name == "strided matrices" else matrices
+    assert KERNELS["grouped_rows"](rows.to(DEVICE), matrices, offsets.to(DEVICE), None) is NotImplemented
 
 
 @pytest.mark.parametrize("arch", ["9", "8"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import entries, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
+from moekit.kernels.triton import decode, entries, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -32,5 +32,6 @@ KERNELS: dict[str, Callable] = {
     "grouped_slice": gemm.grouped_slice,
     "grouped_add": gemm.grouped_add,
     "packed_rows": gemm.packed_rows,
+    "packed_rows_few": decode.packed_rows_few,
 }
 """Operator name to the function that runs it, with the reference's arguments and results."""

@@ -208,7 +208,18 @@ def _all_products() -> Iterator[Case]:
             yield case("packed_rows", what, x, stored, offsets, None, back, *update, shown=name == "bf16" and not rank)
 
 
+def _all_decoding() -> Iterator[Case]:
+    """With one row an expert and with four: sums, and matrix instructions."""
+    forms = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
+    for form, name, (height, width) in itertools.product(forms, ("bf16", "fp16"), ((2 * _I, _H), (_H, _I))):
+        stored = _packed(form, _E, height, width)
+        for rows in (1, 4):
+            args = (_meta(rows * _E, width, dtype=_DTYPES[name]), stored, _integers(_E))
+            shown = name == "bf16" and width == _H and form != "nf4 nested"
+            yield Case(f"packed_rows_few {form} {name} R/E={rows} {width}", "packed_rows_few", args, shown, aligned=False)
+
+
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
     """All of them, or those that ``select`` takes."""
-    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products):
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_decoding):
         yield from filter(select, family())
