@@ -23,9 +23,8 @@ import torch
 from torch import nn
 
 from moekit import _check
-from moekit.hf._packing import Options, chosen, matches, nothing_packed, pack_in_place, slots
+from moekit.hf._packing import Options, chosen, matches, nothing_packed, pack_in_place, unpack_in_place
 from moekit.hf._register import NAME, ensure_registered
-from moekit.packed import PackedExperts
 
 _HUB = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "code_revision", "subfolder", "token"),
@@ -124,17 +123,14 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
         dtype: of the weights; the one that the packed ones stand for if None.
 
     Returns:
-        ``model``. Its weights can be trained, and it is saved as it was before it was packed; the implementation of its
-        experts stays ``"moekit"``.
+        ``model``, which is saved as it was before it was packed. The weights can be trained, unless others of the model are
+        frozen. The implementation of its experts stays ``"moekit"``.
 
     Raises:
         ValueError: a model without packed experts.
     """
-    found = [slot for slot in slots(model) if isinstance(slot.weight, PackedExperts)]
-    if not found:
+    if not unpack_in_place(model, dtype):
         raise _check.fail("hf.unpack", "model", "one with packed experts", "none")
-    for slot in found:
-        slot.unpack(dtype)
     root = _pretrained(model)
     if root is not None:
         _loader().give_back(root)
