@@ -17,8 +17,9 @@ directory it is compiled in each process. :func:`warmup` compiles the usual ones
 
 **Numerics.** float32, bfloat16 and float16 inputs, computed in float32 and rounded once. float64 is the reference's.
 
-Files: ``glu``, ``gemm``, ``rows``, ``tables`` and ``router`` launch the operators' kernels in ``_*_kernels``; ``_bits``
-holds the intrinsics, ``_elements`` the dtypes, ``_activations`` the arithmetic.
+Files: ``glu``, ``gemm``, ``packed``, ``rows``, ``tables`` and ``router`` launch the operators' kernels in ``_*_kernels``;
+``_bits`` holds the intrinsics, ``_units`` and ``_tiles`` those of matrices, ``_elements`` the dtypes, ``_activations`` the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moekit.kernels.numba import gemm, glu, router, rows, tables
+from moekit.kernels.numba import gemm, glu, packed, router, rows, tables
 from moekit.kernels.numba._warmup import warmup
 
 __all__ = ["KERNELS", "warmup"]
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "grouped_rows": gemm.grouped_rows,
+    "packed_rows": packed.packed_rows,
+    "unpack": packed.unpack,
     "glu": glu.glu,
     "glu_fp8": glu.glu_fp8,
     "glu_backward": glu.glu_backward,

@@ -10,7 +10,6 @@ Measured on two cores, weighted SwiGLU of ``[32768, 2 * 768]``: :func:`prefetch`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +19,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_CPU = llvm.get_host_cpu_features()
-_X86 = llvm.get_process_triple().startswith(("x86_64", "amd64"))
-HARDWARE_BF16 = bool(_CPU.get("avx512bf16" if _X86 else "bf16"))
-HARDWARE_F16 = bool(_CPU.get("f16c" if _X86 else "neon"))
+CPU = llvm.get_host_cpu_features()
+X86 = llvm.get_process_triple().startswith(("x86_64", "amd64"))
+HARDWARE_BF16 = bool(CPU.get("avx512bf16" if X86 else "bf16"))
+HARDWARE_F16 = bool(CPU.get("f16c" if X86 else "neon"))
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _FLOAT, _HALF, _VOID = ir.FloatType(), ir.HalfType(), ir.VoidType()
 LINE = 64  # bytes of a cache line
 
 
-class _BFloat16(ir.types.Type):
+class BFloat16(ir.types.Type):
     """LLVM's ``bfloat``, which llvmlite has no name for."""
 
     null = "0.0"
@@ -40,10 +39,10 @@ class _BFloat16(ir.types.Type):
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
+        return isinstance(other, BFloat16)
 
     def __hash__(self) -> int:
-        return hash(_BFloat16)
+        return hash(BFloat16)
 
 
 def _define(signature: Any, emit: Callable) -> Any:
@@ -65,7 +64,7 @@ def _define(signature: Any, emit: Callable) -> Any:
 
 bits_of = _define(types.uint32(types.float32), lambda b, x: b.bitcast(x, _I32))
 float_of = _define(types.float32(types.uint32), lambda b, x: b.bitcast(x, _FLOAT))
-narrow_bf16 = _define(types.uint16(types.float32), lambda b, x: b.bitcast(b.fptrunc(x, _BFloat16()), _I16))
+narrow_bf16 = _define(types.uint16(types.float32), lambda b, x: b.bitcast(b.fptrunc(x, BFloat16()), _I16))
 narrow_f16 = _define(types.uint16(types.float32), lambda b, x: b.bitcast(b.fptrunc(x, _HALF), _I16))
 widen_f16 = _define(types.float32(types.uint16), lambda b, x: b.fpext(b.bitcast(x, _HALF), _FLOAT))
 
@@ -81,7 +80,7 @@ count_ones = _define(types.int64(types.uint64), lambda b, x: b.ctpop(x))
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _scope(builder: Any) -> Any:
+def scope(builder: Any) -> Any:
     """What every read is in and no write touches: LLVM then vectorises without checking at run time for overlap."""
     module = builder.module
     return module.add_metadata([module.add_metadata(["inputs", module.add_metadata(["moekit"])])])
@@ -91,7 +90,7 @@ def _reader(numba_type: Any, llvm_type: Any, size: int, *, input: bool = True) -
     def emit(builder: Any, base: Any, index: Any) -> Any:
         value = builder.load(builder.gep(builder.inttoptr(base, llvm_type.as_pointer()), [index]), align=size)
         if input:
-            value.set_metadata("alias.scope", _scope(builder))
+            value.set_metadata("alias.scope", scope(builder))
         return value
 
     return _define(numba_type(types.int64, types.int64), emit)
@@ -100,7 +99,7 @@ def _reader(numba_type: Any, llvm_type: Any, size: int, *, input: bool = True) -
 def _writer(numba_type: Any, llvm_type: Any, size: int) -> Any:
     def emit(builder: Any, base: Any, index: Any, value: Any) -> None:
         target = builder.gep(builder.inttoptr(base, llvm_type.as_pointer()), [index])
-        builder.store(value, target, align=size).set_metadata("noalias", _scope(builder))
+        builder.store(value, target, align=size).set_metadata("noalias", scope(builder))
 
     return _define(types.void(types.int64, types.int64, numba_type), emit)
 
@@ -120,13 +119,13 @@ read_back_i64 = _reader(types.int64, _I64, 8, input=False)
 def _add_f32(builder: Any, base: Any, index: Any, value: Any) -> None:
     target = builder.gep(builder.inttoptr(base, _FLOAT.as_pointer()), [index])
     total = builder.fadd(builder.load(target, align=4), value)
-    builder.store(total, target, align=4).set_metadata("noalias", _scope(builder))
+    builder.store(total, target, align=4).set_metadata("noalias", scope(builder))
 
 
 add_f32 = _define(types.void(types.int64, types.int64, types.float32), _add_f32)
 
 
-def _prefetch(builder: Any, base: Any, offset: Any) -> None:
+def emit_prefetch(builder: Any, base: Any, offset: Any) -> None:
     """Ask for a cache line that will be read soon. Any address will do, mapped or not."""
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VOID, [_I8.as_pointer(), _I32, _I32, _I32]), "llvm.prefetch.p0"
@@ -136,7 +135,7 @@ def _prefetch(builder: Any, base: Any, offset: Any) -> None:
     builder.call(function, [address, for_reading, everywhere, data])
 
 
-prefetch = _define(types.void(types.int64, types.int64), _prefetch)
+prefetch = _define(types.void(types.int64, types.int64), emit_prefetch)
 
 
 def _copy_lines(builder: Any, source: Any, target: Any, count: Any, *, streaming: bool) -> None:
@@ -222,138 +221,6 @@ fence: Any = intrinsic(_fence)
 nonzero64: Any = intrinsic(prefer_literal=True)(_nonzero64)
 scratch: Any = intrinsic(prefer_literal=True)(_scratch)
 wide_vectors: Any = intrinsic(_wide_vectors)
-
-# --- tiles of a matrix product ----------------------------------------------------------------------------------------
-
-# A tile is a few rows and a few steps (inputs or outputs) of a product with a matrix, so that an element of the matrix is
-# widened once for all its rows. ``kind`` (see _elements), ``rows`` and ``steps`` are constants; distances between rows and
-# between steps are in bytes, ``count`` is a multiple of TILE. Every sum has its own accumulator: a result's bits do not
-# depend on what else is in the tile. LLVM splits the vectors on CPUs that have narrower ones. What plain loops lack is the
-# prefetch between the products, and sums of several rows that stay in registers (4 rows: 2.1 instead of 3.8 ms).
-_LANES = 16
-TILE = 2 * _LANES
-PANEL = 4 * 1024  # bytes from the sums of a row to those of the next, for axpys
-_WIDE, _WIDE_BITS, _WIDE_HALF = (ir.VectorType(element, _LANES) for element in (_FLOAT, _I32, _HALF))
-_KIND_F32, _KIND_BF16, _KIND_F16 = 1, 2, 3
-
-
-def _size(kind: int) -> int:
-    return 4 if kind == _KIND_F32 else 2
-
-
-def _load_vector(builder: Any, address: Any, vector: Any, align: int) -> Any:
-    value = builder.load(builder.inttoptr(address, vector.as_pointer()), align=align)
-    value.set_metadata("alias.scope", _scope(builder))
-    return value
-
-
-def _widened(builder: Any, kind: int, address: Any) -> list[Any]:
-    """TILE elements as two float32 vectors; of bfloat16 those of even and of odd index, which saves a shuffle."""
-    if kind == _KIND_BF16:
-        both = _load_vector(builder, address, _WIDE_BITS, 2)
-        even = builder.shl(both, ir.Constant(_WIDE_BITS, [16] * _LANES))
-        odd = builder.and_(both, ir.Constant(_WIDE_BITS, [-0x10000] * _LANES))
-        return [builder.bitcast(part, _WIDE) for part in (even, odd)]
-    vector, size = _WIDE_HALF if kind == _KIND_F16 else _WIDE, _size(kind)
-    parts = [_load_vector(builder, builder.add(address, _I64(at)), vector, size) for at in (0, size * _LANES)]
-    return [builder.fpext(part, _WIDE) if kind == _KIND_F16 else part for part in parts]
-
-
-def _splat(builder: Any, kind: int, address: Any) -> Any:
-    """One element in all lanes of a float32 vector."""
-    if kind == _KIND_BF16:
-        bits = builder.load(builder.inttoptr(address, _I16.as_pointer()), align=2)
-        value = builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), _FLOAT)
-    elif kind == _KIND_F16:
-        value = builder.fpext(builder.load(builder.inttoptr(address, _HALF.as_pointer()), align=2), _FLOAT)
-    else:
-        value = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4)
-    first = builder.insert_element(ir.Constant(_WIDE, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(first, first, ir.Constant(_WIDE_BITS, [0] * _LANES))
-
-
-def _multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
-    return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
-
-
-def _sum_of_lanes(builder: Any, vector: Any) -> Any:
-    lanes = _LANES
-    while lanes > 1:
-        lanes //= 2
-        low, high = (ir.Constant(ir.VectorType(_I32, lanes), list(range(at, at + lanes))) for at in (0, lanes))
-        vector = builder.fadd(builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high))
-    return builder.extract_element(vector, _I32(0))
-
-
-def _fetched(builder: Any, kind: int, address: Any, ahead: Any) -> list[Any]:
-    """TILE elements of the matrix; those ``ahead`` bytes further on are prefetched."""
-    for line in range(0, TILE * _size(kind), LINE):
-        _prefetch(builder, address, builder.add(ahead, _I64(line)))
-    return _widened(builder, kind, address)
-
-
-def _tile(emit: Callable) -> Any:
-    """An intrinsic from ``emit(builder, kind, rows, steps, *arguments)``, the first three constants."""
-
-    def define(typing: Any, kind: Any, rows: Any, steps: Any, x: Any, x_step: Any, y: Any, y_step: Any,
-               count: Any, ahead: Any, sums: Any) -> Any:  # fmt: skip
-        constants = [kind, rows, steps]
-
-        def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emit(builder, *(constant.literal_value for constant in constants), *args[3:])
-            return context.get_dummy_value()
-
-        return types.void(*constants, *[types.int64] * 7), lower
-
-    return intrinsic(prefer_literal=True)(define)
-
-
-def _at(builder: Any, base: Any, step: Any, number: int) -> Any:
-    return builder.add(base, builder.mul(step, _I64(number)))
-
-
-def _dots(builder: Any, kind: int, rows: int, steps: int, x: Any, x_step: Any, y: Any, y_step: Any,
-          count: Any, ahead: Any, sums: Any) -> None:  # fmt: skip
-    """``sums[row, step] = dot(x[row], y[step])``, each ``count`` long."""
-    zero, size = ir.Constant(_WIDE, [0.0] * _LANES), _I64(_size(kind))
-    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(steps)] for _ in range(rows)]
-    with cgutils.for_range_slice(builder, _I64(0), count, _I64(TILE), intp=_I64) as (index, _):
-        place = builder.mul(index, size)
-        left = [_widened(builder, kind, builder.add(place, _at(builder, x, x_step, row))) for row in range(rows)]
-        for step in range(steps):
-            right = _fetched(builder, kind, builder.add(place, _at(builder, y, y_step, step)), ahead)
-            for row in range(rows):
-                total = builder.load(totals[row][step])
-                for a, b in zip(left[row], right, strict=True):
-                    total = _multiply_add(builder, a, b, total)
-                builder.store(total, totals[row][step])
-    target = builder.inttoptr(sums, _FLOAT.as_pointer())
-    for number, total in enumerate(itertools.chain(*totals)):
-        builder.store(_sum_of_lanes(builder, builder.load(total)), builder.gep(target, [_I64(number)]), align=4)
-
-
-def _axpys(builder: Any, kind: int, rows: int, steps: int, x: Any, x_step: Any, y: Any, y_step: Any,
-           count: Any, ahead: Any, sums: Any) -> None:  # fmt: skip
-    """``sums[row] += x[row, step] * y[step]`` for each step; y and the sums are ``count`` long.
-
-    A row's sums are PANEL apart, and within each TILE in the order of :func:`_widened`.
-    """
-    size = _size(kind)
-    factors = [[_splat(builder, kind, _at(builder, builder.add(x, _I64(size * step)), x_step, row)) for step in range(steps)]
-               for row in range(rows)]  # fmt: skip
-    with cgutils.for_range_slice(builder, _I64(0), count, _I64(TILE), intp=_I64) as (index, _):
-        place = builder.mul(index, _I64(size))
-        parts = [_fetched(builder, kind, builder.add(place, _at(builder, y, y_step, step)), ahead) for step in range(steps)]
-        for row, half in itertools.product(range(rows), range(2)):
-            at = builder.add(builder.mul(index, _I64(4)), _I64(row * PANEL + half * 4 * _LANES))
-            pointer = builder.inttoptr(builder.add(sums, at), _WIDE.as_pointer())
-            total = builder.load(pointer, align=LINE)
-            for step in range(steps):
-                total = _multiply_add(builder, factors[row][step], parts[step][half], total)
-            builder.store(total, pointer, align=LINE).set_metadata("noalias", _scope(builder))
-
-
-dots, axpys = _tile(_dots), _tile(_axpys)
 
 # --- calls by address -------------------------------------------------------------------------------------------------
 

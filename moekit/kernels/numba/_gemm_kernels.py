@@ -2,7 +2,8 @@
 
 A range of a kernel is a range of output features, of every expert: no sum is split between threads. Up to four rows of an
 expert are multiplied with a part of the matrix at a time, as fast as it is read; further rows find that part in the cache.
-There is a kernel for either way a matrix is stored.
+There is a kernel for either way a matrix is stored, and for each format. Columns beyond whole blocks (of formats without
+pairs) are copied to where zeros follow.
 """
 
 from __future__ import annotations
@@ -10,32 +11,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numpy as np
-
-from moekit.kernels.numba._bits import (
-    PANEL,
-    TILE,
-    axpys,
-    dots,
-    read_back_f32,
-    read_i32,
-    scratch,
-    wide_vectors,
-    zero,
-)
-from moekit.kernels.numba._elements import BF16, SIZES, load, store
+from moekit.kernels.numba._bits import copy, read_back_f32, read_i32, scratch, wide_vectors, zero
+from moekit.kernels.numba._elements import BF16, SIZES, store
 from moekit.kernels.numba._jit import inline, kernel
 from moekit.kernels.numba._launch import Nonsense
+from moekit.kernels.numba._tiles import COLUMNS, PANEL, STEPS, TILE, axpys, dots
+from moekit.kernels.numba._units import DENSE, HOST, PAIRS, UNIT
 
 # By feature: outputs computed at a time. Ranges start at multiples of it.
-FEATURES = 4
-_DOTS = 4 * FEATURES * 4  # bytes of the sums of four rows
-# By input: outputs, and rows, whose sums are kept at a time, in the first-level cache.
-_COLUMNS = PANEL // 4
-_ROWS = 8
+FEATURES = STEPS
+_TAKEN = 4  # rows that are multiplied at a time
+_DOTS = 4 * _TAKEN * STEPS  # bytes of the sums of four rows
+PAD = 4 * TILE  # bytes of a row's last columns, with zeros after them
+_PADS = 4 * PAD
+_ROWS = 8  # by input: rows whose sums are kept at a time, in the first-level cache
 _SUMS = _ROWS * PANEL  # bytes
 _AHEAD = 1 << 13  # bytes from what is read to what is prefetched
-_ZERO = np.float32(0.0)
 
 
 @inline
@@ -56,57 +47,79 @@ def check(offsets, experts, total):
 
 
 @inline
-def lane_of(element, j):
-    """Where the sum of column j is kept: bfloat16 is widened as even and odd elements."""
-    return j // TILE * TILE + j % 2 * (TILE // 2) + j % TILE // 2 if element == BF16 else j
+def pad(target, source, step, rows, count):
+    """Copy ``count`` bytes of each row to rows of zeros."""
+    zero(target, rows * PAD)
+    for row in range(rows):
+        copy(source + row * step, target + row * PAD, count)
+
+
+@inline
+def lane_of(pairs, halves, column):
+    """Where ``axpys`` keeps the sum of a column: with ``pairs`` units take elements in turn, with ``halves`` vectors do."""
+    within = column % TILE
+    unit, place = (within % 2, within // 2) if pairs else (within // UNIT, within % UNIT)
+    place = place % 2 * (UNIT // 2) + place // 2 if halves else place
+    return column // TILE * TILE + unit * UNIT + place
+
+
+def bits_of_code(format: int, element: int) -> int:
+    """Bits that an element takes in memory."""
+    return 8 * SIZES[element] if format == DENSE else 4 if PAIRS[format] else 8
 
 
 @functools.cache
-def by_feature_kernel(element: int) -> Callable:
+def by_feature_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Callable:
     """``[rows, in]`` times matrices stored ``[experts, out, in]``: dot products, four output features at a time."""
-    size = SIZES[element]
+    size, bits = SIZES[element], bits_of_code(format, element)
+    some = 2 if element == BF16 else FEATURES  # with four rows: bfloat16 has two vectors for each sum
 
-    @kernel(element)
+    @kernel(element, format, cpu)
     def by_feature(
         start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, feature_step: int,
-        offsets: int, experts: int, out: int, out_step: int, width: int,
+        scales: int, height: int, offsets: int, experts: int, out: int, out_step: int, width: int,
     ):  # fmt: skip
         check(offsets, experts, total)
-        sums, whole = scratch(_DOTS), width // TILE * TILE
+        sums, x_pad, y_pad, whole = scratch(_DOTS), scratch(_PADS), scratch(_PADS), width // TILE * TILE
 
-        def multiply(source, taken, matrix, features, ahead):
+        def multiply(taken, features, x, x_step, y, y_step, line, first, last, ahead):
             if features < FEATURES:  # the last of an odd number
-                for pair in range(taken * FEATURES):
-                    x, y = source + pair // FEATURES * rows_step, matrix + min(pair % FEATURES, features - 1) * feature_step
-                    dots(element, 1, 1, x, 0, y, 0, whole, 0, sums + 4 * pair)
+                for pair in range(taken * features):
+                    row, n = pair // features, pair % features
+                    source, matrix, place = x + row * x_step, y + n * y_step, sums + 4 * (row * STEPS + n)
+                    dots(format, element, cpu, 1, 1, matrix, 0, scales, line + n, source, 0, first, last, 0, place)
             elif taken == 4:
-                dots(element, 4, FEATURES, source, rows_step, matrix, feature_step, whole, ahead, sums)
+                for n in range(0, FEATURES, some):
+                    matrix, place = y + n * y_step, sums + 4 * n
+                    dots(
+                        format, element, cpu, 4, some, matrix, y_step, scales, line + n, x, x_step, first, last, ahead, place
+                    )
             elif taken == 2:
-                dots(element, 2, FEATURES, source, rows_step, matrix, feature_step, whole, ahead, sums)
+                dots(format, element, cpu, 2, FEATURES, y, y_step, scales, line, x, x_step, first, last, ahead, sums)
             else:
-                dots(element, 1, FEATURES, source, 0, matrix, feature_step, whole, ahead, sums)
-
-        def finish(source, taken, matrix, features, target):
-            for row in range(taken):
-                for feature in range(features):
-                    total = read_back_f32(sums, row * FEATURES + feature)
-                    for j in range(whole, width):
-                        x, y = source + row * rows_step, matrix + feature * feature_step
-                        total += load(element, x, j) * load(element, y, j)
-                    store(element, target + row * out_step, feature, total)
+                dots(format, element, cpu, 1, FEATURES, y, y_step, scales, line, x, x_step, first, last, ahead, sums)
 
         wide_vectors()
-        ahead, begin = ahead_of(FEATURES * width * size, FEATURES * feature_step), 0
+        ahead, begin = ahead_of(FEATURES * width * bits // 8, FEATURES * feature_step), 0
         for expert in range(experts):
             end = read_i32(offsets, expert)
             for feature in range(start, stop, FEATURES):
-                matrix, features = matrices + expert * expert_step + feature * feature_step, min(FEATURES, stop - feature)
-                row = begin
+                matrix, line = matrices + expert * expert_step + feature * feature_step, expert * height + feature
+                features, row = min(FEATURES, stop - feature), begin
                 while row < end:
-                    taken = 4 if end - row >= 4 else 2 if end - row >= 2 else 1
-                    source = rows + row * rows_step
-                    multiply(source, taken, matrix, features, ahead if row == begin else 0)
-                    finish(source, taken, matrix, features, out + row * out_step + feature * size)
+                    taken, source = 4 if end - row >= 4 else 2 if end - row >= 2 else 1, rows + row * rows_step
+                    zero(sums, _DOTS)
+                    for first in range(0, width, max(whole, TILE)):
+                        x, x_step, y, y_step, last = source, rows_step, matrix, feature_step, whole
+                        if first == whole:
+                            pad(x_pad, x + first * size, x_step, taken, (width - first) * size)
+                            pad(y_pad, y + first * bits // 8, y_step, features, (width - first) * bits // 8)
+                            x, y, last = x_pad - first * size, y_pad - first * bits // 8, first + TILE
+                            x_step = y_step = PAD
+                        multiply(taken, features, x, x_step, y, y_step, line, first, last, ahead if row == begin else 0)
+                    for i in range(taken):
+                        for n in range(features):
+                            store(element, out + (row + i) * out_step, feature + n, read_back_f32(sums, i * STEPS + n))
                     row += taken
             begin = max(begin, end)
 
@@ -114,62 +127,58 @@ def by_feature_kernel(element: int) -> Callable:
 
 
 @functools.cache
-def by_input_kernel(element: int) -> Callable:
+def by_input_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Callable:
     """``[rows, in]`` times matrices stored ``[experts, in, out]``: four inputs at a time are added to a panel of sums."""
-    size = SIZES[element]
+    size, bits, pairs, halves = SIZES[element], bits_of_code(format, element), PAIRS[format], element == BF16
 
-    @kernel(element)
+    @kernel(element, format, cpu)
     def by_input(
         start: int, stop: int, total: int, rows: int, rows_step: int, matrices: int, expert_step: int, input_step: int,
-        offsets: int, experts: int, out: int, out_step: int, width: int,
+        scales: int, height: int, offsets: int, experts: int, out: int, out_step: int, width: int,
     ):  # fmt: skip
         check(offsets, experts, total)
-        sums = scratch(_SUMS)
+        sums, y_pad = scratch(_SUMS), scratch(_PADS)
 
-        def add(source, taken, matrix, columns, k, ahead):
+        def add(taken, steps, x, y, y_step, line, first, last, ahead, target):
             row = 0
             while row < taken:
-                x, y, target = source + row * rows_step + k * size, matrix + k * input_step, sums + row * PANEL
-                if width - k < 4:
-                    group = 1
-                    axpys(element, 1, 1, x, 0, y, 0, columns, 0, target)
-                elif taken - row >= 4:
-                    group = 4
-                    axpys(element, 4, 4, x, rows_step, y, input_step, columns, ahead, target)
-                elif taken - row >= 2:
-                    group = 2
-                    axpys(element, 2, 4, x, rows_step, y, input_step, columns, ahead, target)
+                source, place = x + row * rows_step, target + row * PANEL
+                group = 1 if steps < 4 else 4 if taken - row >= 4 else 2 if taken - row >= 2 else 1
+                if steps < 4:
+                    axpys(format, element, cpu, 1, 1, y, 0, scales, line, source, 0, first, last, 0, place)
+                elif group == 4:
+                    axpys(format, element, cpu, 4, 4, y, y_step, scales, line, source, rows_step, first, last, ahead, place)
+                elif group == 2:
+                    axpys(format, element, cpu, 2, 4, y, y_step, scales, line, source, rows_step, first, last, ahead, place)
                 else:
-                    group = 1
-                    axpys(element, 1, 4, x, 0, y, input_step, columns, ahead, target)
+                    axpys(format, element, cpu, 1, 4, y, y_step, scales, line, source, 0, first, last, ahead, place)
                 row += group
-
-        def finish(source, taken, matrix, whole, columns, target):
-            for row in range(taken):
-                for j in range(whole):
-                    store(element, target + row * out_step, j, read_back_f32(sums + row * PANEL, lane_of(element, j)))
-                for j in range(whole, columns):
-                    total = _ZERO
-                    for k in range(width):
-                        total += load(element, source + row * rows_step, k) * load(element, matrix + k * input_step, j)
-                    store(element, target + row * out_step, j, total)
 
         wide_vectors()
         begin = 0
         for expert in range(experts):
-            end = read_i32(offsets, expert)
+            end, matrix = read_i32(offsets, expert), matrices + expert * expert_step
             for row in range(begin, end, _ROWS):
-                for panel in range(start, stop, _COLUMNS):
-                    source, matrix = rows + row * rows_step, matrices + expert * expert_step + panel * size
-                    taken, columns = min(_ROWS, end - row), min(_COLUMNS, stop - panel)
+                for panel in range(start, stop, COLUMNS):
+                    taken, columns = min(_ROWS, end - row), min(COLUMNS, stop - panel)
                     whole = columns // TILE * TILE
-                    ahead = ahead_of(4 * whole * size, 4 * input_step)
+                    ahead = ahead_of(4 * whole * bits // 8, 4 * input_step)
                     zero(sums, taken * PANEL)
-                    for k in range(0, width - 3, 4):
-                        add(source, taken, matrix, whole, k, ahead)
-                    for k in range(width // 4 * 4, width):
-                        add(source, taken, matrix, whole, k, ahead)
-                    finish(source, taken, matrix, whole, columns, out + row * out_step + panel * size)
+                    for part in range(0, columns, max(whole, TILE)):
+                        first, place, k = panel + part, sums + 4 * part, 0
+                        while k < width:
+                            steps = 4 if width - k >= 4 else 1
+                            x, line = rows + row * rows_step + k * size, expert * height + k
+                            y, y_step, last = matrix + k * input_step, input_step, panel + whole
+                            if part == whole:
+                                pad(y_pad, y + first * bits // 8, y_step, steps, (columns - part) * bits // 8)
+                                y, y_step, last = y_pad - first * bits // 8, PAD, first + TILE
+                            add(taken, steps, x, y, y_step, line, first, last, ahead, place)
+                            k += steps
+                    for i in range(taken):
+                        for j in range(columns):
+                            value = read_back_f32(sums + i * PANEL, lane_of(pairs, halves, j))
+                            store(element, out + (row + i) * out_step, panel + j, value)
             begin = max(begin, end)
 
     return by_input

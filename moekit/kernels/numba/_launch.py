@@ -37,6 +37,6 @@ def dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def streams(tensor: Tensor, row_bytes: int) -> int:
+def streams(tensor: Tensor, row_bytes: int, outgrows: int = _OUTGROWS_CACHE) -> int:
     """1 if a kernel should write ``tensor`` (rows or halves of ``row_bytes``) past the cache, else 0."""
-    return int(tensor.nbytes >= _OUTGROWS_CACHE and row_bytes % _LINE == 0 and tensor.data_ptr() % _LINE == 0)
+    return int(tensor.nbytes >= outgrows and row_bytes % _LINE == 0 and tensor.data_ptr() % _LINE == 0)
