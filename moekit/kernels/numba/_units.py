@@ -26,10 +26,11 @@ DENSE, NF4, NESTED, MXFP4, FP8, INT8 = range(6)
 PAIRS = (False, True, True, True, False, False)  # whether a byte stands for two elements
 BLOCK = (32, NF4_BLOCK, NF4_BLOCK, MXFP4_BLOCK, 32, 32)  # elements that are made at a time
 
-# The instructions to take: those of this CPU, those of one that has AVX2 and no more, those that any has.
-HOST, AVX2, ANY = range(3)
-_WORDS = X86 and CPU.get("avx512bw") and CPU.get("avx512vl")
-_BYTES = X86 and CPU.get("avx2")
+# The instructions to take: all those of this CPU, no more of its vectors than what finds bytes in tables, those of any CPU.
+HOST, BYTES, ANY = range(3)
+_FINDS_WORDS = bool(X86 and CPU.get("avx512bw") and CPU.get("avx512vl"))
+FINDS_BYTES = bool(CPU.get("avx2" if X86 else "neon"))
+_FIND_BYTES = "llvm.x86.ssse3.pshuf.b.128" if X86 else "llvm.aarch64.neon.tbl1.v16i8"
 
 
 class Scales(NamedTuple):
@@ -214,10 +215,10 @@ def _entries(builder: Any, cpu: int, table: Any, codes: Any) -> list[Any]:
 
 
 def _look_up(cpu: int) -> Callable:
-    """AVX-512 finds 16-bit entries by one instruction, AVX2 bytes of them; otherwise they are found one by one."""
+    """AVX-512 finds 16-bit entries by one instruction, others bytes of them; without either they are found one by one."""
     if cpu == HOST:
-        return _by_words if _WORDS else _by_bytes if _BYTES else _one_by_one
-    return _by_bytes if cpu == AVX2 else _one_by_one
+        return _by_words if _FINDS_WORDS else _by_bytes if FINDS_BYTES else _one_by_one
+    return _by_bytes if cpu == BYTES else _one_by_one
 
 
 def _by_words(builder: Any, table: Any, codes: Any) -> list[Any]:
@@ -230,7 +231,7 @@ def _by_bytes(builder: Any, table: Any, codes: Any) -> list[Any]:
     both, found = builder.bitcast(table, vector(I8, 2 * UNIT)), []
     tables = [shuffled(builder, both, both, range(part, 2 * UNIT, 2)) for part in (0, 1)]
     for index in _nibbles(builder, codes):
-        parts = [call(builder, "llvm.x86.ssse3.pshuf.b.128", vector(I8), entries, index) for entries in tables]
+        parts = [call(builder, _FIND_BYTES, vector(I8), entries, index) for entries in tables]
         found.append(builder.bitcast(interleaved(builder, *parts), vector(I16)))
     return found
 

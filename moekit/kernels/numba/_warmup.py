@@ -10,21 +10,25 @@ from moekit.kernels.numba import (
     _activations,
     _gemm_kernels,
     _glu_kernels,
+    _packed_kernels,
     _router_kernels,
     _row_kernels,
     _table_kernels,
     _team,
+    _units,
 )
 from moekit.kernels.numba._elements import BF16, E4M3, F16, F32, NONE
 
 _ELEMENTS = (F32, BF16, F16)
+_PACKED = (_units.NF4, _units.NESTED, _units.MXFP4, _units.FP8, _units.INT8)
 
 
 def warmup(progress: Callable[[int, int], None] | None = None) -> int:
     """Compile the kernels of the usual layers, or load them if they are on disk already.
 
     These are the operators in each dtype, with the gated activations unclamped and without a bias, their float8 store,
-    and the clamped ones with a bias an expert (gpt-oss). Rarer combinations compile when they are first used.
+    and the clamped ones with a bias an expert (gpt-oss), packed weights unpacked and multiplied with. Rarer combinations
+    compile when they are first used.
 
     Args:
         progress: called with the number of kernels done and the number in all, before the first and after each.
@@ -47,6 +51,9 @@ def _usual() -> Iterator[Callable[[], Any]]:
         yield from _usual_glu(element)
         yield lambda element=element: _gemm_kernels.by_feature_kernel(element)
         yield lambda element=element: _gemm_kernels.by_input_kernel(element)
+        for format in _PACKED:
+            yield lambda element=element, format=format: _packed_kernels.unpack_kernel(element, format)
+            yield lambda element=element, format=format: _gemm_kernels.by_feature_kernel(element, format)
         yield lambda element=element: _row_kernels.unpermute_kernel(element)
         yield lambda element=element: _row_kernels.unpermute_backward_kernel(element, element, True, True)
         for scoring in (

@@ -82,7 +82,9 @@ def packed_rows(
         return NotImplemented
     limit = _FEW if rows.dtype is not torch.bfloat16 else _FEW_BF16_FP8 if stored.format == "fp8" else _FEW_BF16
     packed = _seen(stored, rows.dtype) if few(rows, offsets, limit) else None
-    if packed is None or packed.width != width or (stored.block[0] > 1 and stored.block[0] % FEATURES):
+    down = stored.block[0]
+    together = down == 1 or down >= height or down % FEATURES == 0  # the rows of a tile have scales of their own, or one
+    if packed is None or packed.width != width or not together:
         return NotImplemented
     expert_step, scales = height * packed.row_step, packed.scales.buffer_info()[0]
     stack = Stack(stored.codes.data_ptr(), expert_step, packed.row_step, packed.format, scales, height)
