@@ -30,6 +30,7 @@ _HUB = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "code_revision", "subfolder", "token"),
     *("trust_remote_code",),
 )
+_DTYPES = ("dtype", "torch_dtype")  # "auto" means something to a model alone
 _SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
@@ -176,8 +177,9 @@ def load(
     wanted = None if format in (None, "auto") else format
     Options.of(wanted or "nf4", double_quant, block)
     _check_load(op, kwargs)
-    config, others = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-    others |= {name: kwargs[name] for name in _HUB if name in kwargs}
+    of_config = {name: value for name, value in kwargs.items() if name not in _DTYPES}
+    config, others = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **of_config)
+    others |= {name: kwargs[name] for name in (*_HUB, *_DTYPES) if name in kwargs}
     own = _loader().source_of(op, config, wanted)
     settings = {"double_quant": double_quant, "block": block, "skip": skip}
     if own is None:
