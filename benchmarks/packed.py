@@ -6,8 +6,8 @@
 
 A step is forward and backward of one layer's experts with adapters of rank 16 on both weights: gradients of the factors,
 the tokens and the routing weights. All take turns in one process; times are medians. On a GPU ``graph ms`` is the step
-replayed as a CUDA graph, without its launches, and ``peak`` what a step allocates at most beyond weights, inputs and gradients
-that exist before it; ``kept`` is what stays for backward.
+replayed as a CUDA graph, without its launches, and ``peak`` what a step allocates at most beyond weights, inputs and
+gradients that exist before it; ``kept`` is what stays for backward.
 
 Peers, where they can be imported (``--peers`` is a directory to look in): PEFT's ``target_parameters`` on Transformers'
 experts with ``grouped_mm``, and the kernels of ``grouped-nf4-gemm`` (its sizes are read on the host, outside the clock).
