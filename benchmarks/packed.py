@@ -5,8 +5,9 @@
     python benchmarks/packed.py [--device cuda] [--tokens 4096 16384] [--json FILE] [--peers DIR]
 
 A step is forward and backward of one layer's experts with adapters of rank 16 on both weights: gradients of the factors,
-the tokens and the routing weights. All take turns in one process; times are medians. On a GPU ``peak`` is what a step
-allocates at most beyond weights, inputs and gradients that exist before it; ``kept`` is what stays for backward.
+the tokens and the routing weights. All take turns in one process; times are medians. On a GPU ``graph ms`` is the step
+replayed as a CUDA graph, without its launches, and ``peak`` what a step allocates at most beyond weights, inputs and
+gradients that exist before it; ``kept`` is what stays for backward.
 
 Peers, where they can be imported (``--peers`` is a directory to look in): PEFT's ``target_parameters`` on Transformers'
 experts with ``grouped_mm``, and the kernels of ``grouped-nf4-gemm`` (its sizes are read on the host, outside the clock).
@@ -84,9 +85,8 @@ def ours(problem: Problem, gate_up: Any, down: Any) -> Callable[[], Tensor]:
     return run
 
 
-def peft_experts(problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """PEFT's adapters on Transformers' experts."""
-    from peft import LoraConfig, inject_adapter_in_model
+def transformers_experts(problem: Problem) -> torch.nn.Module:
+    """Transformers' experts with ``grouped_mm``."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -98,6 +98,14 @@ def peft_experts(problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
         experts = Qwen3MoeExperts(config)
     for name, weight in zip(("gate_up_proj", "down_proj"), problem.dense, strict=True):
         setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+    return experts
+
+
+def peft_experts(problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """PEFT's adapters on those."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    experts = transformers_experts(problem)
     holder = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": experts})})
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_parameters=targets), holder)
@@ -158,6 +166,20 @@ def in_turns(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> d
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
+def graphs(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], None]]:
+    """The calls that can be captured, as replays: what the GPU takes, without the launching."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            found[name] = graph.replay
+        except Exception as error:  # reads on the host cannot be captured
+            print(f"{name}: no graph: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+    return found
+
+
 def peak_of(call: Callable[[], Any]) -> float:
     """MiB beyond what is allocated before the call."""
     wait("cuda")
@@ -215,9 +237,11 @@ def steps(layer: Layer, tokens: int, device: str, formats: list[str], rounds: in
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             found.pop(name)
     times = in_turns(calls, device, rounds)
+    replayed = in_turns(graphs(calls), device, rounds) if device == "cuda" else {}
     rows = []
     for name, (run, leaves) in found.items():
         row = {"what": "LoRA step", "layer": layer.name, "tokens": tokens, "name": name, "ms": times[name]}
+        row |= {"graph ms": replayed[name]} if name in replayed else {}
         row["kept MiB"] = kept_by(run, [*leaves, *problem.dense, problem.indices])
         if device == "cuda":
             row["peak MiB"] = peak_of(calls[name])
@@ -232,12 +256,16 @@ def decoding(layer: Layer, tokens: int, device: str, formats: list[str], rounds:
     inputs = []
     for _ in range(16):
         x, scores = problem.draw(tokens, layer.hidden), torch.rand(tokens, layer.experts, device=device)
-        inputs.append((x, *scores.topk(layer.topk)[::-1]))
+        weights, indices = scores.topk(layer.topk)
+        inputs.append((x, indices, weights.to(x.dtype)))
 
     def through(gate_up: Any, down: Any) -> Callable[[], None]:
+        return repeated(lambda x, indices, weights: moekit.experts(x, (indices, weights), gate_up, down))
+
+    def repeated(layer_of: Callable[..., Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for x, indices, weights in inputs:
-                moekit.experts(x, (indices, weights.to(x.dtype)), gate_up, down)
+            for given in inputs:
+                layer_of(*given)
 
         run()
         if device == "cpu":
@@ -248,9 +276,14 @@ def decoding(layer: Layer, tokens: int, device: str, formats: list[str], rounds:
         return graph.replay
 
     with torch.no_grad():
-        times = in_turns({name: through(*weights) for name, weights in packed.items()}, device, rounds)
+        calls = {f"moekit, {name}": through(*weights) for name, weights in packed.items()}
+        try:
+            calls["grouped_mm, dense"] = repeated(transformers_experts(problem))
+        except ImportError as error:
+            print(f"grouped_mm: not there ({error})", file=sys.stderr)
+        times = in_turns(calls, device, rounds)
     base = {"what": "decode", "layer": layer.name, "tokens": tokens}
-    return [{**base, "name": f"moekit, {name}", "ms": ms / len(inputs)} for name, ms in times.items()]
+    return [{**base, "name": name, "ms": ms / len(inputs)} for name, ms in times.items()]
 
 
 def show(rows: list[dict]) -> None:
@@ -260,7 +293,7 @@ def show(rows: list[dict]) -> None:
         ratio = row["ms"] / dense[row["what"], row["layer"], row["tokens"]]
         label = f"{row['what']:10} {row['layer']:14} T={row['tokens']:<6} {row['name']:18}"
         line = f"{label} {row['ms']:10.3f} ms {ratio:6.2f}x dense"
-        print(line, *(f" {key} {row[key]:8.1f}" for key in ("peak MiB", "kept MiB") if key in row), flush=True)
+        print(line, *(f" {key} {row[key]:8.2f}" for key in ("graph ms", "peak MiB", "kept MiB") if key in row), flush=True)
 
 
 def main() -> int:

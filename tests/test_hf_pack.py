@@ -261,6 +261,13 @@ def test_no_layer_is_in_floating_point_while_loading(kind, tmp_path):
     assert one_expert < watched.peak <= (6 * one_expert if kind == "Qwen3Moe" else 2 * fused + 4 * one_expert)
 
 
+@pytest.mark.parametrize(("named", "dtype"), [("auto", BF16), ("float16", torch.float16), (None, BF16)])
+def test_dtypes_as_from_pretrained_takes_them(named, dtype, tmp_path):
+    causal("Qwen3Moe").to(BF16).save_pretrained(tmp_path)
+    loaded = moekit.hf.load(tmp_path, **({} if named is None else {"dtype": named}))
+    assert loaded.dtype is dtype and loaded.model.layers[0].mlp.experts.down_proj.dtype is dtype
+
+
 # --- saved and loaded -----------------------------------------------------------------------------------------------
 
 FORMATS = {

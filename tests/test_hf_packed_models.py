@@ -262,7 +262,7 @@ def test_moved_and_cast():
 def test_other_implementations_say_what_takes_packed_weights(implementation):
     model, _ = pair()
     model.set_experts_implementation(implementation)
-    with pytest.raises(TypeError, match=r"not defined for packed weights; .*experts_implementation='moekit'"):
+    with pytest.raises(TypeError, match=r"not defined for packed weights \(.* with experts_implementation='moekit'\)"):
         model(tokens())
 
 
@@ -301,6 +301,8 @@ def test_a_model_in_a_wrapper_of_peft():
     assert len(report.packed) == 4 and model.base_model.model.is_quantized
     assert model.base_model.model.config._experts_implementation == "moekit"
     model(tokens(), labels=tokens()).loss.backward()
+    moekit.hf.unpack(model)
+    assert all(not parameter.requires_grad for name, parameter in model.named_parameters() if "lora" not in name)
 
 
 # --- beside other libraries -----------------------------------------------------------------------------------------

@@ -235,6 +235,20 @@ def test_products_of_packed_weights(name, rank, back, cut):
         assert_products(out, rows, weights if back else weights.mT, ends, update, torch.full_like(out, 7))
 
 
+@pytest.mark.parametrize(("name", "rank", "back"), [("nf4", 4, False), ("mxfp4", 0, True), ("fp8", 4, True)])
+def test_products_slice_by_slice(name, rank, back, cut):
+    cut("9")
+    packed = stored(name, len(ENDS), 40, 192)
+    weights = reference(packed, torch.bfloat16).cpu()
+    depth, outputs = (40, 192) if back else (192, 40)
+    rows, _, offsets, update = case(torch.bfloat16, depth, outputs, rank)
+    out = torch.full((ROWS, outputs), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    given = on(*update) if rank else update
+    args = (*on(rows), packed, *on(offsets), out, back, [(0, 2), (2, 5), (5, 6)], *given)
+    assert KERNELS["packed_slices"](*args) is out
+    assert_products(out, rows, weights if back else weights.mT, ENDS, update, torch.full_like(out, 7))
+
+
 def test_what_is_left_to_slices(cut):
     cut("8")
     packed, odd = stored("int8", 2, 32, 64), stored("nf4", 2, 64, 32)
@@ -242,6 +256,6 @@ def test_what_is_left_to_slices(cut):
     assert KERNELS["packed_rows"](few, packed, offsets, None, False) is not NotImplemented
     assert KERNELS["packed_rows"](few.double(), packed, offsets, None, False) is NotImplemented
     assert KERNELS["packed_rows"](few[:, :32], odd, offsets, None, False) is NotImplemented, "blocks across rows"
-    assert KERNELS["packed_rows"](few.repeat(100, 1), packed, offsets, None, False) is NotImplemented, "many rows"
+    assert KERNELS["packed_rows"](few.repeat(200, 1), packed, offsets, None, False) is NotImplemented, "many rows"
     assert KERNELS["unpack"](odd, 0, 2, torch.bfloat16, None) is NotImplemented
     assert KERNELS["unpack"](packed, 0, 2, torch.float64, None) is NotImplemented

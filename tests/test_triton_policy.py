@@ -51,11 +51,11 @@ def test_how_products_are_cut(name):
         (17, "nf4", False, "9", (64, 128, 64)),
         (48, "nf4", True, "9", (64, 256, 64)),
         (49, "mxfp4", False, "9", (128, 128, 64)),
-        (192, "fp8", False, "9", (128, 256, 64)),
-        (192, "fp8", False, "8", (128, 128, 64)),
+        (320, "fp8", False, "9", (128, 256, 64)),
+        (320, "fp8", False, "8", (128, 128, 64)),
         (16, "mxfp4", True, "gfx942", (32, 64, 64)),
-        (193, "nf4", False, "9", None),
-        (193, "nf4", False, "gfx942", None),
+        (321, "nf4", False, "9", None),
+        (321, "nf4", False, "gfx942", None),
     ],
 )
 def test_where_weights_are_unpacked_in_registers(rows_an_expert, form, back, arch, expected):

@@ -74,17 +74,9 @@ class Slot(NamedTuple):
         """Whether the class stores ``[E, in, out]``."""
         return self.module.is_transposed
 
-    def put(self, weight: Tensor) -> None:
-        """Put a weight there; a packed one is frozen, and stands in state dicts as plain tensors from now on."""
-        packed = isinstance(weight, PackedExperts)
-        setattr(self.module, self.attribute, nn.Parameter(weight, requires_grad=not packed))
-        if packed:
-            keep_in_state_dicts(self.module)
-
-    def unpack(self, dtype: torch.dtype | None) -> None:
-        """Put the values of a packed weight there."""
-        if isinstance(self.weight, PackedExperts):
-            self.put(self.weight.unpack(dtype=dtype).contiguous())
+    def put(self, weight: Tensor, requires_grad: bool = False) -> None:
+        """Put a weight there."""
+        setattr(self.module, self.attribute, nn.Parameter(weight, requires_grad=requires_grad))
 
 
 def decorated(module: Any) -> bool:
@@ -163,6 +155,15 @@ def _within(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.")
 
 
+def unpack_in_place(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Put the values of packed weights in their places, frozen where other parameters are; returns how many they were."""
+    found = [slot for slot in slots(model) if isinstance(slot.weight, PackedExperts)]
+    trained = all(parameter.requires_grad for parameter in model.parameters() if not isinstance(parameter, PackedExperts))
+    for slot in found:
+        slot.put(slot.weight.unpack(dtype=dtype).contiguous(), trained)
+    return len(found)
+
+
 def pack_in_place(found: Sequence[Slot], options: Options) -> tuple[list[Slot], dict[str, str], int, int]:
     """Pack weights, each freed before the next; what came of it, what a format does not take, bytes before and after."""
     done, left, before, after = [], {}, 0, 0
@@ -174,6 +175,7 @@ def pack_in_place(found: Sequence[Slot], options: Options) -> tuple[list[Slot], 
             left[slot.name] = str(error)
             continue
         slot.put(packed)
+        keep_in_state_dicts(slot.module)
         done.append(slot)
         before, after = before + size, after + packed.bytes
     return done, left, before, after

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moekit import _check
 from moekit.hf._loading import READERS, Operation, Pack, expert_by_expert
-from moekit.hf._packing import Options, chosen, keep_in_state_dicts, nothing_packed, pack_in_place, slots
+from moekit.hf._packing import Options, chosen, keep_in_state_dicts, nothing_packed, pack_in_place, slots, unpack_in_place
 from moekit.packed import PackedExperts
 
 _log = logging.getLogger("moekit.hf")
@@ -222,8 +222,7 @@ class PackedQuantizer(HfQuantizer):
             model._weight_conversions = [conversion for conversion in self.conversions if not _ours(conversion)]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for slot in slots(model):
-            slot.unpack(dtype)
+        unpack_in_place(model, dtype)
         return model
 
 

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from moekit import _check
-from moekit.hf._packing import Options, chosen, matches, nothing_packed, pack_in_place, slots
+from moekit.hf._packing import Options, chosen, matches, nothing_packed, pack_in_place, unpack_in_place
 from moekit.hf._register import NAME, ensure_registered
-from moekit.packed import PackedExperts
 
 _HUB = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "code_revision", "subfolder", "token"),
     *("trust_remote_code",),
 )
+_DTYPES = ("dtype", "torch_dtype")  # "auto" means something to a model alone
 _SHARDED = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
@@ -124,17 +124,14 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
         dtype: of the weights; the one that the packed ones stand for if None.
 
     Returns:
-        ``model``. Its weights can be trained, and it is saved as it was before it was packed; the implementation of its
-        experts stays ``"moekit"``.
+        ``model``, which is saved as it was before it was packed. The weights can be trained, unless others of the model are
+        frozen. The implementation of its experts stays ``"moekit"``.
 
     Raises:
         ValueError: a model without packed experts.
     """
-    found = [slot for slot in slots(model) if isinstance(slot.weight, PackedExperts)]
-    if not found:
+    if not unpack_in_place(model, dtype):
         raise _check.fail("hf.unpack", "model", "one with packed experts", "none")
-    for slot in found:
-        slot.unpack(dtype)
     root = _pretrained(model)
     if root is not None:
         _loader().give_back(root)
@@ -180,8 +177,9 @@ def load(
     wanted = None if format in (None, "auto") else format
     Options.of(wanted or "nf4", double_quant, block)
     _check_load(op, kwargs)
-    config, others = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-    others |= {name: kwargs[name] for name in _HUB if name in kwargs}
+    of_config = {name: value for name, value in kwargs.items() if name not in _DTYPES}
+    config, others = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **of_config)
+    others |= {name: kwargs[name] for name in (*_HUB, *_DTYPES) if name in kwargs}
     own = _loader().source_of(op, config, wanted)
     settings = {"double_quant": double_quant, "block": block, "skip": skip}
     if own is None:

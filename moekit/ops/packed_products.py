@@ -81,6 +81,9 @@ def _slice_by_slice(
 ) -> None:
     num_experts, height, width = stored.shape
     parts = slices(num_experts, height * width * rows.element_size())
+    kernel = _backend.kernel("packed_slices", rows)
+    if parts and kernel is not None and kernel(rows, stored, offsets, out, back, parts, low, factors) is not NotImplemented:
+        return
     workspace = rows.new_empty(max((stop - first for first, stop in parts), default=0), height, width)
     for first, stop in parts:
         weight = unpack(stored, first, stop, rows.dtype, workspace[: stop - first])

@@ -28,7 +28,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     if rule is not None and of_packed:
         return rule(args[0], *args[1:], **kwargs)
     changes = of_packed and func._schema.is_mutable
-    taken = "; use .unpack(), or what takes them (moekit.experts; in Transformers experts_implementation='moekit')"
+    taken = " (Transformers' experts take them with experts_implementation='moekit'); use .unpack()"
     hint = ", which are immutable" if changes else taken
     raise TypeError(f"PackedExperts: {func} is not defined for packed weights{hint}")
 

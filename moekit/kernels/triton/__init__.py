@@ -32,6 +32,7 @@ KERNELS: dict[str, Callable] = {
     "grouped_slice": gemm.grouped_slice,
     "grouped_add": gemm.grouped_add,
     "packed_rows": gemm.packed_rows,
+    "packed_slices": gemm.packed_slices,
     "packed_rows_few": decode.packed_rows_few,
 }
 """Operator name to the function that runs it, with the reference's arguments and results."""

@@ -48,7 +48,7 @@ _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for thes
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
-_STEPS = (16, 48, 192)
+_STEPS = (16, 48, 320)
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
     Blocks(32, 64, 64, 4, 4, 6, registers=255),

@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit.kernels.triton import _launch, _packed, _policy
+from moekit.kernels.triton import _launch, _packed, _policy, decode
 from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
+from moekit.kernels.triton.unpack import unpack
 
 _GROUP = 8  # blocks of rows that share what is in the L2 cache of a matrix
 _MOST_RANKS = 256  # of an update; a product of its own has more
@@ -241,13 +242,24 @@ def _described(
     rows: Tensor, matrices: Tensor, offsets: Tensor, first: int, out: Tensor, cut: Blocks, update: _Update
 ) -> Tensor:
     """Launch the kernel for which the copy engine fetches."""
-    shape = _shape(rows, matrices)
+    return _copied(_descriptors(rows, matrices, cut), _shape(rows, matrices), offsets, first, out, cut, update)
+
+
+def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any, bool]:
+    """What tells the copy engine where rows and matrices are, and whether the matrices are stored as they are seen."""
     back = _describes(matrices)
     box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
+    described = TensorDescriptor.from_tensor(matrices if back else matrices.mT, box)
+    return TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]), described, back
+
+
+def _copied(
+    operands: tuple[Any, Any, bool], shape: Shape, offsets: Tensor, first: int, out: Tensor, cut: Blocks, update: _Update
+) -> Tensor:
+    rows, matrices, back = operands
     _launch.launch(
         _described_kernel, _grid(cut, shape, out.device),
-        offsets.contiguous(), TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]),
-        TensorDescriptor.from_tensor(matrices if back else matrices.mT, box), *update, out,
+        offsets.contiguous(), rows, matrices, *update, out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         out.stride(0), *update.sizes,
         BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **_sizes(cut, shape.num_experts), config=cut,
@@ -324,6 +336,10 @@ def packed_rows(
     factors: Tensor | None = None,
 ) -> Any:
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
+    if not back and low is None:
+        few = decode.packed_rows_few(rows, stored, offsets, out)
+        if few is not NotImplemented:
+            return few
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
     cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
@@ -335,6 +351,34 @@ def packed_rows(
     constants = _packed.constants(stored, cut.columns if back else cut.depth)
     weights = (_packed.parts(stored), _packed.sizes(stored), constants, back)
     return _fetched(rows, weights, offsets, 0, shape, out, cut, _update(low, factors))
+
+
+def packed_slices(
+    rows: Tensor,
+    stored: Any,
+    offsets: Tensor,
+    out: Tensor,
+    back: bool,
+    slices: list[tuple[int, int]],
+    low: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Any:
+    """Slices of experts unpacked into one workspace, each multiplied before the next: one preparation for all of them."""
+    (_, height, width), longest = stored.shape, max(stop - first for first, stop in slices)
+    if not _fits(rows, offsets, low, factors, out) or _room(rows, out.shape[1], out) is None or not _packed.reads(stored):
+        return NotImplemented
+    workspace = rows.new_empty(longest, height, width)
+    matrices = workspace if back else workspace.mT
+    shape = _shape(rows, matrices)
+    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
+    if cut is None or not _describable(rows, matrices):
+        return NotImplemented
+    operands = _descriptors(rows, matrices, cut)
+    for first, stop in slices:
+        unpack(stored, first, stop, rows.dtype, workspace[: stop - first])
+        mine = _update(low, None if factors is None else factors[first:stop])
+        _copied(operands, shape._replace(num_experts=stop - first), offsets, first, out, cut, mine)
+    return out
 
 
 def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> Any:
