@@ -327,6 +327,16 @@ def test_checkpoint(use_reentrant, rows):
         assert torch.equal(leaves[name].grad, grad), name
 
 
+def test_rows_apart_by_no_multiple_of_16_bytes(monkeypatch):
+    """As a GPU's products want their operands: they refuse such strides."""
+    monkeypatch.setattr("moekit.ops.gemm.looped", lambda rows: False)
+    wide, weight = draw(1, 8, 68, dtype=torch.bfloat16), draw(2, 2, 16, 64, dtype=torch.bfloat16)
+    offsets = torch.tensor([3, 8], dtype=torch.int32)
+    with moekit.backend("torch"):
+        found = moekit.grouped_linear(wide[:, :64], weight, offsets)
+        assert torch.equal(found, moekit.grouped_linear(wide[:, :64].contiguous(), weight, offsets))
+
+
 @pytest.mark.parametrize("save", ["nothing", "recompute", "fp8", "all"])
 def test_opcheck(save):
     inputs = make(dtype=torch.float32, bias=True)

@@ -60,6 +60,34 @@ def test_every_experts_class(module_name, class_name):
     close(run(module, "moekit", chosen(True), F32), run(dense, "moekit", chosen(True), F32))
 
 
+@pytest.mark.parametrize(("module_name", "class_name"), decorated_classes())
+def test_every_experts_class_trains_adapters(module_name, class_name):
+    """Five steps of LoRA beside nf4 weights are those beside the values of these."""
+    module = make(getattr(importlib.import_module(module_name), class_name))
+    moekit.hf.pack(module)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    losses = []
+    for experts in (module, moekit.hf.unpack(copy.deepcopy(module)).requires_grad_(False)):
+        torch.manual_seed(2)
+        lora, factors = {}, []
+        for part, name in (("gate_up", first), ("down", "down_proj")):
+            count, *sides = getattr(experts, name).shape
+            outputs, inputs = reversed(sides) if experts.is_transposed else sides
+            pair = [0.3 * torch.randn(count, 2, inputs), 0.3 * torch.randn(count, outputs, 2)]
+            factors += [factor.requires_grad_() for factor in pair]
+            lora[part] = [moekit.Lora(*factors[-2:], 0.5)]
+        x = torch.randn(T, factors[0].shape[2])
+        optimizer, seen = torch.optim.SGD(factors, lr=1e-3), []
+        for _ in range(5):
+            out = moekit.hf.experts_forward(experts, x, chosen(False), torch.full((T, K), 0.5), lora=lora)
+            loss = out.square().mean()
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            seen.append(loss.item())
+        losses.append(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
+
+
 CLASSES = [Qwen3MoeExperts, GptOssExperts]
 CLASSES += experts_class("nemotron_h", "NemotronHExperts") + experts_class("muse_spark", "MuseSparkExperts")
 
@@ -266,6 +294,40 @@ def test_dtypes_as_from_pretrained_takes_them(named, dtype, tmp_path):
     causal("Qwen3Moe").to(BF16).save_pretrained(tmp_path)
     loaded = moekit.hf.load(tmp_path, **({} if named is None else {"dtype": named}))
     assert loaded.dtype is dtype and loaded.model.layers[0].mlp.experts.down_proj.dtype is dtype
+
+
+@pytest.mark.parametrize(
+    ("block", "error", "message"),
+    [
+        ((128,), TypeError, "block must be two integers"),
+        (128, TypeError, "block must be two integers"),
+        ((128, "x"), TypeError, "block must be an integer, got str"),
+        ((1, 0), ValueError, "block must be at least 1, got 0"),
+    ],
+)
+def test_blocks_that_are_none(block, error, message):
+    with pytest.raises(error, match=message):
+        moekit.hf.pack(make(Qwen3MoeExperts), "fp8", block=block)
+
+
+def test_models_in_one_wrapper_are_saved_each(tmp_path):
+    models = nn.ModuleList([causal("Qwen3Moe"), causal("GptOss")])
+    moekit.hf.pack(models)
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        assert_same(moekit.hf.load(tmp_path / str(number)), model)
+    for model in moekit.hf.unpack(models):
+        assert not packed_names(model) and getattr(model, "hf_quantizer", None) is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_inference_mode(autocast):
+    model = causal("GptOss")
+    moekit.hf.pack(model)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        expected = model(tokens()).logits
+    with torch.inference_mode(), torch.autocast("cpu", BF16, enabled=autocast):
+        assert torch.equal(model(tokens()).logits, expected)
 
 
 # --- saved and loaded -----------------------------------------------------------------------------------------------

@@ -503,3 +503,43 @@ def test_sharded_by_fsdp2(tmp_path: Path):
         first, second, grad = found[name]
         assert torch.equal(first, out.detach()) and torch.equal(second, first)
         assert torch.allclose(grad, layer.adapter.grad, rtol=1e-6)
+
+
+# --- inference mode, other processes ----------------------------------------------------------------------------------
+
+SEEN = {
+    "mT": lambda p: p.mT,
+    "transpose": lambda p: p.transpose(1, 2),
+    "slice": lambda p: p[1:3],
+    "to a dtype": lambda p: p.to(torch.float16),
+    "cpu": lambda p: p.cpu(),
+    "float": lambda p: p.float(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_inference_mode_changes_nothing(name):
+    parameter = torch.nn.Parameter(moekit.pack(weights(4, 64, 64), "nf4"), requires_grad=False)
+    with torch.inference_mode():
+        made = moekit.pack(weights(4, 64, 64), "nf4")
+        found = [SEEN[name](each) for each in (parameter, made)]
+        with pytest.raises(TypeError, match=r"use \.unpack\(\)"):
+            parameter.sum()
+    for each in found:
+        assert same(each, SEEN[name](parameter))
+
+
+def test_products_in_inference_mode():
+    weight = torch.nn.Parameter(moekit.pack(weights(2, 64, 64), "nf4"), requires_grad=False)
+    rows, offsets = weights(1, 5, 64)[0], torch.tensor([2, 5], dtype=torch.int32)
+    expected = moekit.grouped_linear(rows, weight, offsets)
+    with torch.inference_mode():
+        assert torch.equal(moekit.grouped_linear(rows, weight, offsets), expected)
+
+
+def test_shared_with_other_processes():
+    packed = moekit.pack(weights(2, 64, 64), "nf4", double_quant=True)
+    before = packed.unpack()
+    assert not packed.is_shared()
+    assert packed.share_memory_() is packed and packed.is_shared()
+    assert torch.equal(packed.unpack(), before)

@@ -29,9 +29,11 @@ class Options(NamedTuple):
     @staticmethod
     def of(format: str, double_quant: bool = False, block: Sequence[int] | None = None) -> Options:
         """Checked: what is wrong with them is wrong with every weight, and no reason to leave one."""
-        made = Options(format, bool(double_quant), None if block is None else tuple(block))  # type: ignore[arg-type]
-        width = 128 if made.block is None else made.block[1]
-        pack(torch.empty(1, 128, width, device="meta"), **made._asdict())
+        _check.one_of("hf.pack", "format", format, FORMATS)
+        wanted: Any = tuple(block) if isinstance(block, list) else block
+        sides = FORMATS[format].block("hf.pack", 128, 128, wanted) if wanted is not None else (128, 128)
+        made = Options(format, bool(double_quant), wanted)
+        pack(torch.empty(1, 128, sides[1], device="meta"), **made._asdict())
         return made
 
     def pack(self, weight: Tensor, turned: bool) -> PackedExperts:

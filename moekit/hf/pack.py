@@ -79,7 +79,7 @@ def pack(
 
     Args:
         model: a model of Transformers with experts of classes that are decorated with ``use_experts_implementation``, or a
-            part of one.
+            part of one (which can be trained, but only what is packed as a whole is saved by ``save_pretrained``).
         format: ``"nf4"``, ``"mxfp4"``, ``"fp8"`` or ``"int8"``, as in :func:`moekit.pack`.
         double_quant: nf4's scales in 8 bits.
         block: fp8's rows and columns that share a scale.
@@ -109,8 +109,7 @@ def pack(
         raise nothing_packed(op, left)
     for slot in done:
         slot.module.config._experts_implementation = NAME
-    root = _pretrained(model)
-    if root is not None:
+    for root in _pretrained(model):
         _loader().take_over(root, options, skip)
     names, modules = (tuple(slot.name for slot in done), dict.fromkeys(slot.path for slot in done))
     return PackReport(format, names, tuple(modules), before, after, left)
@@ -132,8 +131,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     """
     if not unpack_in_place(model, dtype):
         raise _check.fail("hf.unpack", "model", "one with packed experts", "none")
-    root = _pretrained(model)
-    if root is not None:
+    for root in _pretrained(model):
         _loader().give_back(root)
     return model
 
@@ -219,10 +217,12 @@ def _loader() -> Any:
     return importlib.import_module("moekit.hf._quantizer")
 
 
-def _pretrained(model: nn.Module) -> Any:
-    """The model of Transformers that ``model`` is, or wraps; None for a part of one."""
+def _pretrained(model: nn.Module) -> list[Any]:
+    """The model of Transformers that ``model`` is, or the ones that it wraps; none for a part of one."""
     kind = importlib.import_module("transformers").PreTrainedModel
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
+    if isinstance(model, kind):
+        return [model]
+    return [found for child in model.children() for found in _pretrained(child)]
 
 
 def _check_skip(op: str, skip: Sequence[str], names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import logging
+import math
 import sys
 from collections.abc import Callable
 from types import FunctionType, ModuleType
@@ -151,6 +152,8 @@ def _merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None
     (original,) = getattr(layer, _ORIGINAL, (weight,))
     lora = [_factors(layer, adapter) for adapter in (*layer.merged_adapters, *adding)]
     merged, lost = merge(original, lora, transposed=module.is_transposed)
+    if safe_merge and not math.isfinite(lost):
+        raise ValueError(f"NaNs detected in the merged weights. The adapters {adding} seem to be broken")
     _log.info("%s.%s: merged and packed again, which loses %.2g of it", type(module).__name__, name, lost)
     setattr(module, name, nn.Parameter(merged, requires_grad=False))
     setattr(layer, _ORIGINAL, (original,))
@@ -159,9 +162,11 @@ def _merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None
 
 def _unmerge(layer: Any) -> None:
     """``ParamWrapper.unmerge``: the packed weight as it was, not one that was packed twice."""
-    if not hasattr(layer, _ORIGINAL):
-        return _own["unmerge"](layer)
     module, name = _experts_of(layer), layer.parameter_name
+    if not hasattr(layer, _ORIGINAL):
+        if layer.merged and isinstance(getattr(module, name), PackedExperts):
+            raise RuntimeError(f"moekit.hf: {name} was packed with adapters merged into it, which cannot be taken out of it")
+        return _own["unmerge"](layer)
     (original,) = getattr(layer, _ORIGINAL)
     setattr(module, name, nn.Parameter(original.to(getattr(module, name).device), requires_grad=False))
     delattr(layer, _ORIGINAL)

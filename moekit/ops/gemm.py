@@ -192,7 +192,8 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
         padding = [size for dim in reversed(range(matrix.dim())) for size in (0, missing.get(dim, 0))]
         return torch.nn.functional.pad(matrix, padding)
     dense = matrix.stride(-1) == 1 or matrix.stride(-2) == 1
-    return matrix if dense and matrix.data_ptr() % _ALIGNMENT == 0 else matrix.contiguous()
+    apart = all(stride == 1 or stride % multiple == 0 for stride in matrix.stride()[-2:])
+    return matrix if dense and apart and matrix.data_ptr() % _ALIGNMENT == 0 else matrix.contiguous()
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> list[Any]:

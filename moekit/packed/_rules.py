@@ -1,7 +1,7 @@
-"""What PyTorch may do to packed weights: move, copy and share them, and take some of the experts. Nothing that computes.
+"""What PyTorch may do to packed weights: move and copy them, and take some of the experts. Nothing that computes.
 
 FSDP2 asks for more than a user would: it splits a parameter, copies its shard into one of zeros, flattens it and gives it
-its shape back. A packed stack has no elements to rearrange, so that it stays as it is in all of these.
+its shape back. A packed stack has no elements to rearrange, so that it stays as it is in all of these (and in ``flatten``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     rule = RULES.get(func)
     of_packed = getattr(args[0], "is_packed_experts", False)
     if rule is not None and of_packed:
-        return rule(args[0], *args[1:], **kwargs)
+        # Of a tensor that inference mode did not make, it takes no views either.
+        with torch.inference_mode(args[0].is_inference()):
+            return rule(args[0], *args[1:], **kwargs)
+    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return func.decompose(*args, **kwargs)  # in inference mode nobody else has taken it apart
     changes = of_packed and func._schema.is_mutable
     taken = " (Transformers' experts take them with experts_implementation='moekit'); use .unpack()"
     hint = ", which are immutable" if changes else taken

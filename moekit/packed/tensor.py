@@ -162,6 +162,16 @@ class PackedExperts(Tensor):
 
     # --- as a tensor ---
 
+    def share_memory_(self) -> PackedExperts:
+        """Move the parts to shared memory, for other processes; GPU memory is shared as it is."""
+        for part in (self._codes, *self._scales):
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether all parts can be seen by other processes."""
+        return all(part.is_shared() for part in (self._codes, *self._scales))
+
     def requires_grad_(self, requires_grad: bool = True) -> PackedExperts:
         """Nothing, or an error: packed weights are frozen."""
         if requires_grad:
