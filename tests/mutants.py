@@ -38,7 +38,7 @@ SELECTION = (
     "tests/test_lora.py::test_values_and_gradients",
     "tests/test_lora.py::test_dropout_is_seeded_and_the_same_in_backward",
     "tests/test_lora.py::test_merge",
-    "tests/test_packed.py",
+    "tests/test_packed.py::test_nf4_at_the_middle_between_two_values",
 )
 
 
@@ -163,7 +163,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "chunks stay where they are": operator("sort_chunk_rows", with_argument(1, lambda order: order.sort().values)),
     "router weights are not scaled": operator("topk_router", with_argument(7, lambda factor: None)),
     "the load-balancing loss ignores its coefficient": attribute(
-        "ops.losses", "load_balancing_loss", lambda loss: lambda *args: loss(*args[:5], 1.0, *args[6:])
+        "ops.losses", "switch_loss", lambda loss: lambda *args: loss(*args[:5], 1.0, *args[6:])
     ),
     "the auxiliary gradient is not scaled": attribute(
         "ops.aux_loss", "scaled_ones", lambda ones: lambda scale, *rest: ones(None, *rest)
