@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moekit
 from moekit import Routing, experts
 from moekit.ops.gemm import grouped_outer, grouped_rows
+from moekit.ops.packed_products import packed_rows
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -325,6 +326,16 @@ def test_checkpoint(use_reentrant, rows):
     assert torch.equal(out, expected[0])
     for name, grad in expected[1].items():
         assert torch.equal(leaves[name].grad, grad), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_another_width_are_refused_below_the_checks_of_calls(packed):
+    weight, offsets = draw(1, 2, 64, 64, dtype=torch.float32), torch.tensor([1, 3], dtype=torch.int32)
+    stored = moekit.pack(weight, "int8").stored()
+    for width in (32, 96):
+        rows = draw(2, 3, width, dtype=torch.float32)
+        with pytest.raises(ValueError, match="rows must be of 64 columns"):
+            packed_rows(rows, stored, offsets) if packed else grouped_rows(rows, weight, offsets)
 
 
 def test_rows_apart_by_no_multiple_of_16_bytes(monkeypatch):

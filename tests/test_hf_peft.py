@@ -698,6 +698,26 @@ def test_adapters_merged_one_after_the_other_are_packed_once():
     assert not all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
 
 
+def test_what_was_packed_after_merging_is_not_unmerged():
+    wrapped = experts(make(Qwen3MoeExperts, **SIZES))
+    for layer in (wrapped.base_layer, wrapped):
+        layer.merge()
+    moekit.hf.pack(nn.ModuleDict({"experts": wrapped}), "nf4")
+    before = bits(wrapped)
+    with pytest.raises(RuntimeError, match="down_proj was packed with adapters merged into it|gate_up_proj was packed"):
+        wrapped.unmerge()
+    assert wrapped.merged and all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
+
+
+def test_a_broken_adapter_is_not_merged():
+    wrapped = packed_experts(Qwen3MoeExperts, "nf4")
+    before = bits(wrapped)
+    wrapped.lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN"):
+        wrapped.merge(safe_merge=True)
+    assert not wrapped.merged and all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
+
+
 def test_a_packed_model_is_trained_saved_loaded_and_merged(tmp_path):
     def packed() -> nn.Module:
         model = base("Mixtral", "moekit")

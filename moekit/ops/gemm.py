@@ -43,6 +43,7 @@ def grouped_rows(
         ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
     """
     check_offsets(offsets, matrices.shape[0])
+    check_depth(rows, matrices.shape[1])
     kernel = _backend.kernel("grouped_rows", rows)
     product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out, low, factors)
     if product is not NotImplemented:
@@ -162,6 +163,14 @@ def check_offsets(offsets: Tensor, num_experts: int | None = None) -> None:
         _check.tensor_dim("grouped_linear", "offsets", offsets, 1)
     elif offsets.shape != (num_experts,):
         _check.shape("grouped_linear", "offsets", offsets, (num_experts,), "[experts]")
+
+
+def check_depth(rows: Tensor, depth: int) -> None:
+    """As many columns as are multiplied: kernels would read past them, or take zeros for what is not there."""
+    if rows.shape[1] != depth:
+        raise _check.fail(
+            "grouped_linear", "rows", f"of {depth} columns, as the weight has inputs", f"shape {list(rows.shape)}"
+        )
 
 
 def looped(rows: Tensor) -> bool:

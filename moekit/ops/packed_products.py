@@ -43,6 +43,7 @@ def packed_rows(
         ``[R, out]`` (``[R, in]`` if ``back``) in the dtype of ``rows``; rows at or past ``offsets[-1]`` hold anything.
     """
     gemm.check_offsets(offsets, stored.shape[0])
+    gemm.check_depth(rows, stored.shape[1 if back else 2])
     kernel = _backend.kernel("packed_rows", rows)
     product = NotImplemented if kernel is None else kernel(rows, stored, offsets, out, back, low, factors)
     if product is not NotImplemented:
