@@ -704,7 +704,7 @@ def test_what_was_packed_after_merging_is_not_unmerged():
         layer.merge()
     moekit.hf.pack(nn.ModuleDict({"experts": wrapped}), "nf4")
     before = bits(wrapped)
-    with pytest.raises(RuntimeError, match="down_proj was packed with adapters merged into it|gate_up_proj was packed"):
+    with pytest.raises(RuntimeError, match="_proj was packed with adapters merged into it"):
         wrapped.unmerge()
     assert wrapped.merged and all(torch.equal(*pair) for pair in zip(bits(wrapped), before, strict=True))
 
