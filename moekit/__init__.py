@@ -83,7 +83,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("compat", "hf", "megatron", "moe_utils", "monitor", "nn")
+_MODULES = ("compat", "ep", "hf", "megatron", "moe_utils", "monitor", "nn")
 
 
 def __getattr__(name: str) -> Any:

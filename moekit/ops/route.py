@@ -7,7 +7,6 @@ a forced balance). *Weigh*: the scores of the chosen experts become routing weig
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.ops import tables
-from moekit.ops._segments import expert_of_row
-from moekit.ops.select import check_choice, descending
+from moekit.ops.capacity import limit, padded_to
+from moekit.ops.select import check_choice
 from moekit.ops.topk import (
     NORMALISER_EPS,
     SCORE_FUNCTIONS,
@@ -118,12 +117,12 @@ def route(
         chosen = chosen.masked_fill(padding_mask.unsqueeze(1), -1)
     limited = _capacity(capacity, capacity_by, overflow)
     if limited is not None:
-        chosen = _limit(chosen, weights, num_experts, *limited)
+        chosen = limit(chosen, weights, num_experts, *limited)
     if padding_mask is not None or limited is not None:
         weights = weights.masked_fill(chosen < 0, 0)
     scored = Scored(logits, score, padding_mask, link)
     routing = Routing(chosen, weights, *tables.route_indices(chosen, num_experts), scored=scored)
-    return _padded_to(routing, limited[0]) if limited is not None and limited[2] == "pad" else routing
+    return padded_to(routing, limited[0]) if limited is not None and limited[2] == "pad" else routing
 
 
 # --- score and weigh ------------------------------------------------------------------------------------------------
@@ -224,40 +223,3 @@ def _capacity(capacity: int | None, by: str | None, overflow: str | None) -> tup
     _check.one_of("route", "capacity_by", by, CAPACITY_BY)
     _check.one_of("route", "overflow", overflow, OVERFLOWS)
     return _check.positive("route", "capacity", capacity), by, overflow
-
-
-def _limit(indices: Tensor, weights: Tensor, num_experts: int, capacity: int, by: str, overflow: str) -> Tensor:
-    """The indices with -1 for what is beyond an expert's capacity."""
-    flat = indices.reshape(-1)
-    device = flat.device
-    first = descending(weights.reshape(-1), 0) if by == "weights" else torch.arange(flat.shape[0], device=device)
-    counts, offsets, order, _ = tables.route_indices(flat[first].unsqueeze(1), num_experts)
-    if overflow == "raise" and counts.numel() and int(counts.max()) > capacity:
-        expert = int(counts.argmax())
-        wanted = f"enough for every expert (expert {expert} has {int(counts[expert])} tokens)"
-        raise _check.fail("route", "capacity", wanted, capacity)
-    rank = torch.arange(order.shape[0], device=device) - _starts(counts, offsets, order.shape[0])
-    # A spare last place takes the rows of no expert.
-    place = torch.where(order >= 0, first[order.clamp(min=0)], flat.shape[0])
-    kept = torch.zeros(flat.shape[0] + 1, dtype=torch.bool, device=device).scatter(0, place, rank < capacity)
-    return indices.masked_fill(~kept[:-1].view_as(indices), -1)
-
-
-def _starts(counts: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
-    """The first row of each row's expert; rows of none have any."""
-    expert = expert_of_row(offsets, num_rows).clamp(max=max(counts.shape[0] - 1, 0))
-    return (offsets - counts)[expert] if counts.shape[0] else expert
-
-
-def _padded_to(routing: Routing, capacity: int) -> Routing:
-    """The routing with exactly ``capacity`` rows an expert, of which those without a slot are padding."""
-    experts, rows, device = routing.num_experts, routing.num_rows, routing.order.device
-    expert = expert_of_row(routing.offsets, rows)
-    row = torch.arange(rows, device=device)
-    moved = row - _starts(routing.tokens_per_expert, routing.offsets, rows) + expert * capacity
-    moved = torch.where(routing.order >= 0, moved, experts * capacity)
-    order = torch.full((experts * capacity + 1,), -1, dtype=torch.int32, device=device).scatter(0, moved, routing.order)[:-1]
-    of_slot = moved.to(torch.int32)[routing.inverse.clamp(min=0).long()] if rows else routing.inverse
-    inverse = torch.where(routing.inverse >= 0, of_slot, -1)
-    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * capacity
-    return dataclasses.replace(routing, offsets=offsets, order=order, inverse=inverse)

@@ -1,0 +1,40 @@
+"""Experts on several ranks, as a function of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moekit.ep.dispatcher import Dispatcher, Overlapping
+from moekit.routing import Routing
+
+
+def run(
+    dispatcher: Dispatcher,
+    tokens: Tensor,
+    routing: Routing,
+    experts: Callable[[Tensor, Routing], Tensor],
+    beside: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """The routed experts' output, and that of what runs beside the exchange.
+
+    Args:
+        dispatcher: brings the tokens to their experts.
+        tokens: ``[T, H]``.
+        routing: of these tokens over all experts, with weights.
+        experts: this rank's: ``rows [N, H]`` and their routing over its experts to ``[N, H]``, weighted and summed.
+        beside: a shared expert, say, that runs while the rows travel, and whose result ``[T, H]`` is added.
+
+    Returns:
+        ``[T, H]``.
+    """
+    if beside is not None and isinstance(dispatcher, Overlapping):
+        started = dispatcher.start(tokens, routing)
+        shared = beside()
+        rows, local, handle = started.finish()
+    else:
+        rows, local, handle = dispatcher.dispatch(tokens, routing)
+        shared = None if beside is None else beside()
+    out = dispatcher.combine(experts(rows, local), handle)
+    return out if shared is None else out + shared

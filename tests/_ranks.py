@@ -1,0 +1,50 @@
+"""Several ranks on one machine: processes of gloo, each of which runs one function and hands back what it returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The server that the processes are forked from has these loaded, so that a process starts in a moment.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"])
+
+
+def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 60) -> list[Any]:
+    """Run ``work(*args)`` on ``world`` ranks and give what each returned, in the order of ranks.
+
+    Args:
+        work: a function of a module (it is found by name), in which the default group of gloo is there.
+        world: how many ranks.
+        folder: an empty one, where the ranks meet.
+        *args: what can be pickled.
+        timeout: of a collective, in seconds.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: what a rank raised.
+    """
+    torch.multiprocessing.start_processes(
+        _rank, args=(work, world, str(folder), timeout, args), nprocs=world, start_method="forkserver"
+    )
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, work: Callable[..., Any], world: int, folder: str, timeout: float, args: tuple) -> None:
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        torch.save(work(*args), f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
