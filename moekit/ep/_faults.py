@@ -26,8 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SHARE_TO_WAIT = 0.9  # of the timeout, until the host gives up a read
-_SHARE_TO_ASK, _LEAST_TO_ASK, _MOST_TO_ASK = 0.05, 0.25, 5.0  # of the timeout, and seconds, until a rank counts as gone
+_SHARE_TO_ASK, _LEAST_TO_ASK, _MOST_TO_ASK = 0.05, 1.0, 5.0  # of the timeout, and seconds, until a rank counts as gone
 
 _hosts: dict[int, str] = {}  # by rank of the default group, as far as known
 
@@ -57,7 +56,7 @@ def read(values: Tensor, op: str, group: dist.ProcessGroup) -> list[Any]:
         arrived = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        limit = _SHARE_TO_WAIT * timeout(group)
+        limit = timeout(group) - 2 * _to_ask(group)
         end = time.monotonic() + limit
         while not ready.query():
             if time.monotonic() > end:
@@ -70,6 +69,11 @@ def timeout(group: dist.ProcessGroup) -> float:
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
+
+
+def _to_ask(group: dist.ProcessGroup) -> float:
+    """Seconds that a rank has to report in."""
+    return min(max(_SHARE_TO_ASK * timeout(group), _LEAST_TO_ASK), _MOST_TO_ASK)
 
 
 # --- who does not answer --------------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ class Inquiry(threading.Thread):
         self.ranks = dist.get_process_group_ranks(group)
         self.mine = self.ranks[group.rank()]
         self.report = f"{_who([self.mine])}, in moekit.{op}: {str(error).splitlines()[0]}"
-        self.seconds = min(max(_SHARE_TO_ASK * timeout(group), _LEAST_TO_ASK), _MOST_TO_ASK)
+        self.seconds = _to_ask(group)
         self.found: str | None = None
 
     def result(self) -> str:
