@@ -104,7 +104,7 @@ def step(group: dist.ProcessGroup, before: Callable, between: Callable, back: Ca
     return raised, time.monotonic() - start
 
 
-# Groups of ranks, the last of which is lost; what it does before dispatch, before combine and in backward; the group's timeout.
+# Groups of ranks, the last of which is lost; what it does before dispatch, before combine, in backward; the timeout.
 LOST = (
     ((0, 1), (vanish, nothing, nothing), 60),
     ((2, 3, 4), (nothing, vanish, nothing), 60),
