@@ -36,23 +36,25 @@ def survivors(
     *args: Any,
     timeout: float = 60,
     hosts: Sequence[int] = (),
+    backend: str = "gloo",
 ) -> dict[int, Any]:
     """Run ``work(*args)`` on ``world`` ranks and give what each of those returned that are not lost on the way.
 
     Args:
-        work: a function of a module, in which the default group of gloo is there.
+        work: a function of a module, in which the default group is there.
         lost: the ranks that will not return.
         world: how many ranks.
         meeting: where they meet, as ``init_method`` of PyTorch.
         *args: what can be pickled.
         timeout: of a collective, in seconds.
         hosts: for each rank, the process whose namespaces it enters; none: all stay here.
+        backend: of the default group; with ``"nccl"`` each rank has a GPU.
     """
     processes, ends = [], {}
     for rank in range(world):
         ours, theirs = _context.Pipe()
         host = hosts[rank] if hosts else None
-        process = _context.Process(target=_rank, args=(theirs, rank, work, world, meeting, timeout, host, args))
+        process = _context.Process(target=_rank, args=(theirs, rank, work, world, meeting, timeout, host, backend, args))
         process.start()
         theirs.close()
         processes.append(process)
@@ -82,16 +84,19 @@ def _rank(
     meeting: str,
     timeout: float,
     host: int | None,
+    backend: str,
     args: tuple,
 ) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     if host is not None:
         enter(host)
         os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     try:
         limit = timedelta(seconds=timeout)
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=limit)
         end.send((True, work(*args)))
     except Exception as error:
         end.send((False, repr(error)))
