@@ -33,7 +33,7 @@ from torch import Tensor
 
 import moekit
 import moekit.ep
-from moekit.ep._cost import DEEPSEEK, QWEN3, Layer
+from moekit.ep._cost import DEEPSEEK, QWEN3, Layer, needed
 
 TINY = [replace(layer, tokens=48, hidden=64, inner=32, experts=16, topk=4) for layer in (QWEN3, DEEPSEEK)]
 SHARED_INNER = {"DeepSeek-V3": 2048}  # of the shared expert
@@ -110,7 +110,9 @@ def problem(here: Here, layer: Layer) -> Problem:
     draw = functools.partial(torch.randn, generator=g, device=here.device, dtype=torch.bfloat16)
     tokens, each = layer.tokens, layer.experts // here.ranks
     scores = torch.rand(tokens, layer.experts, generator=g, device=here.device)
-    weights, indices = scores.topk(layer.topk)
+    groups = torch.rand(tokens, layer.groups, generator=g, device=here.device).topk(layer.groups_chosen).indices
+    reached = torch.zeros(tokens, layer.groups, device=here.device).scatter(1, groups, 1.0)
+    weights, indices = (scores * reached.repeat_interleave(layer.experts // layer.groups, 1)).topk(layer.topk)
     return Problem(
         layer,
         draw(tokens, layer.hidden),
@@ -316,8 +318,8 @@ def link(here: Here, sizes: Sequence[float]) -> list[dict[str, float]]:
 def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     """The contenders."""
     given, group = problem(here, layer), dist.group.WORLD
-    # A quarter more than is expected: a uniform router stays below.
-    capacity = int(1.25 * layer.tokens * min(1.0, layer.topk / here.ranks))
+    # What is expected and six deviations: a uniform router stays below.
+    capacity = int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5)
     steps: dict[str, Step] = {
         "all_to_all": functools.partial(exchanged, moekit.ep.AllToAll(group, layer.experts)),
         "all_to_all, capacity": functools.partial(
