@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ def _rank(
         limit = timedelta(seconds=timeout)
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=limit)
         end.send((True, work(*args)))
-    except Exception as error:
-        end.send((False, repr(error)))
+    except Exception:
+        end.send((False, traceback.format_exc()))
     end.poll(None)  # the others may still need the store, and a connection that closes now would be taken for a death
 
 

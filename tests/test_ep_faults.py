@@ -9,12 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import _ep
 import pytest
 import torch
 import torch.distributed as dist
 from _hosts import hang, ip, survivors, two_hosts, vanish
 from _ranks import on_ranks
-from test_ep import KINDS, alone, on_a_rank, parts, problem
+from test_ep import KINDS, parts
 from torch import Tensor
 
 import moekit
@@ -157,7 +158,8 @@ def test_who_failed_first_is_named_where_all_answer(tmp_path: Path):
 
 
 def on_two_hosts() -> tuple[dict, str, float]:
-    values = on_a_rank(list(KINDS))
+    dispatcher = moekit.ep.AllToAll(dist.group.WORLD, _ep.EXPERTS)
+    values = {kind: _ep.together(_ep.mine(_ep.problem(kind)), dispatcher) for kind in KINDS}
     dist.barrier()
     return values, *step(dist.group.WORLD, nothing, cut if dist.get_rank() == 3 else nothing, nothing)
 
@@ -175,12 +177,11 @@ def test_two_hosts_equal_one_process_until_their_cable_is_cut():
         where = (one, one, other, other)
         found = survivors(on_two_hosts, [], 4, f"tcp://{hosts.address}:29555", timeout=6, hosts=where)
     for kind in KINDS:
-        given = problem(kind)
-        wanted = alone(given)
-        for rank in range(4):
-            for name, value in parts({**given, **wanted}, rank, 4).items():
-                if name in wanted:
-                    torch.testing.assert_close(found[rank][0][kind][name], value, rtol=1e-12, atol=1e-12)
+        given = _ep.problem(kind)
+        wanted = _ep.alone(given)
+        for rank, (values, *_) in found.items():
+            for name, value in parts(given, wanted, rank, 4).items():
+                torch.testing.assert_close(values[kind][name], value, rtol=1e-12, atol=1e-12)
     hears = {
         "host-a": "ranks 2 (host-b), 3 (host-b) did not answer within 1 s",
         "host-b": "the store does not answer: rank 0 (host-a), who keeps it unless torchrun does, is gone or cut off",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moekit import _check
+from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares
 from moekit.ep._started import Experts, send
 from moekit.ep._ways import Uneven
@@ -81,6 +82,7 @@ class Rounds:
         wanted = "enough for what each rank receives, unless moekit.ep.run (or start(...).through) runs the experts"
         raise _check.fail(self.shares.op, "max_rows", wanted, f"{self.max_rows}, which takes {len(self.there)} rounds")
 
+    @eager
     def through(self, experts: Experts) -> Tensor:
         """The experts' results, ``[T, H]``."""
         found, order = self.ranks.row_tables(), self._by_round()

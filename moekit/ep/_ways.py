@@ -66,7 +66,7 @@ class Message(NamedTuple):
 
 
 class Uneven(NamedTuple):
-    """Each rank gets rows of its own: ``[sum(send), ...]`` by where they go, to ``[sum(receive), ...]`` by where they are from.
+    """Each rank gets rows of its own: ``[sum(send), ...]``, by where they go, to ``[sum(receive), ...]``, by where from.
 
     Attributes:
         message: what goes.

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep._agree import agree
+from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares, check
 from moekit.ep._started import Handle, Started, combine, numbered, send
 from moekit.ep._ways import Message, Spread, gathered
@@ -62,6 +63,7 @@ class AllGather:
         """As :class:`moekit.ep.Dispatcher` has it."""
         return combine(_OP, rows, handle)
 
+    @eager
     def start(self, tokens: Tensor, routing: Routing) -> Started:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)

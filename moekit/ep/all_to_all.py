@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moekit import _check
 from moekit.ep._again import Again
 from moekit.ep._agree import agree
+from moekit.ep._eager import eager
 from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares, check
 from moekit.ep._rounds import Rounds, parts, rounds
@@ -105,6 +106,7 @@ class AllToAll:
         """As :class:`moekit.ep.Dispatcher` has it."""
         return combine(_OP, rows, handle)
 
+    @eager
     def start(self, tokens: Tensor, routing: Routing) -> Started | Rounds:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
