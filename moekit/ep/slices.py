@@ -19,11 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ep._exchange import _count
-from moekit.ep._faults import named
-
-_OP = "ep.slices"
-_c10d: Any = torch.ops._c10d_functional
+from moekit.ep._ways import Message
 
 
 def mine(tokens: Tensor, group: dist.ProcessGroup, what: str = "rows") -> Tensor:
@@ -37,7 +33,7 @@ def mine(tokens: Tensor, group: dist.ProcessGroup, what: str = "rows") -> Tensor
     Returns:
         ``[n, ...]``: slices are equal but for the last ones, which may be shorter or empty. Differentiable.
     """
-    part: Any = _Mine.apply(tokens, group, what)
+    part: Any = _Mine.apply(tokens, Message(what, "ep.slices", group))
     return part
 
 
@@ -52,7 +48,7 @@ def whole(part: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
     Returns:
         ``[T, ...]``, the same on all ranks. Differentiable.
     """
-    tokens: Any = _Whole.apply(part, num_tokens, group)
+    tokens: Any = _Whole.apply(part, num_tokens, Message("rows", "ep.slices", group))
     return tokens
 
 
@@ -61,33 +57,30 @@ def _slice(tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tokens[group.rank() * each : (group.rank() + 1) * each].contiguous()
 
 
-def _gather(part: Tensor, num_tokens: int, group: dist.ProcessGroup, what: str) -> Tensor:
-    each = -(-num_tokens // group.size())
+def _gather(part: Tensor, num_tokens: int, message: Message) -> Tensor:
+    each = -(-num_tokens // message.group.size())
     sent = part.new_zeros(each, *part.shape[1:])
     sent[: part.shape[0]] = part
-    _count(what, sent, each * (group.size() - 1))
-    with named(_OP, group):
-        arrived = _c10d.wait_tensor(_c10d.all_gather_into_tensor(sent, group.size(), group.group_name))
-    return arrived[:num_tokens]  # what fills the last slices up is at the end
+    return message.wait(message.all_gather(sent))[:num_tokens]  # what fills the last slices up is at the end
 
 
 class _Mine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-        ctx.of_gather = tokens.shape[0], group, what
-        return _slice(tokens, group)
+    def forward(ctx: Any, tokens: Tensor, message: Message) -> Tensor:
+        ctx.num_tokens, ctx.message = tokens.shape[0], message
+        return _slice(tokens, message.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _gather(grad, *ctx.of_gather), None, None
+        return _gather(grad, ctx.num_tokens, ctx.message), None
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(part, num_tokens, group, "rows")
+    def forward(ctx: Any, part: Tensor, num_tokens: int, message: Message) -> Tensor:
+        ctx.group = message.group
+        return _gather(part, num_tokens, message)
 
     @staticmethod
     @once_differentiable

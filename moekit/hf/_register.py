@@ -20,8 +20,8 @@ SUPPORTED = "5.12 to 5.x"
 def register(save: str = "recompute", *, expert_parallel: Mapping[str, Any] | None = None) -> None:
     """Put the experts implementation ``"moekit"`` into Transformers' experts interfaces.
 
-    From then on, ``from_pretrained`` reads what ``save_pretrained`` wrote of a model with packed experts, too, and
-    ``DistributedConfig(ep_size=..., ep_implementation="moekit")`` has moekit exchange the tokens (Transformers 5.24 or newer;
+    From then on, ``from_pretrained`` reads what ``save_pretrained`` wrote of a model with packed experts, too, and with
+    ``DistributedConfig(ep_size=..., ep_implementation="moekit")`` moekit exchanges the tokens (Transformers 5.24 or newer:
     older ones have no such registry), whatever ``experts_implementation`` the model has.
 
     Args:

@@ -25,17 +25,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.distributed.expert_parallel import EPImplementation
+from transformers.distributed.expert_parallel import EpDispatchExpertsParallel, EPImplementation
 
-from moekit.ep import run
-from moekit.ep.all_to_all import AllToAll
-from moekit.ep.dispatcher import Dispatcher
+from moekit.ep import Dispatcher, dispatcher, run
 from moekit.ep.slices import mine, whole
 from moekit.ops._segments import expert_of_row
 from moekit.ops.rows import permute, unpermute
 from moekit.routing import Routing
+
+NAME = "moekit"
 
 
 class ExpertParallel(EPImplementation):
@@ -47,6 +46,8 @@ class ExpertParallel(EPImplementation):
         tp_mesh: those of them that have the same tokens.
         **options: of :func:`moekit.ep.dispatcher`.
     """
+
+    style = EpDispatchExpertsParallel()
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, **options: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -68,33 +69,31 @@ class ExpertParallel(EPImplementation):
         tokens, index, weights = hidden_states, top_k_index, top_k_weights
         if shared is not None:
             tokens, index, weights = mine(tokens, shared), mine(index, shared, "slots"), mine(weights, shared, "slots")
-        dispatcher = self._dispatcher(index.shape[1])
-        routing = Routing.from_topk(index, weights, num_experts=self.num_local_experts * self.ep_mesh.size())
-        out = run(dispatcher, tokens, routing, self._experts)
-        return out if shared is None else whole(out, hidden_states.shape[0], shared)
-
-    def _dispatcher(self, topk: int) -> Dispatcher:
+        num_experts, topk = self.num_local_experts * self.ep_mesh.size(), index.shape[1]
         if topk not in self.dispatchers:
-            experts = self.num_local_experts * self.ep_mesh.size()
-            self.dispatchers[topk] = AllToAll(self.ep_mesh.get_group(), experts, **self.options)
-        return self.dispatchers[topk]
+            self.dispatchers[topk] = dispatcher(self.ep_mesh, num_experts, topk, **self.options)
+        routing = Routing.from_topk(index, weights, num_experts=num_experts)
+        out = run(self.dispatchers[topk], tokens, routing, self._experts)
+        return out if shared is None else whole(out, hidden_states.shape[0], shared)
 
     def _experts(self, rows: Tensor, routing: Routing) -> Tensor:
         """This rank's experts on what arrived, weighted and summed."""
-        if getattr(getattr(self.module, "config", None), "_experts_implementation", "eager") != "eager":
-            index = torch.where(routing.indices < 0, self.num_local_experts, routing.indices.long())
-            return self._forward(rows, index, routing.weights)
-        # Classes' own code need not know what a slot of another rank is (gpt-oss does not), and it reads numbers of rows on
-        # the host anyway: each row and expert apart.
-        routing = dataclasses.replace(routing, order=routing.order[: int(routing.offsets[-1])])
-        owner = expert_of_row(routing.offsets, routing.num_rows).unsqueeze(1)
-        return unpermute(self._forward(permute(rows, routing), owner, routing.row_weights().unsqueeze(1)), routing)
+        implementation = getattr(getattr(self.module, "config", None), "_experts_implementation", "eager")
+        if implementation == NAME:
+            return self._forward(rows, routing, routing.weights)
+        # Others copy a row for each of its slots, also for those of other ranks: what they get are slots of this rank.
+        if implementation == "eager":  # whose code need not know slots of nobody (gpt-oss's does not), and reads the host
+            routing = dataclasses.replace(routing, order=routing.order[: int(routing.offsets[-1])])
+        slots, owner = permute(rows, routing), expert_of_row(routing.offsets, routing.num_rows).unsqueeze(1)
+        weights = routing.row_weights().unsqueeze(1)
+        if slots.shape[0]:
+            return unpermute(self._forward(slots, owner, weights), routing)
+        # FSDP waits for gradients of the weights, on all ranks: a row of zeros goes through an expert and is cut off, so
+        # that they are there, and zero.
+        one = slots.sum(0, keepdim=True), owner.new_zeros(1, 1), weights.sum(0, keepdim=True)
+        return unpermute(self._forward(*one)[:0], routing)
 
-    def _forward(self, rows: Tensor, index: Tensor, weights: Any) -> Tensor:
-        """The experts as Transformers calls them; a slot of another rank is the number of local experts."""
-        if rows.shape[0]:
+    def _forward(self, rows: Tensor, index: Tensor | Routing, weights: Any) -> Tensor:
+        """The experts as Transformers calls them; a slot of nobody is the number of local experts."""
+        with self.style.context_around_forward(self.module, self.ep_mesh):  # again, for what is recomputed in backward
             return self.experts_forward(rows, index, weights)
-        # Other ranks, and FSDP, wait for this rank's gradients: a row of zeros goes through an expert and is cut off, so that
-        # they are there, and zero.
-        one = rows.sum(0, keepdim=True), index.new_zeros(1, 1), weights.sum(0, keepdim=True)[:, :1]
-        return self.experts_forward(*one)[:0]
