@@ -25,16 +25,57 @@ HIDDEN, EXPERTS, TOPK, CLASSES, PARTS, TOKENS = 16, 8, 2, 8, 4, 12
 BEFORE, AFTER = 4, 6  # steps before the checkpoint, and after it
 
 
+class PackedLora(nn.Module):
+    """Experts packed in nf4, trained by adapters: a module of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, outputs in (("gate_up", 2 * HIDDEN), ("down", HIDDEN)):
+            weight = torch.randn(EXPERTS, outputs, HIDDEN) / HIDDEN**0.5
+            self.register_parameter(name, nn.Parameter(moekit.pack(weight, "nf4"), requires_grad=False))
+            self.register_parameter(f"{name}_A", nn.Parameter(torch.randn(EXPERTS, 2, HIDDEN) / HIDDEN**0.5))
+            self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(EXPERTS, outputs, 2)))
+
+    def forward(self, rows: Tensor, routing: moekit.Routing) -> Tensor:
+        mine = {name: moekit.ep.local(value) for name, value in self.named_parameters()}
+        lora = {name: moekit.Lora(mine[f"{name}_A"], mine[f"{name}_B"], scale=0.5) for name in ("gate_up", "down")}
+        return moekit.experts(rows, routing, mine["gate_up"], mine["down"], lora=lora)
+
+
+class Adapted(nn.Module):
+    """Their layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = moekit.nn.Router(HIDDEN, EXPERTS, TOPK)
+        self.experts = PackedLora()
+        self.dispatcher: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self.router(x)
+        return (
+            self.experts(x, routing) if self.dispatcher is None else moekit.ep.run(self.dispatcher, x, routing, self.experts)
+        )
+
+
 class Model(nn.Module):
-    """A mixture layer with a bias of the choice, and a head."""
+    """A mixture layer with a bias of the choice, one of packed experts with adapters, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moe = moekit.nn.MoE.build(HIDDEN, 8, EXPERTS, TOPK, score="sigmoid", expert_bias=True, bias=True)
+        self.adapted = Adapted()
         self.head = nn.Linear(HIDDEN, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.moe(x))
+        x = x + self.moe(x)
+        return self.head(x + self.adapted(x))
+
+    def spread(self, mesh: Any) -> None:
+        moekit.ep.parallelize(self, mesh)
+        moekit.ep.shard_parameters(self.adapted.experts, mesh)
+        self.adapted.dispatcher = moekit.ep.AllToAll(mesh.get_group(), EXPERTS)
+        moekit.ep.hide_from_ddp(self)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -53,15 +94,17 @@ class Job:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         if fsdp:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-            moekit.ep.parallelize(self.model, mesh["ep"])
-            fully_shard(self.model.moe.experts, mesh=mesh["dp"])
+            self.model.spread(mesh["ep"])
+            for layer in (self.model.moe, self.model.adapted):
+                fully_shard(layer.experts, mesh=mesh["dp"])
             fully_shard(self.model, mesh=mesh)
         elif self.ranks > 1:
-            moekit.ep.parallelize(self.model, init_device_mesh("cpu", (self.ranks,)))
+            self.model.spread(init_device_mesh("cpu", (self.ranks,)))
             self.called = DistributedDataParallel(self.model)
         # Two groups, as a fused optimiser would want them.
-        experts = [p for p in self.model.moe.experts.parameters()]
-        others = [p for p in self.model.parameters() if not any(p is one for one in experts)]
+        experts = [*self.model.moe.experts.parameters(), *self.model.adapted.experts.parameters()]
+        experts = [p for p in experts if p.requires_grad]
+        others = [p for p in self.model.parameters() if p.requires_grad and not any(p is one for one in experts)]
         self.optimiser = torch.optim.AdamW([{"params": experts}, {"params": others}], lr=1e-2, eps=1e-6)
 
     def steps(self, start: int, count: int) -> list[float]:

@@ -99,22 +99,38 @@ def parallelize(
         _broadcast(model, [(mesh, broadcast_from), *([] if data_parallel is None else [(data_parallel, 0)])])
     for layer, one in zip(layers.values(), made, strict=True):
         _shard(layer, Sharding(mesh, reduced), one)
-    _leave_to_us(model)
-    names = tuple(name for name, _ in expert_parameters(model))
+    names = hide_from_ddp(model)
     experts = sum(layer.experts.num_experts for layer in layers.values())
     kinds = tuple(dict.fromkeys(type(one).__name__ for one in made))
     return Parallelized(tuple(layers), names, experts, mesh.size(), kinds)
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the experts that are sharded.
+    """Names and parameters of the experts that are sharded, by this module or by :func:`moekit.ep.shard_parameters`.
 
     They are what ``fully_shard(..., ignored_params=)`` has to leave where it shards over the same ranks, and what needs a
     group of its own in an optimiser that is fused.
     """
     for name, module in model.named_modules():
-        if isinstance(module, MoE) and module.dispatcher is not None:
-            yield from module.experts.named_parameters(f"{name}.experts".lstrip("."))
+        if isinstance(getattr(module, "sharding", None), Sharding):
+            yield from module.named_parameters(name)
+
+
+def hide_from_ddp(model: nn.Module) -> tuple[str, ...]:
+    """Have ``DistributedDataParallel`` leave sharded experts alone, around ``model`` or around a part of it.
+
+    :func:`parallelize` does it for the model that it is given. This is for layers that were made with ``ep_mesh=``, and for
+    :func:`moekit.ep.shard_parameters`. (Without it, DDP refuses the model.)
+
+    Returns:
+        the names of the parameters that DDP leaves alone.
+    """
+    for module in model.modules():
+        names = {name for name, _ in expert_parameters(module)}
+        if names:
+            before = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*{*before, *names}])
+    return tuple(name for name, _ in expert_parameters(model))
 
 
 def shard_layer(op: str, layer: MoE, mesh: DeviceMesh, dispatcher: str | Dispatcher) -> None:
@@ -145,19 +161,8 @@ def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: d
 
 
 def _shard(layer: MoE, sharding: Sharding, dispatcher: Dispatcher) -> None:
-    for name, parameter in list(layer.experts.named_parameters()):
-        part: Any = placement.shard(parameter, sharding.mesh)
-        layer.experts.register_parameter(name, part)
+    placement.shard_parameters(layer.experts, sharding.mesh)
     layer.experts.sharding, layer.dispatcher = sharding, dispatcher
-
-
-def _leave_to_us(model: nn.Module) -> None:
-    """Tell DDP, around whichever module that has experts, which parameters are not its own."""
-    for module in model.modules():
-        names = {name for name, _ in expert_parameters(module)}
-        if names:
-            before = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*{*before, *names}])
 
 
 @torch.no_grad()

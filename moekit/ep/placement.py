@@ -77,6 +77,25 @@ def shard(weight: Tensor, mesh: DeviceMesh) -> Tensor:
     return nn.Parameter(made, weight.requires_grad) if isinstance(weight, nn.Parameter) else made
 
 
+def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
+    """:func:`shard` all parameters of a module of one's own that holds experts, adapters' factors among them, in place.
+
+    Its forward takes them by :func:`local`. For :class:`moekit.nn.MoE` there is :func:`moekit.ep.parallelize`.
+
+    Raises:
+        ValueError: a parameter whose first dimension is no multiple of the ranks. TypeError: one that is sharded already.
+            Nothing has been changed then.
+    """
+    made: list[tuple[nn.Module, str, Any]] = [
+        (owner, name, shard(parameter, mesh))
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+    ]
+    for owner, name, part in made:
+        owner.register_parameter(name, part)
+    setattr(module, "sharding", Sharding(mesh, Reduction(mesh)))  # noqa: B010 - an attribute that modules do not declare
+
+
 def local(weight: Tensor, *, data_parallel: DeviceMesh | None = None, reduction: str = "mean") -> Tensor:
     """What this rank has of a weight, for :func:`moekit.experts` and other operators in one's own modules.
 
