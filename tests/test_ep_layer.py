@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from _ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -176,3 +177,177 @@ def test_twenty_steps_equal_those_of_one_process(world: int, tmp_path: Path, alo
                 assert each[kind].keys() == one[kind].keys()
                 for parameter, value in each[kind].items():
                     torch.testing.assert_close(value, one[kind][parameter], rtol=1e-4, atol=2e-6, msg=f"{name} {parameter}")
+
+
+# --- the layer's features, on two ranks -------------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases, shared": {"bias": True, "shared_intermediate": 8, "shared_gate": False},
+    "null experts": {"null_experts": 3, "shared_intermediate": 8},
+    "losses": {"balance_coeff": 0.1, "sequence_balance_coeff": 0.1, "z_coeff": 0.1},
+    "loss-free balancing": {"score": "sigmoid", "expert_bias": True},
+    "weights after": {"weight_after_down": True, "layout": "ungated", "activation": "relu2"},
+    "capacity": {"capacity": 2},
+}
+SENT = (5, 0)  # tokens of each rank, in sequences of five
+
+
+def layer(**options: Any) -> moekit.nn.MoE:
+    torch.manual_seed(1)
+    return moekit.nn.MoE.build(HIDDEN, 8, EXPERTS, 2, dtype=torch.float64, **options)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def as_alone(made: moekit.nn.MoE, other: moekit.nn.MoE, **given: Tensor) -> None:
+    """A layer and its parallel twin: outputs, losses, gradients of this rank's input and of all parameters."""
+    rank, inputs = dist.get_rank(), draw(2, 2, 5, HIDDEN)
+    found = {}
+    for one, ranks in ((made, (0, 1)), (other, (rank,))):  # a batch after the other: what is of a batch stays of a batch
+        x, outs, losses = inputs.clone().requires_grad_(), {}, {}
+        for each in ranks:
+            outs[each] = one(x[each], **{name: value[each] for name, value in given.items()})
+            losses[each] = dict(one.losses)
+        torch.stack([out.square().sum() for out in outs.values()]).sum().backward()
+        grads = {name: whole(p.grad) for name, p in one.named_parameters()}
+        found[one] = outs[rank].detach(), x.grad[rank], losses[rank], grads
+    for wanted, value in zip(found[made][:3], found[other][:3], strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    for name, grad in found[made][3].items():
+        summed = found[other][3][name]
+        if name.startswith("experts."):
+            summed = 2 * summed  # from the mean over two batches
+        else:
+            dist.all_reduce(summed)
+        torch.testing.assert_close(summed, grad, rtol=1e-12, atol=1e-12)
+
+
+def features() -> dict[str, Any]:
+    mesh, rank = mesh_of(2), dist.get_rank()
+    found: dict[str, Any] = {}
+    for options in OPTIONS.values():
+        made = layer(**options)
+        other = copy.deepcopy(made)
+        moekit.ep.parallelize(other, mesh)
+        as_alone(made, other)
+    made, other = layer(shared_intermediate=8), layer(shared_intermediate=8, ep_mesh=mesh, dispatcher="auto")
+    as_alone(made, other, padding_mask=torch.arange(20).view(2, 2, 5) % 3 == 0)
+    as_alone(made, other, indices=torch.arange(40).view(2, 2, 5, 2) % EXPERTS)
+    found["repr"] = repr(other)
+    for each in (made, other):
+        each.zero_grad()
+    twin = copy.deepcopy(other)
+    assert twin.dispatcher is other.dispatcher and twin.experts.gate_up is not other.experts.gate_up
+    as_alone(copy.deepcopy(made), twin)
+    # A rank without tokens takes part, and has a gradient for every parameter.
+    other(draw(SENT[rank], HIDDEN)).sum().backward()
+    assert all(p.grad is not None for p in other.parameters())
+    replayed_and_watched(made, other)
+    states(made, other, mesh)
+    found["errors"] = errors(made, other, mesh)
+    return found
+
+
+def replayed_and_watched(made: moekit.nn.MoE, other: moekit.nn.MoE) -> None:
+    x = draw(6, HIDDEN)
+    with moekit.monitor.attach(other) as monitor:
+        replay = moekit.Replay(other)
+        with replay.record() as choices:
+            first = other(x)
+        other.router.weight.data.neg_()
+        with replay.play(choices):
+            again = other(x)
+        other.router.weight.data.neg_()
+        assert not torch.equal(first, again) and torch.equal(other.router.indices, choices.passes[0][0])
+        assert sum(counts.sum() for counts in monitor.counts().values()) == 2 * x.shape[0] * 2
+
+
+def states(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> None:
+    """What a state dict of ranks and one of a single process load into, and a model without storage at first."""
+    fresh = moekit.nn.MoE.build(
+        HIDDEN, 8, EXPERTS, 2, shared_intermediate=8, dtype=torch.float64, device="meta", ep_mesh=mesh
+    )
+    fresh.to_empty(device="cpu")
+    torch.manual_seed(1)
+    fresh.reset_parameters()
+    for name, value in made.state_dict().items():
+        assert torch.equal(whole(fresh.state_dict()[name]), value)
+    for state in (made.state_dict(), other.state_dict()):
+        with torch.no_grad():
+            for parameter in fresh.parameters():
+                parameter.zero_()
+        fresh.load_state_dict(state)
+        assert torch.equal(whole(fresh.experts.down), made.experts.down)
+    different = layer()
+    with torch.no_grad():
+        for parameter in different.parameters():
+            parameter.fill_(dist.get_rank())
+    report = moekit.ep.parallelize(different, mesh, broadcast_from=1)
+    assert report.parameters == ("experts.gate_up", "experts.down") and report.ranks == 2
+    assert all((whole(parameter) == 1).all() for parameter in different.parameters())
+
+
+def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[str, str]:
+    """What each refusal says."""
+    x, two_d = draw(4, HIDDEN), mesh_of(1, 2)
+    routing = other.router(x)
+    placed = lambda placement: DTensor.from_local(other.experts.down.to_local(), mesh, (placement,))  # noqa: E731
+    asked = {
+        "no layer": lambda: moekit.ep.parallelize(nn.Linear(2, 2), mesh),
+        "twice": lambda: moekit.ep.parallelize(other, mesh),
+        "2-D": lambda: moekit.ep.parallelize(made, two_d),
+        "no mesh": lambda: moekit.nn.MoE.build(HIDDEN, 8, EXPERTS, 2, ep_mesh=dist.group.WORLD),
+        "uneven": lambda: moekit.nn.MoE.build(HIDDEN, 8, 5, 2, ep_mesh=mesh),
+        "dispatcher alone": lambda: moekit.nn.MoE.build(HIDDEN, 8, EXPERTS, 2, dispatcher="auto"),
+        "pad": lambda: layer(capacity=2, overflow="pad", ep_mesh=mesh),
+        "reduction": lambda: moekit.ep.parallelize(made, mesh, reduction="max"),
+        "operator": lambda: moekit.experts(x, routing, other.experts.gate_up, other.experts.down),
+        "Shard(1)": lambda: moekit.ep.local(placed(Shard(1))),
+        "Partial": lambda: moekit.ep.local(placed(Partial())),
+        "2-D weight": lambda: moekit.ep.local(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
+        "DDP around more": lambda: DistributedDataParallel(nn.Sequential(other)),
+        "shard twice": lambda: moekit.ep.shard(other.experts.down, mesh),
+    }
+    said = {}
+    for name, ask in asked.items():
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            ask()
+        said[name] = f"{caught.type.__name__}: {caught.value}"
+    assert torch.equal(moekit.ep.local(placed(Replicate())), other.experts.down.to_local())
+    assert made.dispatcher is None and not isinstance(made.experts.down, DTensor)
+    return said
+
+
+SAID = {
+    "no layer": "ValueError: moekit.ep.parallelize: model must be one with moekit.nn.MoE layers (for models of Transformers",
+    "twice": "ValueError: moekit.ep.parallelize: model must be not sharded yet, got one that is",
+    "2-D": "ValueError: moekit.ep.parallelize: mesh must be of one dimension (a part of it: mesh['ep'])",
+    "no mesh": "TypeError: moekit.nn.MoE: ep_mesh must be a torch.distributed.DeviceMesh of one dimension, got ProcessGroup",
+    "uneven": "ValueError: moekit.nn.MoE: experts must be of a number of experts that is a multiple of the 2 ranks, got 5",
+    "dispatcher alone": "ValueError: moekit.nn.MoE: dispatcher='auto' has no effect without ep_mesh",
+    "pad": "ValueError: moekit.nn.MoE: overflow='pad' has no effect under expert parallelism",
+    "reduction": "ValueError: moekit.ep.parallelize: reduction must be one of 'mean', 'sum', got 'max'",
+    "operator": "TypeError: moekit.experts: gate_up must be a plain tensor of float64",
+    "Shard(1)": "ValueError: moekit.ep.local: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
+    "Partial": "ValueError: moekit.ep.local: weight must be Shard(0)",
+    "2-D weight": "ValueError: moekit.ep.local: weight must be Shard(0)",
+    "DDP around more": "RuntimeError: ",
+    "shard twice": "TypeError: moekit.ep.shard: weight must be a plain tensor, which is sharded once, got a DTensor",
+}
+HINTS = {
+    "operator": "moekit.ep.local(weight) is this rank's part",
+    "Shard(1)": "shard whole experts",
+    "Partial": "redistribute(placements=[Shard(0)])",
+    "2-D weight": "FSDP2 gathers its dimension when the module that fully_shard was given is called",
+}
+
+
+def test_the_layer_on_two_ranks(tmp_path: Path):
+    for found in on_ranks(features, 2, tmp_path):
+        assert "dispatcher=AllToAll" in found["repr"] and "ranks=2" in found["repr"]
+        assert found["errors"].keys() == SAID.keys()
+        for name, said in found["errors"].items():
+            assert said.startswith(SAID[name]) and HINTS.get(name, "") in said, said
