@@ -69,7 +69,8 @@ class ExpertParallel(EPImplementation):
         tokens, index, weights = hidden_states, top_k_index, top_k_weights
         if shared is not None:
             tokens, index, weights = mine(tokens, shared), mine(index, shared, "slots"), mine(weights, shared, "slots")
-        num_experts, topk = self.num_local_experts * self.ep_mesh.size(), index.shape[1]
+        local: Any = self.num_local_experts
+        num_experts, topk = local * self.ep_mesh.size(), index.shape[1]
         if topk not in self.dispatchers:
             self.dispatchers[topk] = dispatcher(self.ep_mesh, num_experts, topk, **self.options)
         routing = Routing.from_topk(index, weights, num_experts=num_experts)
