@@ -14,8 +14,8 @@ import moekit
 import moekit.ep
 
 EXPERTS, HIDDEN, INNER = 8, 16, 12
-TOKENS = {2: (11, 4), 4: (5, 0, 7, 3)}  # of each rank, by the number of ranks
-ONE_SIDED = {2: (0, 15), 4: (0, 15, 0, 0)}
+TOKENS = {2: (11, 4), 4: (5, 0, 7, 3), 8: (3, 0, 4, 1, 0, 5, 2, 0)}  # of each rank, by the number of ranks
+ONE_SIDED = {2: (0, 15), 4: (0, 15, 0, 0), 8: (0, 15, 0, 0, 0, 0, 0, 0)}
 LEAVES = ("x", "weights", "gate_up", "down")
 OF_EXPERTS = ("gate_up", "down")
 
