@@ -263,7 +263,7 @@ def memory() -> list[str]:
             del inner
             if goes_back:
                 out.sum().backward()
-                left += [] if ref() is None or "max_rows" in options else [f"{options} after backward"]
+                left += [] if ref() is None else [f"{options} after backward"]
             del out
             left += [] if ref() is None else [f"{options} {goes_back}"]
     gc.enable()
