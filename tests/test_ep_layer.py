@@ -305,9 +305,9 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         "pad": lambda: layer(capacity=2, overflow="pad", ep_mesh=mesh),
         "reduction": lambda: moekit.ep.parallelize(made, mesh, reduction="max"),
         "operator": lambda: moekit.experts(x, routing, other.experts.gate_up, other.experts.down),
-        "Shard(1)": lambda: moekit.ep.local(placed(Shard(1))),
-        "Partial": lambda: moekit.ep.local(placed(Partial())),
-        "2-D weight": lambda: moekit.ep.local(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
+        "Shard(1)": lambda: moekit.ep.part(placed(Shard(1))),
+        "Partial": lambda: moekit.ep.part(placed(Partial())),
+        "2-D weight": lambda: moekit.ep.part(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
         "DDP around more": lambda: DistributedDataParallel(nn.Sequential(other)),
         "shard twice": lambda: moekit.ep.shard(other.experts.down, mesh),
     }
@@ -316,7 +316,7 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
             ask()
         said[name] = f"{caught.type.__name__}: {caught.value}"
-    assert torch.equal(moekit.ep.local(placed(Replicate())), other.experts.down.to_local())
+    assert torch.equal(moekit.ep.part(placed(Replicate())), other.experts.down.to_local())
     assert made.dispatcher is None and not isinstance(made.experts.down, DTensor)
     return said
 
@@ -331,14 +331,14 @@ SAID = {
     "pad": "ValueError: moekit.nn.MoE: overflow='pad' has no effect under expert parallelism",
     "reduction": "ValueError: moekit.ep.parallelize: reduction must be one of 'mean', 'sum', got 'max'",
     "operator": "TypeError: moekit.experts: gate_up must be a plain tensor of float64",
-    "Shard(1)": "ValueError: moekit.ep.local: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
-    "Partial": "ValueError: moekit.ep.local: weight must be Shard(0)",
-    "2-D weight": "ValueError: moekit.ep.local: weight must be Shard(0)",
+    "Shard(1)": "ValueError: moekit.ep.part: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
+    "Partial": "ValueError: moekit.ep.part: weight must be Shard(0)",
+    "2-D weight": "ValueError: moekit.ep.part: weight must be Shard(0)",
     "DDP around more": "RuntimeError: ",
     "shard twice": "TypeError: moekit.ep.shard: weight must be a plain tensor, which is sharded once, got a DTensor",
 }
 HINTS = {
-    "operator": "moekit.ep.local(weight) is this rank's part",
+    "operator": "moekit.ep.part(weight) is what this rank has",
     "Shard(1)": "shard whole experts",
     "Partial": "redistribute(placements=[Shard(0)])",
     "2-D weight": "FSDP2 gathers its dimension when the module that fully_shard was given is called",

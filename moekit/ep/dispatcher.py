@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -47,10 +48,22 @@ class Dispatcher(Protocol):
         ...
 
 
+class Underway(Protocol):
+    """A dispatch that has begun. One of the two methods is to be called, once."""
+
+    def finish(self) -> tuple[Tensor, Routing, Any]:
+        """What :meth:`Dispatcher.dispatch` gives."""
+        ...
+
+    def through(self, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        """The results ``[T, H]`` of ``experts``, which make ``rows [N, H]`` and their routing to ``[N, H]``."""
+        ...
+
+
 @runtime_checkable
 class Overlapping(Dispatcher, Protocol):
     """A dispatcher whose exchange can run beside something else."""
 
-    def start(self, tokens: Tensor, routing: Routing) -> Any:
-        """Begin a dispatch; ``finish()`` of the result gives what :meth:`dispatch` does."""
+    def start(self, tokens: Tensor, routing: Routing) -> Underway:
+        """Begin a dispatch."""
         ...

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep import placement
-from moekit.ep.all_to_all import AllToAll
+from moekit.ep.choose import dispatcher as dispatcher_of
 from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.gradients import Reduction
 from moekit.ep.placement import Sharding, one_dimensional
@@ -152,7 +152,7 @@ def _check_layer(op: str, name: str, layer: MoE, mesh: DeviceMesh) -> None:
 
 def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: dict[str, Any]) -> Dispatcher:
     if isinstance(kind, str):
-        return AllToAll(mesh.get_group(), layer.experts.num_experts, **options)
+        return dispatcher_of(mesh, layer.experts.num_experts, layer.router.k, kind, **options)
     if options:
         raise _check.unused(_OP, ", ".join(options), "...", "with a dispatcher that is made")
     if not isinstance(kind, Dispatcher):

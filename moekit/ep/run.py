@@ -23,18 +23,19 @@ def run(
         dispatcher: brings the tokens to their experts.
         tokens: ``[T, H]``.
         routing: of these tokens over all experts, with weights.
-        experts: this rank's: ``rows [N, H]`` and their routing over its experts to ``[N, H]``, weighted and summed.
+        experts: this rank's: ``rows [N, H]`` and their routing over its experts to ``[N, H]``, weighted and summed. It is
+            called once, by a dispatcher that works in rounds once a round, and in backward again.
         beside: a shared expert, say, that runs while the rows travel, and whose result ``[T, H]`` is added.
 
     Returns:
         ``[T, H]``.
     """
-    if beside is not None and isinstance(dispatcher, Overlapping):
+    if isinstance(dispatcher, Overlapping):
         started = dispatcher.start(tokens, routing)
-        shared = beside()
-        rows, local, handle = started.finish()
+        shared = None if beside is None else beside()
+        out = started.through(experts)
     else:
         rows, local, handle = dispatcher.dispatch(tokens, routing)
         shared = None if beside is None else beside()
-    out = dispatcher.combine(experts(rows, local), handle)
+        out = dispatcher.combine(experts(rows, local), handle)
     return out if shared is None else out + shared
