@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
+from moekit.ep._agree import agree
 from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares, check
 from moekit.ep._started import Handle, Started, combine, numbered, send
@@ -48,6 +49,7 @@ class AllGather:
     ) -> None:
         self.shares = Shares.of(_OP, group, num_experts)
         self.tokens_per_rank = None if tokens_per_rank is None else _check.positive(_OP, "tokens_per_rank", tokens_per_rank)
+        agree(_OP, self.shares.group, experts=num_experts, tokens_per_rank=tokens_per_rank)
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Handle]:
         """As :class:`moekit.ep.Dispatcher` has it.
