@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,7 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         "Partial": lambda: moekit.ep.part(placed(Partial())),
         "2-D weight": lambda: moekit.ep.part(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
         "DDP around more": lambda: DistributedDataParallel(nn.Sequential(other)),
+        "to_transformers": lambda: other.to_transformers(nn.Linear(2, 2)),
         "shard twice": lambda: moekit.ep.shard(other.experts.down, mesh),
     }
     said = {}
@@ -360,6 +362,7 @@ SAID = {
     "Partial": "ValueError: moekit.ep.part: weight must be Shard(0)",
     "2-D weight": "ValueError: moekit.ep.part: weight must be Shard(0)",
     "DDP around more": "RuntimeError: ",
+    "to_transformers": "ValueError: moekit.nn.MoE.to_transformers: the layer must be of one process",
     "shard twice": "TypeError: moekit.ep.shard: weight must be a plain tensor, which is sharded once, got a DTensor",
 }
 HINTS = {
@@ -376,3 +379,18 @@ def test_the_layer_on_two_ranks(tmp_path: Path):
         assert found["errors"].keys() == SAID.keys()
         for name, said in found["errors"].items():
             assert said.startswith(SAID[name]) and HINTS.get(name, "") in said, said
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "expert_parallel.md"
+
+
+def follow_the_page(code: str) -> None:
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
+
+
+def test_the_page_runs_on_four_ranks(tmp_path: Path):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 7
+    on_ranks(follow_the_page, 4, tmp_path, "\n".join(blocks))

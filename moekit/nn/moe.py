@@ -270,6 +270,9 @@ class MoE(nn.Module):
         Raises:
             TypeError: a block that is not known. ValueError: one that computes something else; nothing is written then.
         """
+        if self.dispatcher is not None:
+            wanted = "of one process: load its whole state (full_state_dict=True) into such a layer"
+            raise _check.fail(f"{_OP}.to_transformers", "the layer", wanted, "one whose experts are sharded")
         found, values = _blocks().read(block), self.state_dict()
         theirs, ours = (layer._what_it_computes() for layer in (self._like(found, device="meta"), self))
         for name in {**theirs, **ours}:
