@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ class PackedLora(nn.Module):
             self.register_parameter(f"{name}_A", nn.Parameter(torch.randn(EXPERTS, 2, HIDDEN) / HIDDEN**0.5))
             self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(EXPERTS, outputs, 2)))
 
-    def forward(self, rows: Tensor, routing: moekit.Routing) -> Tensor:
-        mine = {name: moekit.ep.local(value) for name, value in self.named_parameters()}
-        lora = {name: moekit.Lora(mine[f"{name}_A"], mine[f"{name}_B"], scale=0.5) for name in ("gate_up", "down")}
-        return moekit.experts(rows, routing, mine["gate_up"], mine["down"], lora=lora)
+    def forward(self, x: Tensor, routing: moekit.Routing, dispatcher: Any) -> Tensor:
+        part = {name: moekit.ep.part(value) for name, value in self.named_parameters()}
+        lora = {name: moekit.Lora(part[f"{name}_A"], part[f"{name}_B"], scale=0.5) for name in ("gate_up", "down")}
+        mine = partial(moekit.experts, gate_up=part["gate_up"], down=part["down"], lora=lora)
+        return mine(x, routing) if dispatcher is None else moekit.ep.run(dispatcher, x, routing, mine)
 
 
 class Adapted(nn.Module):
@@ -52,10 +54,7 @@ class Adapted(nn.Module):
         self.dispatcher: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self.router(x)
-        return (
-            self.experts(x, routing) if self.dispatcher is None else moekit.ep.run(self.dispatcher, x, routing, self.experts)
-        )
+        return self.experts(x, self.router(x), self.dispatcher)
 
 
 class Model(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,48 +73,49 @@ def whole(value: Tensor) -> Tensor:
 class Layout:
     """How the model is spread, what is called in training, and how many micro-batches a step has."""
 
-    spread: Callable[[Model], nn.Module]
+    spread: Callable[..., nn.Module]
     world: int
     micro: int = 1
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of parallelize
 
 
 def mesh_of(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("ep",) if len(sizes) == 1 else ("dp", "ep"))
 
 
-def ep_with_ddp(built: Model) -> nn.Module:
-    moekit.ep.parallelize(built, mesh_of(dist.get_world_size()))
+def ep_with_ddp(built: Model, **options: Any) -> nn.Module:
+    moekit.ep.parallelize(built, mesh_of(dist.get_world_size()), **options)
     return DistributedDataParallel(built)
 
 
-def ep_with_fsdp2(built: Model) -> nn.Module:
+def ep_with_fsdp2(built: Model, **options: Any) -> nn.Module:
     mesh = mesh_of(dist.get_world_size())
-    moekit.ep.parallelize(built, mesh)
+    moekit.ep.parallelize(built, mesh, **options)
     return fully_shard(built, mesh=mesh, ignored_params={p for _, p in moekit.ep.expert_parameters(built)})
 
 
-def ep_and_dp_with_ddp(built: Model) -> nn.Module:
+def ep_and_dp_with_ddp(built: Model, **options: Any) -> nn.Module:
     mesh = mesh_of(2, 2)
-    moekit.ep.parallelize(built, mesh["ep"], data_parallel=mesh["dp"])
+    moekit.ep.parallelize(built, mesh["ep"], data_parallel=mesh["dp"], **options)
     return DistributedDataParallel(built)
 
 
-def ep_and_dp_with_fsdp2(built: Model) -> nn.Module:
+def ep_and_dp_with_fsdp2(built: Model, **options: Any) -> nn.Module:
     mesh = mesh_of(2, 2)
-    moekit.ep.parallelize(built, mesh["ep"])
+    moekit.ep.parallelize(built, mesh["ep"], **options)
     for layer in built.layers:
         fully_shard(layer.experts, mesh=mesh["dp"])
     return fully_shard(built, mesh=mesh)
 
 
+# With few rows at a time, replicas may take different numbers of rounds: their gradients meet once all the same.
 LAYOUTS = {
     "EP=2, DDP": Layout(ep_with_ddp, 2),
-    "EP=2, FSDP2": Layout(ep_with_fsdp2, 2),
+    "EP=2, FSDP2": Layout(ep_with_fsdp2, 2, options={"dispatcher": "all_gather"}),
     "EP=4, DDP": Layout(ep_with_ddp, 4),
-    "EP=4, FSDP2, accumulated": Layout(ep_with_fsdp2, 4, micro=2),
-    "EP=2 x DP=2, DDP": Layout(ep_and_dp_with_ddp, 4),
-    "EP=2 x DP=2, DDP, accumulated": Layout(ep_and_dp_with_ddp, 4, micro=2),
-    "EP=2 x DP=2, FSDP2": Layout(ep_and_dp_with_fsdp2, 4),
+    "EP=4, FSDP2, accumulated": Layout(ep_with_fsdp2, 4, micro=2, options={"redispatch": True, "dispatcher": "all_to_all"}),
+    "EP=2 x DP=2, DDP, accumulated": Layout(ep_and_dp_with_ddp, 4, micro=2, options={"max_rows": 9}),
+    "EP=2 x DP=2, FSDP2": Layout(ep_and_dp_with_fsdp2, 4, options={"max_rows": 18}),
 }
 
 
@@ -151,7 +153,7 @@ def every_layout(world: int) -> dict[str, Any]:
 
 def on_layout(name: str) -> dict[str, Any]:
     built, layout = model(), LAYOUTS[name]
-    called = layout.spread(built)
+    called = layout.spread(built, **layout.options)
     return train(built, called, dist.get_rank(), dist.get_world_size(), layout.micro)
 
 
@@ -281,6 +283,7 @@ def states(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> None:
                 parameter.zero_()
         fresh.load_state_dict(state)
         assert torch.equal(whole(fresh.experts.down), made.experts.down)
+    summed_and_clipped(made, mesh)
     different = layer()
     with torch.no_grad():
         for parameter in different.parameters():
@@ -288,6 +291,29 @@ def states(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> None:
     report = moekit.ep.parallelize(different, mesh, broadcast_from=1)
     assert report.parameters == ("experts.gate_up", "experts.down") and report.ranks == 2
     assert all((whole(parameter) == 1).all() for parameter in different.parameters())
+
+
+def summed_and_clipped(made: moekit.nn.MoE, mesh: DeviceMesh) -> None:
+    """Losses that add up, as their gradients do; norms of all orders, by one process and by ranks."""
+    alone, other = copy.deepcopy(made), copy.deepcopy(made)
+    moekit.ep.parallelize(other, mesh, reduction="sum")
+    x = draw(2, 5, HIDDEN)
+    for norm_type in (2.0, 1.0, 3.0, float("inf")):
+        alone.zero_grad()
+        other.zero_grad()
+        alone(x).square().sum().backward()
+        other(x[dist.get_rank()]).square().sum().backward()
+        for name, parameter in other.named_parameters():
+            if not name.startswith("experts."):
+                dist.all_reduce(parameter.grad)
+        wanted = nn.utils.clip_grad_norm_(alone.parameters(), 0.1, norm_type)
+        norm = moekit.ep.clip_grad_norm_(other.parameters(), 0.1, norm_type)
+        torch.testing.assert_close(norm, wanted, rtol=1e-12, atol=0)
+        for (name, mine), grad in zip(other.named_parameters(), (p.grad for p in alone.parameters()), strict=True):
+            torch.testing.assert_close(whole(mine.grad), grad, rtol=1e-11, atol=1e-14, msg=name)
+    other.experts.down.grad = None if dist.get_rank() else other.experts.down.grad * float("nan")
+    with pytest.raises(RuntimeError, match=r"total norm of order 2\.0 is nan"):
+        moekit.ep.clip_grad_norm_(other.parameters(), 1.0, error_if_nonfinite=True)
 
 
 def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[str, str]:
@@ -305,10 +331,11 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         "pad": lambda: layer(capacity=2, overflow="pad", ep_mesh=mesh),
         "reduction": lambda: moekit.ep.parallelize(made, mesh, reduction="max"),
         "operator": lambda: moekit.experts(x, routing, other.experts.gate_up, other.experts.down),
-        "Shard(1)": lambda: moekit.ep.local(placed(Shard(1))),
-        "Partial": lambda: moekit.ep.local(placed(Partial())),
-        "2-D weight": lambda: moekit.ep.local(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
+        "Shard(1)": lambda: moekit.ep.part(placed(Shard(1))),
+        "Partial": lambda: moekit.ep.part(placed(Partial())),
+        "2-D weight": lambda: moekit.ep.part(DTensor.from_local(x, two_d, (Shard(1), Shard(0)))),
         "DDP around more": lambda: DistributedDataParallel(nn.Sequential(other)),
+        "to_transformers": lambda: other.to_transformers(nn.Linear(2, 2)),
         "shard twice": lambda: moekit.ep.shard(other.experts.down, mesh),
     }
     said = {}
@@ -316,7 +343,7 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
             ask()
         said[name] = f"{caught.type.__name__}: {caught.value}"
-    assert torch.equal(moekit.ep.local(placed(Replicate())), other.experts.down.to_local())
+    assert torch.equal(moekit.ep.part(placed(Replicate())), other.experts.down.to_local())
     assert made.dispatcher is None and not isinstance(made.experts.down, DTensor)
     return said
 
@@ -331,14 +358,15 @@ SAID = {
     "pad": "ValueError: moekit.nn.MoE: overflow='pad' has no effect under expert parallelism",
     "reduction": "ValueError: moekit.ep.parallelize: reduction must be one of 'mean', 'sum', got 'max'",
     "operator": "TypeError: moekit.experts: gate_up must be a plain tensor of float64",
-    "Shard(1)": "ValueError: moekit.ep.local: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
-    "Partial": "ValueError: moekit.ep.local: weight must be Shard(0)",
-    "2-D weight": "ValueError: moekit.ep.local: weight must be Shard(0)",
+    "Shard(1)": "ValueError: moekit.ep.part: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
+    "Partial": "ValueError: moekit.ep.part: weight must be Shard(0)",
+    "2-D weight": "ValueError: moekit.ep.part: weight must be Shard(0)",
     "DDP around more": "RuntimeError: ",
+    "to_transformers": "ValueError: moekit.nn.MoE.to_transformers: the layer must be of one process",
     "shard twice": "TypeError: moekit.ep.shard: weight must be a plain tensor, which is sharded once, got a DTensor",
 }
 HINTS = {
-    "operator": "moekit.ep.local(weight) is this rank's part",
+    "operator": "moekit.ep.part(weight) is what this rank has",
     "Shard(1)": "shard whole experts",
     "Partial": "redistribute(placements=[Shard(0)])",
     "2-D weight": "FSDP2 gathers its dimension when the module that fully_shard was given is called",
@@ -351,3 +379,18 @@ def test_the_layer_on_two_ranks(tmp_path: Path):
         assert found["errors"].keys() == SAID.keys()
         for name, said in found["errors"].items():
             assert said.startswith(SAID[name]) and HINTS.get(name, "") in said, said
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "expert_parallel.md"
+
+
+def follow_the_page(code: str) -> None:
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
+
+
+def test_the_page_runs_on_four_ranks(tmp_path: Path):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 7
+    on_ranks(follow_the_page, 4, tmp_path, "\n".join(blocks))

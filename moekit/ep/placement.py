@@ -80,7 +80,7 @@ def shard(weight: Tensor, mesh: DeviceMesh) -> Tensor:
 def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
     """:func:`shard` all parameters of a module of one's own that holds experts, adapters' factors among them, in place.
 
-    Its forward takes them by :func:`local`. For :class:`moekit.nn.MoE` there is :func:`moekit.ep.parallelize`.
+    Its forward takes them by :func:`part`. For :class:`moekit.nn.MoE` there is :func:`moekit.ep.parallelize`.
 
     Raises:
         ValueError: a parameter whose first dimension is no multiple of the ranks. TypeError: one that is sharded already.
@@ -96,13 +96,13 @@ def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
     setattr(module, "sharding", Sharding(mesh, Reduction(mesh)))  # noqa: B010 - an attribute that modules do not declare
 
 
-def local(weight: Tensor, *, data_parallel: DeviceMesh | None = None, reduction: str = "mean") -> Tensor:
+def part(weight: Tensor, *, data_parallel: DeviceMesh | None = None, reduction: str = "mean") -> Tensor:
     """What this rank has of a weight, for :func:`moekit.experts` and other operators in one's own modules.
 
     ::
 
-        rows, mine, handle = dispatcher.dispatch(tokens, routing)
-        out = moekit.experts(rows, mine, moekit.ep.local(self.gate_up), moekit.ep.local(self.down))
+        gate_up, down = moekit.ep.part(self.gate_up), moekit.ep.part(self.down)  # once a forward
+        out = moekit.ep.run(dispatcher, x, routing, lambda rows, mine: moekit.experts(rows, mine, gate_up, down))
 
     The gradient of a part has been summed over the batches of all ranks of the mesh, as it arrives. With
     ``reduction="mean"`` it is divided by their number, which makes it what a gradient is that data parallelism averages.
@@ -121,25 +121,25 @@ def local(weight: Tensor, *, data_parallel: DeviceMesh | None = None, reduction:
         ValueError: another placement, with what to do about it.
     """
     if not isinstance(weight, DTensor):
-        _check.tensor("ep.local", "weight", weight)
+        _check.tensor("ep.part", "weight", weight)
         return weight
-    return part("ep.local", "weight", weight, Reduction.of("ep.local", weight.device_mesh, data_parallel, reduction))
+    return _local("ep.part", "weight", weight, Reduction.of("ep.part", weight.device_mesh, data_parallel, reduction))
 
 
-def parts(op: str, weights: Mapping[str, Tensor | None], sharding: Sharding | None) -> dict[str, Tensor | None]:
+def parts_of(op: str, weights: Mapping[str, Tensor | None], sharding: Sharding | None) -> dict[str, Tensor | None]:
     """The local tensors of a module's weights, those that are plain as they are."""
     mesh, reduction = (None, None) if sharding is None else (sharding.mesh, sharding.reduction)
-    return {name: None if value is None else part(op, name, value, reduction, mesh) for name, value in weights.items()}
+    return {name: None if value is None else _local(op, name, value, reduction, mesh) for name, value in weights.items()}
 
 
-def part(op: str, name: str, weight: Tensor, reduction: Reduction | None = None, mesh: DeviceMesh | None = None) -> Tensor:
+def _local(op: str, name: str, weight: Tensor, reduction: Reduction | None, mesh: DeviceMesh | None = None) -> Tensor:
     """The local tensor of a weight, by its placement.
 
     Args:
         op: whose, for errors.
         name: of the weight.
         weight: a DTensor.
-        reduction: of the gradient of a part; by default the mean over the ranks of its mesh.
+        reduction: of the gradient of a part; None: the mean over the ranks of its mesh.
         mesh: the only one over which it may be a part; any if None.
     """
     if not isinstance(weight, DTensor):

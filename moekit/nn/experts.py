@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,16 +96,27 @@ class Experts(nn.Module):
                 weight = weight[:0]
             draw_uniform(weight, bias)
 
-    def forward(self, x: Tensor, routing: Routing | tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, routing: Routing | tuple[Tensor, Tensor], exchange: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """``[T, H]`` to ``[T, H]``, in the dtype of ``x``; arguments and errors as of :func:`moekit.experts`.
 
-        Weights that are DTensors are used by their placement (:func:`moekit.ep.local`): a shard over experts is a part, and
-        the routing is of this rank's experts; a replica is the whole.
+        Weights that are DTensors are used by their placement (:func:`moekit.ep.part`): a shard over experts is a part, and a
+        replica is the whole.
+
+        Args:
+            x: ``[T, H]``.
+            routing: of ``x``, over all experts with an ``exchange``, else over those of this rank.
+            exchange: what brings tokens to their ranks and results back, given ``x``, ``routing`` and the experts of this
+                rank as a function: :func:`moekit.ep.run` with its dispatcher. It may call them as often as it likes: weights
+                are gathered, and their gradients reduced, once.
         """
         weights = {name: getattr(self, name) for name in WEIGHTS}
         if any(map(_check.sharded, weights.values())):
-            weights = _placement().parts(_OP, weights, self.sharding)
-        return experts(x, routing, **weights, weight_after_down=self.weight_after_down, save=self.save, **self.options)
+            weights = _placement().parts_of(_OP, weights, self.sharding)
+        options = {**self.options, "weight_after_down": self.weight_after_down, "save": self.save}
+        mine = functools.partial(experts, **weights, **options)
+        return mine(x, routing) if exchange is None else exchange(x, routing, mine)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
         """Whole stacks, of a checkpoint of one process, are taken as well: each rank keeps its part."""

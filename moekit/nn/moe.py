@@ -17,7 +17,6 @@ from moekit.nn.router import Router, exporting
 from moekit.nn.shared import SharedExpert
 from moekit.ops.aux_loss import aux_loss
 from moekit.ops.balance import balance_loss, sequence_balance_loss
-from moekit.ops.gemm import autocast
 from moekit.ops.losses import z_loss
 from moekit.routing import Routing
 
@@ -217,8 +216,7 @@ class MoE(nn.Module):
             routing = Routing.from_topk(computed, weights, num_experts=self.experts.num_experts)
         beside = None if self.shared is None else functools.partial(self.shared, tokens)
         if self.dispatcher is not None:
-            (moved,) = autocast(tokens)  # here, so that rows travel in the dtype they are computed in
-            out = _ep("run").run(self.dispatcher, moved, routing, self.experts, beside)
+            out = self.experts(tokens, routing, functools.partial(_ep("run").run, self.dispatcher, beside=beside))
             return out if null is None else (out + tokens * null).to(out.dtype)
         out = self.experts(tokens, routing)
         out = out if null is None else (out + tokens * null).to(out.dtype)
@@ -272,6 +270,9 @@ class MoE(nn.Module):
         Raises:
             TypeError: a block that is not known. ValueError: one that computes something else; nothing is written then.
         """
+        if self.dispatcher is not None:
+            wanted = "of one process: load its whole state (full_state_dict=True) into such a layer"
+            raise _check.fail(f"{_OP}.to_transformers", "the layer", wanted, "one whose experts are sharded")
         found, values = _blocks().read(block), self.state_dict()
         theirs, ours = (layer._what_it_computes() for layer in (self._like(found, device="meta"), self))
         for name in {**theirs, **ours}:
