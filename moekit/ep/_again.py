@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moekit.ep._eager import eager
 from moekit.ep._ways import Way
 from moekit.ops.rows import move_rows
+from moekit.routing import Routing
 
 
 class _Place(NamedTuple):
@@ -52,9 +53,9 @@ class Again:
         """Let go."""
         self._rows = None
 
-    @contextmanager
-    def in_place_of(self, rows: Tensor) -> Iterator[None]:
-        """While open, autograd keeps nothing of ``rows``, and of anything else what it would keep without this."""
+    @eager
+    def run(self, experts: Callable[[Tensor, Routing], Tensor], rows: Tensor, routing: Routing) -> Tensor:
+        """The experts' results, with nothing of ``rows`` kept for backward, and of all else what is kept without this."""
         storage = rows.untyped_storage()._cdata
         outer = _outer_hooks() or (_same, _same)
 
@@ -69,7 +70,7 @@ class Again:
         if rows.requires_grad:
             rows.register_hook(self.release)
         with torch.autograd.graph.saved_tensors_hooks(keep, find):
-            yield
+            return experts(rows, routing)
 
     def _view(self, place: _Place) -> Tensor:
         rows = self._rows

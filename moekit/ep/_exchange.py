@@ -22,8 +22,6 @@ from torch.autograd.function import once_differentiable
 
 from moekit.ep._ways import Way
 
-_DENSE = torch.contiguous_format
-
 
 class Arrived(NamedTuple):
     """What an exchange brought.
@@ -138,10 +136,14 @@ class _Wait(torch.autograd.Function):
 
 def _packed(rows: Tensor, along: Tensor) -> Tensor:
     """Both as bytes, ``[S, n]`` uint8: no other type is known to every backend, and holds integers and weights."""
-    return torch.cat([along.contiguous().view(torch.uint8), rows.contiguous().view(torch.uint8)], 1)
+    return torch.cat([_dense(along).view(torch.uint8), _dense(rows).view(torch.uint8)], 1)
 
 
 def _unpacked(packed: Tensor, integers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     along, rows = packed.split([4 * integers, packed.shape[1] - 4 * integers], 1)
-    # Clones, since a single row is contiguous wherever it begins, also where no number of this type may.
-    return rows.clone(memory_format=_DENSE).view(dtype), along.clone(memory_format=_DENSE).view(torch.int32)
+    return _dense(rows).view(dtype), _dense(along).view(torch.int32)
+
+
+def _dense(values: Tensor) -> Tensor:
+    """A copy, for what counts as contiguous may begin anywhere and, if it is empty, have any strides: no place for bytes."""
+    return values.clone(memory_format=torch.contiguous_format)

@@ -52,7 +52,5 @@ class Overflow:
         if total < max(2 * self._told, 1):  # when it begins, and then whenever it has doubled
             return
         self._told = total
-        text = (
-            f"moekit.{self.op}: {total} pairs (token, rank) of rank {self.rank} beyond the capacity were not computed so far"
-        )
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        pairs = f"{total} pairs (token, rank) of rank {self.rank} so far"
+        warnings.warn(f"moekit.{self.op}: beyond the capacity, and not computed: {pairs}", RuntimeWarning, stacklevel=2)

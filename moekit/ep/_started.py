@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.ep._again import Again
+from moekit.ep._eager import eager
 from moekit.ep._exchange import Exchange
 from moekit.ep._ranks import Shares
 from moekit.ep._ways import Message, Way
@@ -41,6 +42,7 @@ class Handle:
     tables: Tables | None
     again: Again | None
 
+    @eager
     def take_back(self, rows: Tensor) -> Tensor:
         """Bring results home."""
         _check.floating(self.op, "rows", rows)
@@ -70,6 +72,7 @@ class Started:
     tables: Tables | None
     again: Again | None
 
+    @eager
     def finish(self) -> tuple[Tensor, Routing, Handle]:
         """What :meth:`moekit.ep.Dispatcher.dispatch` gives."""
         slots = self.slots.wait()
@@ -84,11 +87,8 @@ class Started:
     def through(self, experts: Experts) -> Tensor:
         """The experts' results, ``[T, H]``."""
         rows, local, handle = self.finish()
-        if self.again is None:
-            return handle.take_back(experts(rows, local))
-        with self.again.in_place_of(rows):
-            out = experts(rows, local)
-        del rows
+        out = experts(rows, local) if self.again is None else self.again.run(experts, rows, local)
+        del rows, local
         return handle.take_back(out)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moekit.ep._faults import named
+from moekit.ep._faults import named, read
 from moekit.ep._traffic import count
 
 _c10d: Any = torch.ops._c10d_functional
@@ -66,7 +66,7 @@ class Message(NamedTuple):
 
 
 class Uneven(NamedTuple):
-    """Each rank gets rows of its own: ``[sum(send), ...]`` by where they go, to ``[sum(receive), ...]`` by where they are from.
+    """Each rank gets rows of its own: ``[sum(send), ...]``, by where they go, to ``[sum(receive), ...]``, by where from.
 
     Attributes:
         message: what goes.
@@ -134,10 +134,10 @@ def swapped(counts: Tensor, message: Message) -> tuple[list, list]:
     """What this rank says to each rank ``[ranks, ...]``, and what each says to it, as lists: a host read."""
     each = [1] * message.group.size()
     received = message.wait(message.all_to_all(counts, each, each))
-    said, heard = torch.stack([counts, received]).tolist()
+    said, heard = read(torch.stack([counts, received]), message.op, message.group)
     return said, heard
 
 
 def gathered(counts: Tensor, message: Message) -> list:
     """What every rank says, ``[ranks, *counts.shape]`` as a list: a host read."""
-    return message.wait(message.all_gather(counts.unsqueeze(0))).tolist()
+    return read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
+from moekit.ep._agree import agree
+from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares, check
 from moekit.ep._started import Handle, Started, combine, numbered, send
 from moekit.ep._ways import Message, Spread, gathered
@@ -47,6 +49,7 @@ class AllGather:
     ) -> None:
         self.shares = Shares.of(_OP, group, num_experts)
         self.tokens_per_rank = None if tokens_per_rank is None else _check.positive(_OP, "tokens_per_rank", tokens_per_rank)
+        agree(_OP, self.shares.group, experts=num_experts, tokens_per_rank=tokens_per_rank)
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Handle]:
         """As :class:`moekit.ep.Dispatcher` has it.
@@ -60,6 +63,7 @@ class AllGather:
         """As :class:`moekit.ep.Dispatcher` has it."""
         return combine(_OP, rows, handle)
 
+    @eager
     def start(self, tokens: Tensor, routing: Routing) -> Started:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep._again import Again
+from moekit.ep._agree import agree
+from moekit.ep._eager import eager
 from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares, check
 from moekit.ep._rounds import Rounds, parts, rounds
@@ -88,6 +90,7 @@ class AllToAll:
         self.capacity = None if capacity is None else _check.positive(_OP, "capacity", capacity)
         self.max_rows = None if max_rows is None else _check.positive(_OP, "max_rows", max_rows, at_least=ranks)
         self.redispatch = redispatch
+        agree(_OP, self.shares.group, experts=num_experts, capacity=capacity, max_rows=max_rows, redispatch=redispatch)
         self._overflow = Overflow(_OP, self.shares.group.rank())
 
     @property
@@ -103,6 +106,7 @@ class AllToAll:
         """As :class:`moekit.ep.Dispatcher` has it."""
         return combine(_OP, rows, handle)
 
+    @eager
     def start(self, tokens: Tensor, routing: Routing) -> Started | Rounds:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
