@@ -42,7 +42,12 @@ SELECTION = (
 )
 
 # Of what runs on several ranks, each of which is broken.
-RANKS = ("tests/test_ep.py::test_ranks_equal_one[2]", "tests/test_ep_options.py", "tests/test_ep_calls.py")
+RANKS = (
+    "tests/test_ep.py::test_ranks_equal_one[2]",
+    "tests/test_ep_options.py",
+    "tests/test_ep_calls.py",
+    "tests/test_ep_adapters.py",
+)
 
 
 # --- how to break ---------------------------------------------------------------------------------------------------
@@ -212,6 +217,12 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
         "ep._ways",
         "Collect",
         lambda kind: type("Collect", (kind,), {"finish": lambda self, pending: kind.finish(self, pending.tril())}),
+    ),
+    "a slice is put in the place of another": attribute(
+        "ep.slices", "_gather", lambda gather: lambda part, *rest: gather(part, *rest).roll(1, 0)
+    ),
+    "torchtitan's scores are left out": attribute(
+        "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
     ),
 }
 MUTANTS |= MUTANTS_OF_RANKS

@@ -62,8 +62,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = _active(layer)
     if names and hasattr(layer.get_param(), "placements") and getattr(_experts_of(layer), "_is_expert_parallel", False):
         raise NotImplementedError(
-            f"moekit.hf: {layer.parameter_name} has adapters, and its experts are sharded over ranks, of which PEFT's adapters "
-            "know nothing: load the model without expert parallelism (ep_size=1), or adapt other parameters"
+            f"moekit.hf: {layer.parameter_name} has adapters, and its experts are sharded over ranks, of which PEFT "
+            "knows nothing: load the model without expert parallelism (ep_size=1), or adapt other parameters"
         )
     part = _part(layer) if names and "adapter_names" not in kwargs else None
     if part is None:
