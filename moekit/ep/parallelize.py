@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep import placement
+from moekit.ep._agree import agree
 from moekit.ep.choose import dispatcher as dispatcher_of
 from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.gradients import Reduction
@@ -152,6 +153,8 @@ def _check_layer(op: str, name: str, layer: MoE, mesh: DeviceMesh) -> None:
 
 def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: dict[str, Any]) -> Dispatcher:
     if isinstance(kind, str):
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in layer.state_dict().items()}
+        agree(_OP, mesh.get_group(), experts=layer.experts.num_experts, k=layer.router.k, **shapes)
         return dispatcher_of(mesh, layer.experts.num_experts, layer.router.k, kind, **options)
     if options:
         raise _check.unused(_OP, ", ".join(options), "...", "with a dispatcher that is made")
