@@ -47,6 +47,7 @@ RANKS = (
     "tests/test_ep_options.py",
     "tests/test_ep_calls.py",
     "tests/test_ep_adapters.py",
+    "tests/test_ep_layer.py::test_the_layer_on_two_ranks",
 )
 
 
@@ -223,6 +224,14 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
     ),
     "torchtitan's scores are left out": attribute(
         "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
+    "gradients of experts are not divided by their batches": attribute(
+        "ep.gradients", "Reduction", lambda kind: setattr(kind, "factor", property(lambda self: 1.0)) or kind
+    ),
+    "a norm is of this rank's experts alone": attribute("ep.gradients", "_over", lambda over: lambda power, *rest: power),
+    "every rank draws experts of its own": attribute(
+        "ep.placement",
+        "compute_local_shape_and_global_offset",
+        lambda found: lambda *args: (found(*args)[0], (0, *found(*args)[1][1:])),
     ),
 }
 MUTANTS |= MUTANTS_OF_RANKS
