@@ -224,6 +224,7 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
     ),
     "torchtitan's scores are left out": attribute(
         "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
+    ),
     "gradients of experts are not divided by their batches": attribute(
         "ep.gradients", "Reduction", lambda kind: setattr(kind, "factor", property(lambda self: 1.0)) or kind
     ),
