@@ -46,8 +46,8 @@ RANKS = (
     "tests/test_ep.py::test_ranks_equal_one[2]",
     "tests/test_ep_options.py",
     "tests/test_ep_calls.py",
-    "tests/test_ep_layer.py::test_the_layer_on_two_ranks",
     "tests/test_ep_adapters.py",
+    "tests/test_ep_layer.py::test_the_layer_on_two_ranks",
 )
 
 
@@ -219,6 +219,12 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
         "Collect",
         lambda kind: type("Collect", (kind,), {"finish": lambda self, pending: kind.finish(self, pending.tril())}),
     ),
+    "a slice is put in the place of another": attribute(
+        "ep.slices", "_gather", lambda gather: lambda part, *rest: gather(part, *rest).roll(1, 0)
+    ),
+    "torchtitan's scores are left out": attribute(
+        "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
+    ),
     "gradients of experts are not divided by their batches": attribute(
         "ep.gradients", "Reduction", lambda kind: setattr(kind, "factor", property(lambda self: 1.0)) or kind
     ),
@@ -227,12 +233,6 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
         "ep.placement",
         "compute_local_shape_and_global_offset",
         lambda found: lambda *args: (found(*args)[0], (0, *found(*args)[1][1:])),
-    ),
-    "a slice is put in the place of another": attribute(
-        "ep.slices", "_gather", lambda gather: lambda part, *rest: gather(part, *rest).roll(1, 0)
-    ),
-    "torchtitan's scores are left out": attribute(
-        "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
     ),
 }
 MUTANTS |= MUTANTS_OF_RANKS

@@ -43,6 +43,12 @@ LAYOUTS = {
     },
 }
 ALSO = ("EP=2 on one batch", "EP=4, TP=2")  # a few steps
+# Of these, too: experts and options.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all-gather": ("eager", {"kind": "all_gather"}),
+    "rounds": ("grouped_mm", {"kind": "all_to_all", "max_rows": 6}),
+    "checkpoints": ("moekit", {}),
+}
 # Of these, one step: what of moekit is the experts alone, whose tokens are Transformers' to bring.
 OTHERS = {
     "tensor parallel": {"tp_size": 2},
@@ -132,11 +138,13 @@ def trained_on_a_rank(folder: str) -> dict[tuple[str, str], list[float]]:
             found[layout, kind, "moekit"] = averaged(trained(model, mine, FEW if layout in ALSO else STEPS))
         theirs = load(folder, "Qwen3Moe", ep_implementation="all_to_all", **settings)
         found[layout, "Qwen3Moe", "all_to_all"] = averaged(trained(theirs, mine, FEW))
-    for experts, options in (("eager", {"kind": "all_gather"}), ("grouped_mm", {"kind": "all_to_all", "max_rows": 6})):
+    world = dist.get_world_size()
+    for name, (experts, options) in WAYS.items():
         moekit.hf.register(expert_parallel=options)
-        model = load(folder, "GptOss", experts, fsdp_size=dist.get_world_size(), ep_size=2, ep_implementation="moekit")
-        mine = batch().chunk(dist.get_world_size())[dist.get_rank()]
-        found["options", "GptOss", experts] = averaged(trained(model, mine, FEW))
+        model = load(folder, "GptOss", experts, fsdp_size=world, ep_size=2, ep_implementation="moekit")
+        if name == "checkpoints":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found[name, "GptOss", experts] = averaged(trained(model, batch().chunk(world)[dist.get_rank()], FEW))
     return found
 
 

@@ -54,10 +54,9 @@ def experts_forward(
     Raises:
         TypeError: weights (or hidden states) that are not what they seem: sharded, quantised, packed.
     """
-    inputs: tuple[Tensor, Any, Tensor] = (hidden_states, top_k_index, top_k_weights)
-    lora = lora or {}
-    if exporting_to_onnx() and not lora:
-        return _exportable(module, *inputs)
+    inputs, lora = (hidden_states, top_k_index, top_k_weights), lora or {}
+    if exporting_to_onnx() and not lora and isinstance(top_k_index, Tensor):
+        return _exportable(module, hidden_states, top_k_index, top_k_weights)
     if is_tracing():
         with warnings.catch_warnings():  # the sizes that are looked at are the weights', or only checked
             warnings.simplefilter("ignore", TracerWarning)
