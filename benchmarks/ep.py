@@ -38,6 +38,7 @@ from moekit.ep._cost import DEEPSEEK, QWEN3, Layer, needed
 TINY = [replace(layer, tokens=48, hidden=64, inner=32, experts=16, topk=4) for layer in (QWEN3, DEEPSEEK)]
 SHARED_INNER = {"DeepSeek-V3": 2048}  # of the shared expert
 ROUNDS = 12
+BEHIND = 8_000_000  # cycles, some 4 ms
 TOLERANCE = 2e-2  # bfloat16, whose products are summed in another order
 
 
@@ -59,6 +60,11 @@ class Here:
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def fall_behind(self) -> None:
+        """The device has something to do first, as in a model, so that it does not wait for the host from the start."""
+        if self.on_gpu:
+            torch.cuda._sleep(BEHIND)
 
     def meet(self) -> None:
         """All ranks are here, and idle."""
@@ -118,8 +124,8 @@ def problem(here: Here, layer: Layer) -> Problem:
         draw(tokens, layer.hidden),
         indices,
         weights / weights.sum(1, keepdim=True),
-        (draw(each, 2 * layer.inner, layer.hidden) / layer.hidden**0.5).requires_grad_(),
-        (draw(each, layer.hidden, layer.inner) / layer.inner**0.5).requires_grad_(),
+        torch.nn.Parameter(draw(each, 2 * layer.inner, layer.hidden).mul_(layer.hidden**-0.5)),
+        torch.nn.Parameter(draw(each, layer.hidden, layer.inner).mul_(layer.inner**-0.5)),
         draw(tokens, layer.hidden),
     )
 
@@ -173,9 +179,10 @@ def exchanged(dispatcher: Any, given: Problem, marks: Marks) -> tuple[Tensor, Te
     out = given.experts(rows, local)
     marks("products")
     y = dispatcher.combine(out, handle)
-    marks("combine")
     out.register_hook(marks.at("combine, backward"))
     rows.register_hook(marks.at("products, backward"))
+    del started, rows, local, out, handle  # what is still there is kept for backward
+    marks("combine")
     y.backward(given.grad)
     marks("exchange, backward")
     return y.detach(), x.grad
@@ -219,22 +226,22 @@ def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
     with torch.device("meta"):
         experts = Qwen3MoeExperts(config)
     experts._is_expert_parallel = True
-    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w.detach()) for w in (given.gate_up, given.down))
+    experts.gate_up_proj, experts.down_proj = given.gate_up, given.down
     mesh = init_device_mesh(here.device.type, (here.ranks, 1), mesh_dim_names=("ep", "tp"))
     theirs = AllToAllEP(experts, mesh["ep"], mesh["tp"])
 
     def step(given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
         x, weights = given.leaves()
-        experts.gate_up_proj.grad = experts.down_proj.grad = None
         marks("begin")
         rows, ids, ones, state = theirs._dispatch_tokens(x, given.indices, weights.to(x.dtype))
         marks("exchange")
         out = theirs.experts_forward(rows, ids, ones)
         marks("products")
         y = theirs._combine_tokens(out, state)
-        marks("combine")
         out.register_hook(marks.at("combine, backward"))
         rows.register_hook(marks.at("products, backward"))
+        del rows, ids, ones, out, state
+        marks("combine")
         y.backward(given.grad)
         marks("exchange, backward")
         return y.detach(), x.grad
@@ -250,8 +257,8 @@ def compared(here: Here, steps: dict[str, Step], given: Problem) -> dict[str, di
     found, first = {}, None
     for name, step in steps.items():
         gc.collect()
-        before = held(here, reset=True)
-        marks = Marks(here)
+        given.leaves()  # no gradients are left
+        before, marks = held(here, reset=True), Marks(here)
         with moekit.ep.traffic() as sent:
             y, grad = step(given, marks)
         here.synchronize()
@@ -282,6 +289,7 @@ def take_turns(here: Here, steps: dict[str, Step], given: Problem, rounds: int) 
     for turn in range(rounds + 2):
         for name in order.sample(list(steps), len(steps)):
             here.meet()
+            here.fall_behind()
             marks = Marks(here)
             steps[name](given, marks)
             if turn >= 2:  # what comes before is compiled, tuned or connected for the first time
