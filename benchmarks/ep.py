@@ -205,6 +205,34 @@ def as_a_whole(
     return y.detach(), x.grad
 
 
+def captured(here: Here, dispatcher: Any, given: Problem) -> dict[str, Step]:
+    """A step as one CUDA graph: what it takes where nothing waits for the host; nothing without a GPU."""
+    if not here.on_gpu:
+        return {}
+    x, weights = given.leaves()
+
+    def once() -> tuple[Tensor, Tensor]:
+        routing = moekit.Routing.from_topk(given.indices, weights, num_experts=given.layer.experts)
+        y = moekit.ep.run(dispatcher, x, routing, given.experts)
+        return y.detach(), torch.autograd.grad(y, [x, weights, given.gate_up, given.down], given.grad)[0]
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            once()
+    here.meet()
+    with torch.cuda.graph(graph):
+        results = once()
+
+    def step(given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
+        marks("begin")
+        graph.replay()
+        marks("end")
+        return results
+
+    return {"all_to_all, capacity, CUDA graph": step}
+
+
 def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
     """Transformers' own exchange over its grouped_mm experts, with the same weights; nothing where it is not there."""
     try:
@@ -328,13 +356,13 @@ def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     given, group = problem(here, layer), dist.group.WORLD
     # What is expected and six deviations: a uniform router stays below.
     capacity = int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5)
+    never_waits = moekit.ep.AllToAll(group, layer.experts, capacity=min(capacity, layer.tokens))
     steps: dict[str, Step] = {
         "all_to_all": functools.partial(exchanged, moekit.ep.AllToAll(group, layer.experts)),
-        "all_to_all, capacity": functools.partial(
-            exchanged, moekit.ep.AllToAll(group, layer.experts, capacity=min(capacity, layer.tokens))
-        ),
+        "all_to_all, capacity": functools.partial(exchanged, never_waits),
         "all_gather": functools.partial(exchanged, moekit.ep.AllGather(group, layer.experts)),
         **transformers_steps(here, given),
+        **captured(here, never_waits, given),
     }
     found = compared(here, steps, given)
     timed = take_turns(here, steps, given, rounds)
