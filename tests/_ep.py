@@ -1,7 +1,9 @@
-"""Problems of expert parallelism: tokens, choices and experts of all ranks, what a rank has of them, and one process alone."""
+"""Problems of expert parallelism: tokens, choices and experts of all ranks, what a rank has of them, and one process."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,3 +96,36 @@ def together(given: Problem, dispatcher: Any, beside: Any = None) -> Problem:
     routing = as_routing(given["indices"], leaves["weights"])
     out = moekit.ep.run(dispatcher, leaves["x"], routing, lambda rows, local: precise(rows, local, leaves), beside)
     return backward(out, leaves, given["grad"])
+
+
+def all_to_all(**options: Any) -> moekit.ep.AllToAll:
+    return moekit.ep.AllToAll(dist.group.WORLD, EXPERTS, **options)
+
+
+def all_gather(**options: Any) -> moekit.ep.AllGather:
+    return moekit.ep.AllGather(dist.group.WORLD, EXPERTS, **options)
+
+
+def layer(given: Problem, used: Any, experts: Any = None, **leaves: Tensor) -> tuple[Tensor, Problem]:
+    """The output of the experts on this rank's tokens, and the leaves, of which some may be given."""
+    found = {**leaves_of(given), **leaves}
+    routing = as_routing(given["indices"], found["weights"])
+    default = lambda rows, local: moekit.experts(rows, local, found["gate_up"], found["down"])  # noqa: E731
+    return moekit.ep.run(used, found["x"], routing, experts or default), found
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rowwise(rows: Tensor, local: moekit.Routing) -> Tensor:
+    """Of each row by itself, so that its bits do not depend on how many there are."""
+    weights: Any = local.weights
+    return rows.tanh() * weights.masked_fill(local.indices < 0, 0).sum(1, keepdim=True)
+
+
+@contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept

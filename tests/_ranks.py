@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 # The server that the processes are forked from has these loaded, so that a process starts in a moment.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"])
+_preloaded = ["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules: str) -> None:
+    """Have these loaded there, too; to be called while tests are collected, before the server is started."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 60) -> list[Any]:

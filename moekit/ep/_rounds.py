@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moekit import _check
+from moekit import _backend, _check
 from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares
 from moekit.ep._started import Experts, send
@@ -92,7 +92,7 @@ class Rounds:
         )
         sent, tokens = [*rows], found[0][order].split([len(part) for part in rows])
         del rows
-        wanted, given = sent[0].requires_grad, self.tokens.detach()
+        wanted, given, backend = sent[0].requires_grad, self.tokens.detach(), _backend.current()
 
         def rows_of(number: int) -> Tensor:
             """The rows to send; in backward, where they are gone, from the tokens."""
@@ -100,8 +100,9 @@ class Rounds:
             return given.index_select(0, tokens[number]).requires_grad_(wanted) if part is None else part
 
         def one(number: int) -> Tensor:
-            way: Any = partial(Uneven, send=self.there[number], receive=self.back[number])
-            return send(self.shares, way, rows_of(number), weights[number], numbers[number]).through(experts)
+            way = partial(Uneven, send=self.there[number], receive=self.back[number])
+            with _backend.backend(backend):  # also in backward, wherever that is
+                return send(self.shares, way, rows_of(number), weights[number], numbers[number]).through(experts)
 
         # A checkpoint keeps the arguments of what it runs again: there are none of row size.
         out = [checkpoint(one, number, use_reentrant=False) for number in range(len(self.there))]
