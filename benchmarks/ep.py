@@ -24,12 +24,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import moekit
 import moekit.ep
@@ -39,6 +41,8 @@ TINY = [replace(layer, tokens=48, hidden=64, inner=32, experts=16, topk=4) for l
 SHARED_INNER = {"DeepSeek-V3": 2048}  # of the shared expert
 ROUNDS = 12
 BEHIND = 8_000_000  # cycles, some 4 ms
+# Whether there is a Transformers that has expert parallelism: 5.24 or newer.
+EXPERT_PARALLEL = bool(find_spec("transformers") and find_spec("transformers.distributed.expert_parallel"))
 TOLERANCE = 2e-2  # bfloat16, whose products are summed in another order
 
 
@@ -111,8 +115,8 @@ class Problem:
         return moekit.experts(rows, local, self.gate_up, self.down)
 
 
-def problem(here: Here, layer: Layer) -> Problem:
-    g = torch.Generator(here.device).manual_seed(here.rank)
+def problem(here: Here, layer: Layer, seed: int | None = None) -> Problem:
+    g = torch.Generator(here.device).manual_seed(here.rank if seed is None else seed)
     draw = functools.partial(torch.randn, generator=g, device=here.device, dtype=torch.bfloat16)
     tokens, each = layer.tokens, layer.experts // here.ranks
     scores = torch.rand(tokens, layer.experts, generator=g, device=here.device)
@@ -205,10 +209,8 @@ def as_a_whole(
     return y.detach(), x.grad
 
 
-def captured(here: Here, dispatcher: Any, given: Problem) -> dict[str, Step]:
-    """A step as one CUDA graph: what it takes where nothing waits for the host; nothing without a GPU."""
-    if not here.on_gpu:
-        return {}
+def captured(here: Here, dispatcher: Any, given: Problem) -> Step:
+    """A step as one CUDA graph: what it takes where nothing waits for the host."""
     x, weights = given.leaves()
 
     def once() -> tuple[Tensor, Tensor]:
@@ -230,19 +232,16 @@ def captured(here: Here, dispatcher: Any, given: Problem) -> dict[str, Step]:
         marks("end")
         return results
 
-    return {"all_to_all, capacity, CUDA graph": step}
+    return step
 
 
-def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
-    """Transformers' own exchange over its grouped_mm experts, with the same weights; nothing where it is not there."""
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from transformers import Qwen3MoeConfig
-        from transformers.distributed.expert_parallel import AllToAllEP
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-    except ImportError as error:
-        here.say(f"without Transformers: {error}")
-        return {}
+def experts_of_transformers(here: Here, given: Problem, implementation: str) -> Any:
+    """An experts module of Transformers with this rank's weights; None where that has no expert parallelism."""
+    if not EXPERT_PARALLEL:
+        return here.say("without Transformers, which needs 5.24")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
     layer = given.layer
     config = Qwen3MoeConfig(
         hidden_size=layer.hidden,
@@ -250,11 +249,21 @@ def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
         num_experts=layer.experts // here.ranks,
         num_experts_per_tok=layer.topk,
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
         experts = Qwen3MoeExperts(config)
     experts._is_expert_parallel = True
     experts.gate_up_proj, experts.down_proj = given.gate_up, given.down
+    return experts
+
+
+def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
+    """Transformers' own exchange over its grouped_mm experts, with the same weights; nothing where it is not there."""
+    experts = experts_of_transformers(here, given, "grouped_mm")
+    if experts is None:
+        return {}
+    from transformers.distributed.expert_parallel import AllToAllEP
+
     mesh = init_device_mesh(here.device.type, (here.ranks, 1), mesh_dim_names=("ep", "tp"))
     theirs = AllToAllEP(experts, mesh["ep"], mesh["tp"])
 
@@ -275,6 +284,17 @@ def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
         return y.detach(), x.grad
 
     return {"Transformers all_to_all": step}
+
+
+def through(implementation: Any, given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
+    """A step of an implementation registered with Transformers."""
+    x, weights = given.leaves()
+    marks("begin")
+    y = implementation(x, given.indices, weights)
+    marks("forward")
+    y.backward(given.grad)
+    marks("backward")
+    return y.detach(), x.grad
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -354,15 +374,12 @@ def link(here: Here, sizes: Sequence[float]) -> list[dict[str, float]]:
 def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     """The contenders."""
     given, group = problem(here, layer), dist.group.WORLD
-    # What is expected and six deviations: a uniform router stays below.
-    capacity = int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5)
-    never_waits = moekit.ep.AllToAll(group, layer.experts, capacity=min(capacity, layer.tokens))
+    never_waits = moekit.ep.AllToAll(group, layer.experts, capacity=capacity(here, layer))
     steps: dict[str, Step] = {
         "all_to_all": functools.partial(exchanged, moekit.ep.AllToAll(group, layer.experts)),
         "all_to_all, capacity": functools.partial(exchanged, never_waits),
         "all_gather": functools.partial(exchanged, moekit.ep.AllGather(group, layer.experts)),
         **transformers_steps(here, given),
-        **captured(here, never_waits, given),
     }
     found = compared(here, steps, given)
     timed = take_turns(here, steps, given, rounds)
@@ -413,6 +430,41 @@ def of_skew(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     return found
 
 
+def of_one_batch(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
+    """Through Transformers, where all ranks have the same tokens: moekit beside its own two."""
+    given, steps = problem(here, layer, seed=0), {}
+    mesh = init_device_mesh(here.device.type, (here.ranks,), mesh_dim_names=("ep",))
+    for name, implementation in (("moekit", "moekit"), ("all_to_all", "grouped_mm"), ("all_reduce", "grouped_mm")):
+        experts = experts_of_transformers(here, given, implementation)
+        if experts is None:
+            return {}
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+
+        moekit.hf.register()
+        steps[name] = functools.partial(through, EPImplementationInterface()[name](experts, mesh, mesh))
+    found, timed = compared(here, steps, given), take_turns(here, steps, given, rounds)
+    here.say(f"{layer.name}, one batch: { ({name: timed[name] | found[name] for name in steps}) }")
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
+
+
+def of_graph(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
+    """A capacity, with and without a CUDA graph."""
+    if not here.on_gpu:
+        return {}
+    given, room = problem(here, layer), capacity(here, layer)
+    dispatcher = moekit.ep.AllToAll(dist.group.WORLD, layer.experts, capacity=room)
+    eager = functools.partial(as_a_whole, dispatcher, None, False)
+    steps: dict[str, Step] = {"eager": eager, "graph": captured(here, dispatcher, given)}
+    found, timed = compared(here, steps, given), take_turns(here, steps, given, rounds)
+    here.say(f"{layer.name}, capacity {room}: { ({name: timed[name] | found[name] for name in steps}) }")
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
+
+
+def capacity(here: Here, layer: Layer) -> int:
+    """What is expected and six deviations: a uniform router stays below."""
+    return min(layer.tokens, int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5))
+
+
 def replace_tokens(given: Problem, kept: slice, indices: Tensor | None = None) -> Problem:
     chosen = given.indices if indices is None else indices
     return replace(given, x=given.x[kept], indices=chosen[kept], weights=given.weights[kept], grad=given.grad[kept])
@@ -430,13 +482,16 @@ def run(args: argparse.Namespace) -> None:
         "link": link(here, sizes),
         "layers": {},
     }
-    for layer in layers:
-        if args.only and args.only not in layer.name:
-            continue
-        parts = {"contenders": of_layer, "shared expert": of_overlap, "skew": of_skew}
-        found["layers"][layer.name] = {}
-        for name, part in parts.items():
-            found["layers"][layer.name][name] = part(here, layer, args.rounds)
+    parts = {
+        "contenders": of_layer,
+        "shared expert": of_overlap,
+        "skew": of_skew,
+        "one batch": of_one_batch,
+        "graph": of_graph,
+    }
+    for name, part in parts.items():
+        for layer in (layer for layer in layers if not args.only or args.only in layer.name):
+            found["layers"].setdefault(layer.name, {})[name] = part(here, layer, args.rounds)
             gc.collect()
             if here.on_gpu:
                 torch.cuda.empty_cache()

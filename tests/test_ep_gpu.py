@@ -127,6 +127,34 @@ def test_cuda_graphs_of_what_never_waits(found: dict[int, dict[str, Any]]):
     assert all(all(of_rank["graph"].values()) for of_rank in found.values()), found[0]["graph"]
 
 
+def trained(folder: str) -> dict[tuple[str, str], Tensor]:
+    """Losses of models of Transformers, sharded by FSDP2, tensor parallelism and moekit's exchange."""
+    import test_ep_hf as hf
+
+    import moekit.hf
+
+    moekit.hf.register()
+    found = {}
+    for layout, settings in hf.LAYOUTS.get(RANKS, {}).items():
+        mine = hf.batch().chunk(settings.get("fsdp_size", 1))[dist.get_rank() // settings.get("tp_size", 1)].cuda()
+        for kind in hf.MODELS:
+            model = hf.load(folder, kind, ep_implementation="moekit", **settings).cuda()
+            losses = torch.tensor(hf.trained(model, mine, hf.FEW), device="cuda")
+            dist.all_reduce(losses)
+            found[layout, kind] = losses.cpu() / RANKS
+    return found
+
+
+def test_transformers_with_fsdp_and_tensor_parallelism(tmp_path: Path):
+    hf = pytest.importorskip("test_ep_hf")
+    losses, _ = hf.alone(str(tmp_path))
+    found = survivors(trained, [], RANKS, f"file://{tmp_path}/meeting", str(tmp_path), timeout=120, backend="nccl")
+    for (layout, kind), values in found[0].items():
+        torch.testing.assert_close(
+            values, torch.tensor(losses[kind])[: len(values)], rtol=1e-4, atol=0, msg=f"{layout} {kind}"
+        )
+
+
 def killed() -> tuple[str, float]:
     """The last rank is killed between dispatch and combine: nothing waits before the next step's sizes."""
     last, given = dist.get_rank() == RANKS - 1, _ep.mine(of("random", torch.float32))
