@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import mutants
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,8 @@ def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, tim
 
 def _rank(rank: int, work: Callable[..., Any], world: int, folder: str, timeout: float, args: tuple) -> None:
     warnings.simplefilter("ignore")
+    if mutants.ENVIRONMENT in os.environ:
+        mutants.pytest_configure()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"

@@ -44,6 +44,9 @@ SELECTION = (
     "tests/test_ep_faults.py::test_who_has_not_reported_in",
 )
 
+# Of what runs on several ranks, each of which is broken.
+RANKS = ("tests/test_ep.py::test_ranks_equal_one[2]", "tests/test_ep_options.py", "tests/test_ep_calls.py")
+
 
 # --- how to break ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +211,25 @@ MUTANTS: dict[str, Callable[[], None]] = {
     ),
 }
 
+MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
+    "results come back to other tokens": attribute(
+        "ep._started", "sum_rows", lambda sum_rows: lambda rows, *rest: sum_rows(rows.roll(1, 0), *rest)
+    ),
+    "what is over capacity is not counted": attribute(
+        "ep._overflow", "Overflow", lambda kind: setattr(kind, "add", lambda self, dropped: None) or kind
+    ),
+    "every round is kept for backward": attribute(
+        "ep._rounds", "checkpoint", lambda checkpoint: lambda run, *args, **options: run(*args)
+    ),
+    "received rows are kept, redispatch or not": attribute("ep.all_to_all", "Again", lambda again: lambda *args: None),
+    "a part of a token from another rank is forgotten": attribute(
+        "ep._ways",
+        "Collect",
+        lambda kind: type("Collect", (kind,), {"finish": lambda self, pending: kind.finish(self, pending.tril())}),
+    ),
+}
+MUTANTS |= MUTANTS_OF_RANKS
+
 
 # --- running --------------------------------------------------------------------------------------------------------
 
@@ -217,8 +239,9 @@ def pytest_configure() -> None:
     MUTANTS[os.environ[ENVIRONMENT]]()
 
 
-def failures(name: str, selection: Sequence[str] = SELECTION) -> list[str]:
-    """The tests of ``selection`` that fail with the mutant ``name``."""
+def failures(name: str, selection: Sequence[str] | None = None) -> list[str]:
+    """The tests of ``selection`` that fail with the mutant ``name``; of those that belong to it, if there is none."""
+    selection = selection or (RANKS if name in MUTANTS_OF_RANKS else SELECTION)
     environment = {
         **os.environ,
         ENVIRONMENT: name,
@@ -226,12 +249,12 @@ def failures(name: str, selection: Sequence[str] = SELECTION) -> list[str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    options = ("-q", "--tb=no", "-rf", "-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
+    options = ("-q", "--tb=no", "-rfE", "-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
     command = [sys.executable, "-m", "pytest", *options, *selection]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # neither all passed nor some failed
         raise RuntimeError(f"mutant {name!r}: pytest stopped\n{done.stdout}\n{done.stderr}")
-    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
 def main(parts: Sequence[str]) -> int:
