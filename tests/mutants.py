@@ -45,7 +45,13 @@ SELECTION = (
 )
 
 # Of what runs on several ranks, each of which is broken.
-RANKS = ("tests/test_ep.py::test_ranks_equal_one[2]", "tests/test_ep_options.py", "tests/test_ep_calls.py")
+RANKS = (
+    "tests/test_ep.py::test_ranks_equal_one[2]",
+    "tests/test_ep_options.py",
+    "tests/test_ep_calls.py",
+    "tests/test_ep_layer.py::test_the_layer_on_two_ranks",
+    "tests/test_ep_adapters.py",
+)
 
 
 # --- how to break ---------------------------------------------------------------------------------------------------
@@ -226,6 +232,21 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
         "ep._ways",
         "Collect",
         lambda kind: type("Collect", (kind,), {"finish": lambda self, pending: kind.finish(self, pending.tril())}),
+    ),
+    "gradients of experts are not divided by their batches": attribute(
+        "ep.gradients", "Reduction", lambda kind: setattr(kind, "factor", property(lambda self: 1.0)) or kind
+    ),
+    "a norm is of this rank's experts alone": attribute("ep.gradients", "_over", lambda over: lambda power, *rest: power),
+    "every rank draws experts of its own": attribute(
+        "ep.placement",
+        "compute_local_shape_and_global_offset",
+        lambda found: lambda *args: (found(*args)[0], (0, *found(*args)[1][1:])),
+    ),
+    "a slice is put in the place of another": attribute(
+        "ep.slices", "_gather", lambda gather: lambda part, *rest: gather(part, *rest).roll(1, 0)
+    ),
+    "torchtitan's scores are left out": attribute(
+        "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
     ),
 }
 MUTANTS |= MUTANTS_OF_RANKS

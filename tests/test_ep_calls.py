@@ -100,6 +100,8 @@ def gradients() -> dict[str, Any]:
         found[f"no x {options}"] = _ep.backward(out, leaves, given["grad"])
         with torch.no_grad():
             found[f"none {options}"] = layer(given, used)[0]
+        with torch.inference_mode():
+            assert torch.equal(layer(given, used)[0], found[f"none {options}"])
         # One rank only makes something of its rows; the other has none, it seems.
         alone = dist.get_rank() == 0
         experts = (
@@ -136,9 +138,9 @@ def autocast() -> dict[str, Any]:
     for options in ({}, {"redispatch": True}):
         with torch.autocast("cpu", torch.bfloat16), keeping() as tensors, moekit.ep.traffic() as sent:
             out, leaves = layer(given, all_to_all(**options))
-        wide = [t for t in tensors if t.dim() == 2 and t.shape[1] == HIDDEN]
+        wide = [len(t) for t in tensors if t.dim() == 2 and t.shape[1] == HIDDEN]
         result = _ep.backward(out, leaves, given["grad"].to(out.dtype))
-        found[str(options)] = (result, len(wide), sent.bytes["rows"] / sent.rows)
+        found[str(options)] = (result, wide, sent.bytes["rows"] / sent.rows)
     return found
 
 
@@ -152,7 +154,8 @@ def test_autocast(ranks: list[dict]):
     for rank, found in enumerate(ranks):
         plain, again = found["autocast"].values()
         assert equal(plain[0], again[0])
-        assert (plain[1], again[1]) == (1, 0) and plain[2] == again[2] == 2 * HIDDEN
+        assert len(plain[1]) == 1 and again[1] == [_ep.TOKENS[WORLD][rank]]  # the rows, or the tokens
+        assert plain[2] == again[2] == 2 * HIDDEN
         for name, value in _ep.of_rank({**given, **wanted}, rank, WORLD).items():
             if name in wanted:
                 assert plain[0][name].dtype is value.dtype
@@ -237,6 +240,8 @@ def _attempts() -> dict[str, Callable[[], Any]]:
         "other rows": lambda: used.combine(rows[1:], open_handle),
         "other width": lambda: used.combine(rows[:, 1:], open_handle),
         "rounds": lambda: all_to_all(max_rows=2).dispatch(x, routing),
+        "no dispatcher": lambda: moekit.ep.run(group, x, routing, rowwise),
+        "beside": lambda: moekit.ep.run(used, x, routing, rowwise, lambda: x[:1]),
     }
 
 
@@ -264,6 +269,8 @@ REFUSED = {
     "other rows": "ValueError: moekit.ep.AllToAll: rows must be of shape [rows that were dispatched, H] = [",
     "other width": "ValueError: moekit.ep.AllToAll: rows must be of shape [rows that were dispatched, H] = [",
     "rounds": "ValueError: moekit.ep.AllToAll: max_rows must be enough for what each rank receives, unless moekit.ep.run",
+    "no dispatcher": "TypeError: moekit.ep.run: dispatcher must be a moekit.ep.Dispatcher, with dispatch and combine, got",
+    "beside": "ValueError: moekit.ep.run: what beside gives must be of shape [tokens, H]",
 }
 
 
@@ -285,7 +292,7 @@ def test_refused(ranks: list[dict]):
         assert found["refused"].keys() == REFUSED.keys()
         for name, (text, sent) in found["refused"].items():
             assert text.startswith(REFUSED[name]), name
-            assert (sent == 0) != (name == "rounds"), name  # which all ranks find out, by their sizes
+            assert (sent == 0) != (name in ("rounds", "beside")), name  # all ranks find out, when sizes are known
 
 
 @everywhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -229,11 +230,15 @@ def experts_on_a_rank() -> dict[tuple, dict[str, Tensor]]:
     return found
 
 
-def interface() -> Any:
+def registry() -> Any:
     from transformers.distributed.expert_parallel import EPImplementationInterface
 
-    moekit.hf.register()
     return EPImplementationInterface()
+
+
+def interface() -> Any:
+    moekit.hf.register()
+    return registry()
 
 
 def check_experts(found: list[dict[tuple, dict[str, Tensor]]]) -> None:
@@ -334,12 +339,61 @@ def check_measured(found: list[dict[str, dict[str, Any]]]) -> None:
         print(f"bytes {what} a token: moekit {mine:.0f}, all_to_all {other:.0f} ({mine / other:.2f})")
 
 
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+
+def refused_on_a_rank(folder: str) -> dict[str, str]:
+    """The errors of what cannot be right."""
+    import peft
+
+    sharded = {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "moekit"}
+    adapted = peft.LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "tp"))
+    attempts: dict[str, Callable[[], Any]] = {
+        "adapters": lambda: peft.get_peft_model(load(folder, "Qwen3Moe", **sharded), adapted)(batch()),
+        "packing": lambda: moekit.hf.pack(load(folder, "Qwen3Moe", **sharded)),
+        "an unknown option": lambda: interface()["moekit"](
+            experts_of("Qwen3Moe", "moekit", dist.get_rank(), 2), mesh["ep"], mesh["tp"], max_row=8
+        ),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (ValueError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+REFUSED = {
+    "adapters": r"NotImplementedError: moekit\.hf: down_proj has adapters, and its experts are sharded.*ep_size=1",
+    "packing": r"ValueError: moekit\.hf\.pack: model must be one with experts that can be packed, got .* a DTensor",
+    "an unknown option": r"ValueError: moekit\.ep\.dispatcher: max_row=8 has no effect",
+}
+
+
+def test_a_release_without_the_registry(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moekit.hf._register._expert_parallel", lambda: None)
+    moekit.hf.register()
+    with pytest.raises(ValueError, match=r"hf\.register: expert_parallel=.* has no effect before Transformers 5\.24"):
+        moekit.hf.register(expert_parallel={"max_rows": 8})
+
+
+def test_the_registry():
+    assert interface()["moekit"].keywords == {}
+    moekit.hf.register(expert_parallel={"max_rows": 8})
+    assert registry()["moekit"].keywords == {"max_rows": 8}
+    moekit.hf.unregister()
+    assert "moekit" not in registry()
+    moekit.hf.register()
+
+
 # --- all of them, in one start of each number of ranks ------------------------------------------------------------------
 
 
 def on_two(folder: str) -> Any:
     moekit.hf.register()
-    return trained_on_a_rank(folder), one_step_on_a_rank(folder)
+    return trained_on_a_rank(folder), one_step_on_a_rank(folder), refused_on_a_rank(folder)
 
 
 def on_four(folder: str) -> Any:
@@ -372,8 +426,10 @@ def check_trained(found: dict[tuple[str, str, str], Tensor], losses: dict[str, l
 def test_two_ranks(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
     folder = str(tmp_path_factory.getbasetemp())
     losses, steps = alone(folder)
-    (trained_losses, found), _ = on_ranks(on_two, 2, tmp_path, folder, timeout=120)
+    (trained_losses, found, errors), _ = on_ranks(on_two, 2, tmp_path, folder, timeout=120)
     check_trained(trained_losses, losses)
+    for name, wanted in REFUSED.items():
+        assert re.match(wanted, errors[name]), (name, errors)
     for (kind, layout, experts), values in found.items():
         peer = found[kind, layout, "grouped_mm"]
         assert values.keys() == peer.keys()

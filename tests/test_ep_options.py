@@ -208,21 +208,49 @@ def kept() -> dict[str, Any]:
         leaves = _ep.leaves_of(given)
         with keeping() as tensors:
             layer(given, used, experts, **leaves)
-        wide = [t for t in tensors if t.dim() == 2 and t.shape[1] == HIDDEN]
-        found[f"{name} with experts"] = [t.untyped_storage().data_ptr() == received[0] for t in wide]
+        names = {received[0]: "rows", leaves["x"].untyped_storage().data_ptr(): "tokens"}
+        wide = [t.untyped_storage().data_ptr() for t in tensors if t.dim() == 2 and t.shape[1] == HIDDEN]
+        found[f"{name} with experts"] = [names.get(place) for place in wide]
     return found
 
 
 def test_kept(ranks: list[dict]):
-    for found in ranks:
+    """Of row size only what the experts keep: the rows that they were given, or the tokens that are sent again."""
+    for rank, found in enumerate(ranks):
         for name in ("plain", "capacity", "all_gather", "redispatch"):
-            assert found["kept"][f"{name} by itself"] == 0
-            assert found["kept"][f"{name} with experts"] == ([] if name == "redispatch" else [True])
+            tokens = _ep.TOKENS[WORLD][rank] * HIDDEN
+            assert found["kept"][f"{name} by itself"] == (tokens if name == "redispatch" else 0)
+            assert found["kept"][f"{name} with experts"] == (["tokens"] if name == "redispatch" else ["rows"])
+
+
+@everywhere
+def reads() -> dict[str, int]:
+    """How often the host reads what a collective gave, in a forward and backward."""
+    given, read, found = _ep.mine(_ep.problem("random")), moekit.ep._ways.read, {}
+    dispatchers = {
+        "plain": all_to_all(),
+        "rounds": all_to_all(max_rows=5),
+        "capacity": all_to_all(capacity=15),
+        "all_gather": all_gather(),
+        "fixed": all_gather(tokens_per_rank=15),
+    }
+    for name, used in dispatchers.items():
+        calls: list[int] = []
+        moekit.ep._ways.read = lambda *args: calls.append(0) or read(*args)  # noqa: B023
+        _ep.together(given, used)
+        found[name] = len(calls)
+    moekit.ep._ways.read = read
+    return found
+
+
+def test_reads(ranks: list[dict]):
+    for found in ranks:
+        assert found["reads"] == {"plain": 1, "rounds": 1, "capacity": 0, "all_gather": 1, "fixed": 0}
 
 
 @everywhere
 def memory() -> list[str]:
-    """What outlives the output, with no garbage collection."""
+    """What outlives the output, or backward, with no garbage collection."""
     given, left = _ep.mine(_ep.problem("random")), []
     gc.collect()
     gc.disable()
@@ -231,10 +259,12 @@ def memory() -> list[str]:
             x = given["x"].clone().requires_grad_()
             inner = x * 2
             ref = weakref.ref(inner)
-            out, _ = layer(given, all_to_all(**options), None, x=inner)
+            out = layer(given, all_to_all(**options), None, x=inner)[0]
+            del inner
             if goes_back:
                 out.sum().backward()
-            del out, _, inner, x
+                left += [] if ref() is None else [f"{options} after backward"]
+            del out
             left += [] if ref() is None else [f"{options} {goes_back}"]
     gc.enable()
     return left

@@ -43,7 +43,7 @@ ONLY_FOR = {
     "triton": ["moekit.kernels.triton"],
     "transformers": ["moekit.hf"],
     "peft": ["moekit.hf.peft"],
-    "torch.distributed": ["moekit.ep", "moekit.ops.losses", "moekit.hf._trainer"],
+    "torch.distributed": ["moekit.ep", "moekit.ops.losses", "moekit.hf._trainer", "moekit.demo.ranks"],
     "typer": ["moekit.cli"],
     "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show"],
     "matplotlib": ["moekit.demo", "moekit.monitor._show"],

@@ -35,13 +35,19 @@ class Again:
     """
 
     def __init__(self, tokens: Tensor, tables: tuple[Tensor, ...], way: Way) -> None:
-        self.tokens, self.tables, self.way = tokens.detach(), tables, way
+        self._tokens, self.tables, self.way = (tokens.detach(),), tables, way
         self._pending: Tensor | None = None
         self._rows: Tensor | None = None
 
-    def start(self) -> None:
+    def keep(self) -> tuple[Tensor, ...]:
+        """The tokens, which are autograd's from now on."""
+        kept, self._tokens = self._tokens, ()
+        return kept
+
+    def start(self, *kept: Tensor) -> None:
         """Send."""
-        self._pending = self.way.start(move_rows(self.tokens, *self.tables))
+        (tokens,) = kept
+        self._pending = self.way.start(move_rows(tokens, *self.tables))
 
     def finish(self) -> None:
         """Receive."""

@@ -40,7 +40,11 @@ class Arrived(NamedTuple):
 class Beside(Protocol):
     """What travels beside the gradients."""
 
-    def start(self) -> None:
+    def keep(self) -> tuple[Tensor, ...]:
+        """What autograd is to keep of it."""
+        ...
+
+    def start(self, *kept: Tensor) -> None:
         """Called when they are on their way."""
         ...
 
@@ -72,7 +76,8 @@ class Exchange:
         self.way, self.along, self.beside = way, along, beside
         # What travels is not among autograd's tensors, for its shape is another on the way back.
         self.pending: Tensor | None = None
-        # What comes after recomputes what is kept of it (moekit.ep._rounds), this exchange included: but not twice.
+        # Something is kept of an exchange of tokens, so that a checkpoint (moekit.ep._rounds) recomputes it on every rank,
+        # and nothing of one of results, so that it is not sent again.
         self.marked = not after
         self._link: Any = _Start.apply(self, rows, *after)
 
@@ -116,8 +121,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, link: Tensor) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        if exchange.marked:
-            ctx.save_for_backward(link)
+        ctx.save_for_backward(*[link] * exchange.marked, *(exchange.beside.keep() if exchange.beside else ()))
         rows = exchange.finish(exchange.way)
         if exchange.along is not None:
             rows, exchange.along = _unpacked(rows, exchange.along.shape[1], link.dtype)
@@ -126,11 +130,10 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, tie: Tensor) -> tuple:
-        _ = ctx.saved_tensors  # under a checkpoint: recomputed now, on every rank, if experts kept nothing
-        exchange = ctx.exchange
+        exchange, kept = ctx.exchange, ctx.saved_tensors  # under a checkpoint: recomputed now, if experts kept nothing
         exchange.start(grad, exchange.way.back())
         if exchange.beside is not None:
-            exchange.beside.start()
+            exchange.beside.start(*kept)
         return None, tie
 
 

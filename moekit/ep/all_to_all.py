@@ -60,7 +60,8 @@ class AllToAll:
         num_experts: E, of all ranks.
         capacity: the most rows from a rank to a rank. So many are always sent, the first by position and then empty ones,
             so nothing waits for the device, and a CUDA graph can capture the call. A pair (token, rank) beyond it is not
-            computed: ``overflow`` counts them, and a RuntimeWarning tells. Experts get ``N * capacity`` rows of K slots.
+            computed: ``overflow`` counts them, and a RuntimeWarning tells. As nobody looks how many slots of the rows are
+            of this rank, the experts need memory for all, ``N * capacity * K``. Run it once before a graph is captured.
         max_rows: the most rows that a rank receives at a time, at least the number of ranks. What is more, on any rank,
             goes in rounds of exchange, experts and exchange, for which :func:`moekit.ep.run` (or ``start(...).through``)
             has to run the experts: ``dispatch`` raises an error, on all ranks. What a round leaves for backward is

@@ -27,7 +27,8 @@ class Dispatcher(Protocol):
         tokens [T0, H]                           tokens [T1, H]
 
     Whoever implements the two methods can be given to :class:`moekit.nn.MoE` and :func:`moekit.ep.run`. Both must be
-    differentiable, and each must be called by all ranks, also by one without tokens.
+    differentiable. Each must be called by all ranks, also by one without tokens, and so must backward: tokens and weights
+    need a gradient on all ranks or on none.
     """
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
@@ -39,7 +40,7 @@ class Dispatcher(Protocol):
 
         Returns:
             ``(rows, routing, handle)``: ``[N, H]``, their routing over the experts of this rank, with weights (a slot of
-            another rank is -1), and what :meth:`combine` needs.
+            another rank is -1, and its tables may have no room for rows of no expert), and what :meth:`combine` needs, once.
         """
         ...
 

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from moekit import _check
 from moekit.ep.dispatcher import Dispatcher, Overlapping
 from moekit.routing import Routing
+
+_OP = "ep.run"
 
 
 def run(
@@ -29,7 +32,14 @@ def run(
 
     Returns:
         ``[T, H]``.
+
+    Raises:
+        TypeError: no dispatcher.
+        ValueError: what ran beside gave another shape.
     """
+    if not isinstance(dispatcher, Dispatcher):
+        wanted = "a moekit.ep.Dispatcher, with dispatch and combine"
+        raise _check.wrong_type(_OP, "dispatcher", wanted, type(dispatcher).__name__)
     if isinstance(dispatcher, Overlapping):
         started = dispatcher.start(tokens, routing)
         shared = None if beside is None else beside()
@@ -38,4 +48,7 @@ def run(
         rows, local, handle = dispatcher.dispatch(tokens, routing)
         shared = None if beside is None else beside()
         out = dispatcher.combine(experts(rows, local), handle)
-    return out if shared is None else out + shared
+    if shared is None:
+        return out
+    _check.shape(_OP, "what beside gives", shared, out.shape, "[tokens, H]")
+    return out + shared

@@ -51,8 +51,10 @@ class ExpertParallel(EPImplementation):
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any, **options: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.module, self.options = experts, options
-        self.dispatchers: dict[int, Dispatcher] = {}  # by K, which only a call says
+        self.module, self.num_experts, self.options = experts, experts.num_experts * ep_mesh.size(), options
+        self.dispatchers: dict[int, Dispatcher] = {}  # by K
+        if isinstance(topk := getattr(getattr(experts, "config", None), "num_experts_per_tok", None), int):
+            self._by(topk)  # what is wrong with options shows when the model is loaded
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """This rank's tokens through the experts of all.
@@ -69,12 +71,15 @@ class ExpertParallel(EPImplementation):
         tokens, index, weights = hidden_states, top_k_index, top_k_weights
         if shared is not None:
             tokens, index, weights = mine(tokens, shared), mine(index, shared, "slots"), mine(weights, shared, "slots")
-        num_experts, topk = self.num_local_experts * self.ep_mesh.size(), index.shape[1]
-        if topk not in self.dispatchers:
-            self.dispatchers[topk] = dispatcher(self.ep_mesh, num_experts, topk, **self.options)
-        routing = Routing.from_topk(index, weights, num_experts=num_experts)
-        out = run(self.dispatchers[topk], tokens, routing, self._experts)
+        routing = Routing.from_topk(index, weights, num_experts=self.num_experts)
+        out = run(self._by(index.shape[1]), tokens, routing, self._experts)
         return out if shared is None else whole(out, hidden_states.shape[0], shared)
+
+    def _by(self, topk: int) -> Dispatcher:
+        """What brings tokens of ``topk`` experts to them; made once."""
+        if topk not in self.dispatchers:
+            self.dispatchers[topk] = dispatcher(self.ep_mesh, self.num_experts, topk, **self.options)
+        return self.dispatchers[topk]
 
     def _experts(self, rows: Tensor, routing: Routing) -> Tensor:
         """This rank's experts on what arrived, weighted and summed."""

@@ -54,7 +54,8 @@ def experts_forward(
     Raises:
         TypeError: weights (or hidden states) that are not what they seem: sharded, quantised, packed.
     """
-    inputs, lora = (hidden_states, top_k_index, top_k_weights), lora or {}
+    inputs: tuple[Tensor, Any, Tensor] = (hidden_states, top_k_index, top_k_weights)
+    lora = lora or {}
     if exporting_to_onnx() and not lora:
         return _exportable(module, *inputs)
     if is_tracing():
