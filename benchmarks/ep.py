@@ -22,8 +22,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -388,7 +388,7 @@ def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
         here.say(f"    { ({k: float(f'{v:.4g}') for k, v in found[name].items()}) }")
         if max(found[name]["error"], found[name]["error of the gradient"]) > TOLERANCE:
             raise SystemExit(f"{name} computes something else")
-    return {"layer": asdict(layer), "contenders": {name: {"ms": timed[name], **found[name]} for name in steps}}
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
 
 
 def of_overlap(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
@@ -479,6 +479,7 @@ def run(args: argparse.Namespace) -> None:
         "ranks": here.ranks,
         "backend": args.backend,
         "torch": torch.__version__,
+        "note": "a step began some 4 ms behind the host",
         "link": link(here, sizes),
         "layers": {},
     }
@@ -496,7 +497,7 @@ def run(args: argparse.Namespace) -> None:
             if here.on_gpu:
                 torch.cuda.empty_cache()
             if here.rank == 0 and args.out:  # what is there, in case the next does not end
-                args.out.write_text(json.dumps(found, indent=1))
+                args.out.write_text(json.dumps([found], indent=1))
     dist.destroy_process_group()
 
 
@@ -506,20 +507,42 @@ def _spawned(rank: int, ranks: int, port: int, args: argparse.Namespace) -> None
     run(args)
 
 
+FORWARD = ("permute", "exchange", "products", "combine")
+BACKWARD = ("combine, backward", "products, backward", "exchange, backward")
+STAGES = (*FORWARD, *BACKWARD, "all")
+
+
 def tables(found: dict[str, Any]) -> str:
     """What was measured, in Markdown."""
-    lines = [f"{found['ranks']} x {found['device']}, torch {found['torch']}", ""]
+    lines = [f"{found['ranks']} x {found['device']}, torch {found['torch']}: {found['note']}.", ""]
+    lines += ["| to others, MB | ms | GB/s |", "|---|---|---|"]
+    lines += [f"| {one['bytes'] / 1e6:.0f} | {one['ms']:.3f} | {one['rate'] / 1e9:.0f} |" for one in found["link"]]
     for name, layer in found["layers"].items():
-        contenders = layer["contenders"]["contenders"]
-        stages = list(dict.fromkeys(stage for of in contenders.values() for stage in of["ms"]))
-        lines += [f"| {name}, ms | " + " | ".join(stages) + " | MB sent | MB kept | MB at most |"]
-        lines += ["|---" * (len(stages) + 4) + "|"]
-        for who, of in contenders.items():
-            cells = [f"{of['ms'][stage]:.3f}" if stage in of["ms"] else "" for stage in stages]
-            cells += [f"{of[what] / 1e6:.0f}" if of.get(what) else "" for what in ("bytes of rows", "kept", "peak")]
-            lines.append(f"| {who} | " + " | ".join(cells) + " |")
-        lines.append("")
+        head = [f"{name}, ms", *STAGES, "MB sent", "MB kept", "MB at most"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for who, of in layer["contenders"].items():
+            megabytes = [f"{of[what] / 1e6:.0f}" if of.get(what) else "" for what in ("bytes of rows", "kept", "peak")]
+            lines.append(f"| {' | '.join([who, *times(of['ms'], STAGES), *megabytes])} |")
+        lines += ["", f"| {name}, ms | forward | backward | all |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join([case, *times(ms, ('forward', 'backward', 'all'))])} |" for case, ms in wholes(layer)]
     return "\n".join(lines)
+
+
+def times(ms: dict[str, float], stages: Sequence[str]) -> list[str]:
+    return [f"{ms[stage]:.2f}" if stage in ms else "" for stage in stages]
+
+
+def wholes(layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The steps that were not split."""
+    for case, ms in layer["shared expert"].items():
+        yield f"shared expert: {case}", ms
+    yield "no tokens on the last rank", layer["skew"]["no tokens on the last rank"]
+    for case, ms in layer["skew"].get("collapsed", {}).items():
+        yield f"collapsed router, {case}", ms
+    for case, of in layer.get("one batch", {}).items():
+        yield f"one batch on all ranks, through Transformers: {case}", of["ms"]
+    for case, of in layer.get("graph", {}).items():
+        yield f"capacity, {case}", of["ms"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -532,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print what was measured, and measure nothing")
     args = parser.parse_args(argv)
     if args.table:
-        print(tables(json.loads(args.table.read_text())))
+        print("\n\n".join(tables(found) for found in json.loads(args.table.read_text())))
     elif "RANK" in os.environ:
         run(args)
     else:
