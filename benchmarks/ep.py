@@ -22,14 +22,16 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import moekit
 import moekit.ep
@@ -38,6 +40,9 @@ from moekit.ep._cost import DEEPSEEK, QWEN3, Layer, needed
 TINY = [replace(layer, tokens=48, hidden=64, inner=32, experts=16, topk=4) for layer in (QWEN3, DEEPSEEK)]
 SHARED_INNER = {"DeepSeek-V3": 2048}  # of the shared expert
 ROUNDS = 12
+BEHIND = 8_000_000  # cycles, some 4 ms
+# Whether there is a Transformers that has expert parallelism: 5.24 or newer.
+EXPERT_PARALLEL = bool(find_spec("transformers") and find_spec("transformers.distributed.expert_parallel"))
 TOLERANCE = 2e-2  # bfloat16, whose products are summed in another order
 
 
@@ -59,6 +64,11 @@ class Here:
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def fall_behind(self) -> None:
+        """The device has something to do first, as in a model, so that it does not wait for the host from the start."""
+        if self.on_gpu:
+            torch.cuda._sleep(BEHIND)
 
     def meet(self) -> None:
         """All ranks are here, and idle."""
@@ -105,8 +115,8 @@ class Problem:
         return moekit.experts(rows, local, self.gate_up, self.down)
 
 
-def problem(here: Here, layer: Layer) -> Problem:
-    g = torch.Generator(here.device).manual_seed(here.rank)
+def problem(here: Here, layer: Layer, seed: int | None = None) -> Problem:
+    g = torch.Generator(here.device).manual_seed(here.rank if seed is None else seed)
     draw = functools.partial(torch.randn, generator=g, device=here.device, dtype=torch.bfloat16)
     tokens, each = layer.tokens, layer.experts // here.ranks
     scores = torch.rand(tokens, layer.experts, generator=g, device=here.device)
@@ -118,8 +128,8 @@ def problem(here: Here, layer: Layer) -> Problem:
         draw(tokens, layer.hidden),
         indices,
         weights / weights.sum(1, keepdim=True),
-        (draw(each, 2 * layer.inner, layer.hidden) / layer.hidden**0.5).requires_grad_(),
-        (draw(each, layer.hidden, layer.inner) / layer.inner**0.5).requires_grad_(),
+        torch.nn.Parameter(draw(each, 2 * layer.inner, layer.hidden).mul_(layer.hidden**-0.5)),
+        torch.nn.Parameter(draw(each, layer.hidden, layer.inner).mul_(layer.inner**-0.5)),
         draw(tokens, layer.hidden),
     )
 
@@ -173,9 +183,10 @@ def exchanged(dispatcher: Any, given: Problem, marks: Marks) -> tuple[Tensor, Te
     out = given.experts(rows, local)
     marks("products")
     y = dispatcher.combine(out, handle)
-    marks("combine")
     out.register_hook(marks.at("combine, backward"))
     rows.register_hook(marks.at("products, backward"))
+    del started, rows, local, out, handle  # what is still there is kept for backward
+    marks("combine")
     y.backward(given.grad)
     marks("exchange, backward")
     return y.detach(), x.grad
@@ -198,16 +209,39 @@ def as_a_whole(
     return y.detach(), x.grad
 
 
-def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
-    """Transformers' own exchange over its grouped_mm experts, with the same weights; nothing where it is not there."""
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from transformers import Qwen3MoeConfig
-        from transformers.distributed.expert_parallel import AllToAllEP
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-    except ImportError as error:
-        here.say(f"without Transformers: {error}")
-        return {}
+def captured(here: Here, dispatcher: Any, given: Problem) -> Step:
+    """A step as one CUDA graph: what it takes where nothing waits for the host."""
+    x, weights = given.leaves()
+
+    def once() -> tuple[Tensor, Tensor]:
+        routing = moekit.Routing.from_topk(given.indices, weights, num_experts=given.layer.experts)
+        y = moekit.ep.run(dispatcher, x, routing, given.experts)
+        return y.detach(), torch.autograd.grad(y, [x, weights, given.gate_up, given.down], given.grad)[0]
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            once()
+    here.meet()
+    with torch.cuda.graph(graph):
+        results = once()
+
+    def step(given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
+        marks("begin")
+        graph.replay()
+        marks("end")
+        return results
+
+    return step
+
+
+def experts_of_transformers(here: Here, given: Problem, implementation: str) -> Any:
+    """An experts module of Transformers with this rank's weights; None where that has no expert parallelism."""
+    if not EXPERT_PARALLEL:
+        return here.say("without Transformers, which needs 5.24")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
     layer = given.layer
     config = Qwen3MoeConfig(
         hidden_size=layer.hidden,
@@ -215,31 +249,52 @@ def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
         num_experts=layer.experts // here.ranks,
         num_experts_per_tok=layer.topk,
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
         experts = Qwen3MoeExperts(config)
     experts._is_expert_parallel = True
-    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w.detach()) for w in (given.gate_up, given.down))
+    experts.gate_up_proj, experts.down_proj = given.gate_up, given.down
+    return experts
+
+
+def transformers_steps(here: Here, given: Problem) -> dict[str, Step]:
+    """Transformers' own exchange over its grouped_mm experts, with the same weights; nothing where it is not there."""
+    experts = experts_of_transformers(here, given, "grouped_mm")
+    if experts is None:
+        return {}
+    from transformers.distributed.expert_parallel import AllToAllEP
+
     mesh = init_device_mesh(here.device.type, (here.ranks, 1), mesh_dim_names=("ep", "tp"))
     theirs = AllToAllEP(experts, mesh["ep"], mesh["tp"])
 
     def step(given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
         x, weights = given.leaves()
-        experts.gate_up_proj.grad = experts.down_proj.grad = None
         marks("begin")
         rows, ids, ones, state = theirs._dispatch_tokens(x, given.indices, weights.to(x.dtype))
         marks("exchange")
         out = theirs.experts_forward(rows, ids, ones)
         marks("products")
         y = theirs._combine_tokens(out, state)
-        marks("combine")
         out.register_hook(marks.at("combine, backward"))
         rows.register_hook(marks.at("products, backward"))
+        del rows, ids, ones, out, state
+        marks("combine")
         y.backward(given.grad)
         marks("exchange, backward")
         return y.detach(), x.grad
 
     return {"Transformers all_to_all": step}
+
+
+def through(implementation: Any, given: Problem, marks: Marks) -> tuple[Tensor, Tensor]:
+    """A step of an implementation registered with Transformers."""
+    x, weights = given.leaves()
+    marks("begin")
+    y = implementation(x, given.indices, weights)
+    marks("forward")
+    y.backward(given.grad)
+    marks("backward")
+    return y.detach(), x.grad
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -250,8 +305,8 @@ def compared(here: Here, steps: dict[str, Step], given: Problem) -> dict[str, di
     found, first = {}, None
     for name, step in steps.items():
         gc.collect()
-        before = held(here, reset=True)
-        marks = Marks(here)
+        given.leaves()  # no gradients are left
+        before, marks = held(here, reset=True), Marks(here)
         with moekit.ep.traffic() as sent:
             y, grad = step(given, marks)
         here.synchronize()
@@ -282,6 +337,7 @@ def take_turns(here: Here, steps: dict[str, Step], given: Problem, rounds: int) 
     for turn in range(rounds + 2):
         for name in order.sample(list(steps), len(steps)):
             here.meet()
+            here.fall_behind()
             marks = Marks(here)
             steps[name](given, marks)
             if turn >= 2:  # what comes before is compiled, tuned or connected for the first time
@@ -318,13 +374,10 @@ def link(here: Here, sizes: Sequence[float]) -> list[dict[str, float]]:
 def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     """The contenders."""
     given, group = problem(here, layer), dist.group.WORLD
-    # What is expected and six deviations: a uniform router stays below.
-    capacity = int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5)
+    never_waits = moekit.ep.AllToAll(group, layer.experts, capacity=capacity(here, layer))
     steps: dict[str, Step] = {
         "all_to_all": functools.partial(exchanged, moekit.ep.AllToAll(group, layer.experts)),
-        "all_to_all, capacity": functools.partial(
-            exchanged, moekit.ep.AllToAll(group, layer.experts, capacity=min(capacity, layer.tokens))
-        ),
+        "all_to_all, capacity": functools.partial(exchanged, never_waits),
         "all_gather": functools.partial(exchanged, moekit.ep.AllGather(group, layer.experts)),
         **transformers_steps(here, given),
     }
@@ -335,7 +388,7 @@ def of_layer(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
         here.say(f"    { ({k: float(f'{v:.4g}') for k, v in found[name].items()}) }")
         if max(found[name]["error"], found[name]["error of the gradient"]) > TOLERANCE:
             raise SystemExit(f"{name} computes something else")
-    return {"layer": asdict(layer), "contenders": {name: {"ms": timed[name], **found[name]} for name in steps}}
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
 
 
 def of_overlap(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
@@ -377,6 +430,41 @@ def of_skew(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
     return found
 
 
+def of_one_batch(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
+    """Through Transformers, where all ranks have the same tokens: moekit beside its own two."""
+    given, steps = problem(here, layer, seed=0), {}
+    mesh = init_device_mesh(here.device.type, (here.ranks,), mesh_dim_names=("ep",))
+    for name, implementation in (("moekit", "moekit"), ("all_to_all", "grouped_mm"), ("all_reduce", "grouped_mm")):
+        experts = experts_of_transformers(here, given, implementation)
+        if experts is None:
+            return {}
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+
+        moekit.hf.register()
+        steps[name] = functools.partial(through, EPImplementationInterface()[name](experts, mesh, mesh))
+    found, timed = compared(here, steps, given), take_turns(here, steps, given, rounds)
+    here.say(f"{layer.name}, one batch: { ({name: timed[name] | found[name] for name in steps}) }")
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
+
+
+def of_graph(here: Here, layer: Layer, rounds: int) -> dict[str, Any]:
+    """A capacity, with and without a CUDA graph."""
+    if not here.on_gpu:
+        return {}
+    given, room = problem(here, layer), capacity(here, layer)
+    dispatcher = moekit.ep.AllToAll(dist.group.WORLD, layer.experts, capacity=room)
+    eager = functools.partial(as_a_whole, dispatcher, None, False)
+    steps: dict[str, Step] = {"eager": eager, "graph": captured(here, dispatcher, given)}
+    found, timed = compared(here, steps, given), take_turns(here, steps, given, rounds)
+    here.say(f"{layer.name}, capacity {room}: { ({name: timed[name] | found[name] for name in steps}) }")
+    return {name: {"ms": timed[name], **found[name]} for name in steps}
+
+
+def capacity(here: Here, layer: Layer) -> int:
+    """What is expected and six deviations: a uniform router stays below."""
+    return min(layer.tokens, int(layer.tokens * needed(layer, here.ranks) + 6 * layer.tokens**0.5))
+
+
 def replace_tokens(given: Problem, kept: slice, indices: Tensor | None = None) -> Problem:
     chosen = given.indices if indices is None else indices
     return replace(given, x=given.x[kept], indices=chosen[kept], weights=given.weights[kept], grad=given.grad[kept])
@@ -391,21 +479,25 @@ def run(args: argparse.Namespace) -> None:
         "ranks": here.ranks,
         "backend": args.backend,
         "torch": torch.__version__,
+        "note": "a step began some 4 ms behind the host",
         "link": link(here, sizes),
         "layers": {},
     }
-    for layer in layers:
-        if args.only and args.only not in layer.name:
-            continue
-        parts = {"contenders": of_layer, "shared expert": of_overlap, "skew": of_skew}
-        found["layers"][layer.name] = {}
-        for name, part in parts.items():
-            found["layers"][layer.name][name] = part(here, layer, args.rounds)
+    parts = {
+        "contenders": of_layer,
+        "shared expert": of_overlap,
+        "skew": of_skew,
+        "one batch": of_one_batch,
+        "graph": of_graph,
+    }
+    for name, part in parts.items():
+        for layer in (layer for layer in layers if not args.only or args.only in layer.name):
+            found["layers"].setdefault(layer.name, {})[name] = part(here, layer, args.rounds)
             gc.collect()
             if here.on_gpu:
                 torch.cuda.empty_cache()
             if here.rank == 0 and args.out:  # what is there, in case the next does not end
-                args.out.write_text(json.dumps(found, indent=1))
+                args.out.write_text(json.dumps([found], indent=1))
     dist.destroy_process_group()
 
 
@@ -415,20 +507,42 @@ def _spawned(rank: int, ranks: int, port: int, args: argparse.Namespace) -> None
     run(args)
 
 
+FORWARD = ("permute", "exchange", "products", "combine")
+BACKWARD = ("combine, backward", "products, backward", "exchange, backward")
+STAGES = (*FORWARD, *BACKWARD, "all")
+
+
 def tables(found: dict[str, Any]) -> str:
     """What was measured, in Markdown."""
-    lines = [f"{found['ranks']} x {found['device']}, torch {found['torch']}", ""]
+    lines = [f"{found['ranks']} x {found['device']}, torch {found['torch']}: {found['note']}.", ""]
+    lines += ["| to others, MB | ms | GB/s |", "|---|---|---|"]
+    lines += [f"| {one['bytes'] / 1e6:.0f} | {one['ms']:.3f} | {one['rate'] / 1e9:.0f} |" for one in found["link"]]
     for name, layer in found["layers"].items():
-        contenders = layer["contenders"]["contenders"]
-        stages = list(dict.fromkeys(stage for of in contenders.values() for stage in of["ms"]))
-        lines += [f"| {name}, ms | " + " | ".join(stages) + " | MB sent | MB kept | MB at most |"]
-        lines += ["|---" * (len(stages) + 4) + "|"]
-        for who, of in contenders.items():
-            cells = [f"{of['ms'][stage]:.3f}" if stage in of["ms"] else "" for stage in stages]
-            cells += [f"{of[what] / 1e6:.0f}" if of.get(what) else "" for what in ("bytes of rows", "kept", "peak")]
-            lines.append(f"| {who} | " + " | ".join(cells) + " |")
-        lines.append("")
+        head = [f"{name}, ms", *STAGES, "MB sent", "MB kept", "MB at most"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for who, of in layer["contenders"].items():
+            megabytes = [f"{of[what] / 1e6:.0f}" if of.get(what) else "" for what in ("bytes of rows", "kept", "peak")]
+            lines.append(f"| {' | '.join([who, *times(of['ms'], STAGES), *megabytes])} |")
+        lines += ["", f"| {name}, ms | forward | backward | all |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join([case, *times(ms, ('forward', 'backward', 'all'))])} |" for case, ms in wholes(layer)]
     return "\n".join(lines)
+
+
+def times(ms: dict[str, float], stages: Sequence[str]) -> list[str]:
+    return [f"{ms[stage]:.2f}" if stage in ms else "" for stage in stages]
+
+
+def wholes(layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The steps that were not split."""
+    for case, ms in layer["shared expert"].items():
+        yield f"shared expert: {case}", ms
+    yield "no tokens on the last rank", layer["skew"]["no tokens on the last rank"]
+    for case, ms in layer["skew"].get("collapsed", {}).items():
+        yield f"collapsed router, {case}", ms
+    for case, of in layer.get("one batch", {}).items():
+        yield f"one batch on all ranks, through Transformers: {case}", of["ms"]
+    for case, of in layer.get("graph", {}).items():
+        yield f"capacity, {case}", of["ms"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -441,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print what was measured, and measure nothing")
     args = parser.parse_args(argv)
     if args.table:
-        print(tables(json.loads(args.table.read_text())))
+        print("\n\n".join(tables(found) for found in json.loads(args.table.read_text())))
     elif "RANK" in os.environ:
         run(args)
     else:

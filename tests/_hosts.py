@@ -61,15 +61,15 @@ def survivors(
         processes.append(process)
         ends[rank] = ours
     try:
-        return {rank: _answer(rank, end) for rank, end in ends.items() if rank not in lost}
+        return {rank: _answer(rank, end, timeout + _PATIENCE) for rank, end in ends.items() if rank not in lost}
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _answer(rank: int, end: Connection) -> Any:
-    if not end.poll(_PATIENCE):
+def _answer(rank: int, end: Connection, patience: float) -> Any:
+    if not end.poll(patience):
         raise TimeoutError(f"rank {rank} does not return")
     ok, value = end.recv()
     if not ok:
@@ -90,6 +90,7 @@ def _rank(
 ) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if backend == "nccl":
         torch.cuda.set_device(rank)
     if host is not None:

@@ -39,6 +39,9 @@ SELECTION = (
     "tests/test_lora.py::test_dropout_is_seeded_and_the_same_in_backward",
     "tests/test_lora.py::test_merge",
     "tests/test_packed.py::test_nf4_at_the_middle_between_two_values",
+    "tests/test_ep_scale.py::test_needed_is_what_counting_gives",
+    "tests/test_ep_faults.py::test_a_table_of_what_differs",
+    "tests/test_ep_faults.py::test_who_has_not_reported_in",
 )
 
 # Of what runs on several ranks, each of which is broken.
@@ -201,6 +204,17 @@ MUTANTS: dict[str, Callable[[], None]] = {
         "packed.nf4", "_nearest", lambda nearest: lambda values, table: (nearest(values, table).int() - 1).clamp(0).byte()
     ),
     "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda *args: scales(*args) ** 0),
+    "a token may choose an expert twice": attribute(
+        "ep._cost", "needed", lambda needed: lambda layer, parts: 1 - (1 - 1 / parts) ** layer.topk
+    ),
+    "a name that not all ranks know is no difference": attribute(
+        "ep._agree",
+        "differences",
+        lambda run: lambda ranks, given: run(ranks, [{n: f[n] for n in f if n in given[0]} for f in given]),
+    ),
+    "the second half of the ranks is not asked": attribute(
+        "ep._faults", "_absent", lambda absent: lambda store, ranks: absent(store, ranks[: (len(ranks) + 1) // 2])
+    ),
 }
 
 MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 import moekit
 import moekit.ep
 from moekit.ep._agree import agree, differences, spans
-from moekit.ep._faults import named
+from moekit.ep._faults import _key, _wait_for, named
 
 # --- ranks that differ ----------------------------------------------------------------------------------------------
 
@@ -134,6 +134,14 @@ def test_others_name_the_rank_that_does_not_answer(tmp_path: Path):
             wanted = f"failed on rank {rank} ({host}); rank {ranks[-1]} ({host}) did not answer within {asked} s: "
             assert raised.startswith(f"RuntimeError: moekit.ep.AllToAll: {wanted}"), raised
             assert timeout <= seconds < 30 if hang in acts else seconds < timeout  # a busy machine takes its time
+
+
+def test_who_has_not_reported_in():
+    store, ranks = dist.HashStore(), [0, 2, 3, 7, 8]
+    for rank in (0, 3):
+        store.set(_key(rank), "here")
+    assert _wait_for(store, ranks, 0.0) == [2, 7, 8]
+    assert _wait_for(store, [0, 3], 60.0) == []
 
 
 def stumble() -> str:

@@ -214,7 +214,7 @@ def as_alone(made: moekit.nn.MoE, other: moekit.nn.MoE, **given: Tensor) -> None
             outs[each] = one(x[each], **{name: value[each] for name, value in given.items()})
             losses[each] = dict(one.losses)
         torch.stack([out.square().sum() for out in outs.values()]).sum().backward()
-        grads = {name: whole(p.grad) for name, p in one.named_parameters()}
+        grads = {name: whole(p.grad) for name, p in one.named_parameters() if p.requires_grad}
         found[one] = outs[rank].detach(), x.grad[rank], losses[rank], grads
     for wanted, value in zip(found[made][:3], found[other][:3], strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
@@ -225,6 +225,21 @@ def as_alone(made: moekit.nn.MoE, other: moekit.nn.MoE, **given: Tensor) -> None
         else:
             dist.all_reduce(summed)
         torch.testing.assert_close(summed, grad, rtol=1e-12, atol=1e-12)
+
+
+def packed(mesh: DeviceMesh) -> None:
+    """Experts that were packed before they are shared out, those of another rank."""
+    made = layer(bias=True)
+    for name in ("gate_up", "down"):
+        weight = moekit.pack(getattr(made.experts, name).detach().float(), "nf4")
+        setattr(made.experts, name, nn.Parameter(weight, requires_grad=False))
+    other = copy.deepcopy(made)
+    if dist.get_rank() == 0:
+        for name in ("gate_up", "down"):
+            different = moekit.pack(torch.zeros(getattr(made.experts, name).shape), "nf4")
+            setattr(other.experts, name, nn.Parameter(different, requires_grad=False))
+    moekit.ep.parallelize(other, mesh, broadcast_from=1)
+    as_alone(made, other)
 
 
 def features() -> dict[str, Any]:
@@ -238,6 +253,7 @@ def features() -> dict[str, Any]:
     made, other = layer(shared_intermediate=8), layer(shared_intermediate=8, ep_mesh=mesh, dispatcher="auto")
     as_alone(made, other, padding_mask=torch.arange(20).view(2, 2, 5) % 3 == 0)
     as_alone(made, other, indices=torch.arange(40).view(2, 2, 5, 2) % EXPERTS)
+    packed(mesh)
     found["repr"] = repr(other)
     for each in (made, other):
         each.zero_grad()

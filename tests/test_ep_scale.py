@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,10 +72,16 @@ def test_bytes_that_processes_send(ranks: int, tmp_path: Path):
     assert a_token == pytest.approx({2: 1.0, 4: 2.72, 8: 4.67}[ranks], rel=0.02)
 
 
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_document_has_these_tables():
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks/scale.py")
-    scale = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scale)
     text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
-    missing = [name for name, table in scale.all_tables().items() if f"<!-- {name} -->\n{table}\n" not in text]
+    missing = [name for name, table in benchmark("scale").all_tables().items() if f"<!-- {name} -->\n{table}\n" not in text]
     assert not missing
+    for found in json.loads((ROOT / "docs/ep_h200.json").read_text(encoding="utf-8")):
+        assert benchmark("ep").tables(found) in text, found["ranks"]

@@ -31,7 +31,7 @@ LAYERS = {
     "moekit.choices": 3,
     "moekit.monitor": 3,
     "moekit.packed": 2,  # what the products of packed weights take; made of ops.unpack
-    "moekit.nn": 3,  # finds moekit.hf.blocks by name, at the call
+    "moekit.nn": 3,  # finds moekit.hf.blocks and moekit.ep by name, at the call
     "moekit.replay": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli
 }

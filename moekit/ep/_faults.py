@@ -56,11 +56,11 @@ def read(values: Tensor, op: str, group: dist.ProcessGroup) -> list[Any]:
         arrived = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        limit = timeout(group) - 2 * _to_ask(group)
-        end = time.monotonic() + limit
+        start = time.monotonic()
         while not ready.query():
-            if time.monotonic() > end:
-                raise RuntimeError(f"the device has not finished an exchange after {limit:g} s")
+            waited = time.monotonic() - start
+            if waited > _LEAST_TO_ASK and waited > timeout(group) - 2 * _to_ask(group):
+                raise RuntimeError(f"the device has not finished an exchange after {waited:.0f} s")
         return arrived.tolist()
 
 

@@ -96,7 +96,7 @@ class AllToAll:
 
     @property
     def overflow(self) -> Tensor | None:
-        """The pairs (token, rank) of this rank beyond the capacity since construction, ``[] int64`` where the tokens are."""
+        """Pairs (token, rank) of this rank beyond the capacity so far, ``[] int64`` where tokens are; None before a call."""
         return self._overflow.total
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Handle]:

@@ -134,7 +134,7 @@ def clip_grad_norm_(
         raise RuntimeError(f"moekit.ep.clip_grad_norm_: the total norm of order {norm_type} is {total.item()}, not finite")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as PyTorch's own
     for grad in (grad for grads in sharded_over.values() for grad in grads):
-        grad.mul_(factor.to(grad.device, grad.dtype))
+        grad.mul_(factor.to(grad.device))
     return total
 
 

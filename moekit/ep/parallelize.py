@@ -19,6 +19,7 @@ from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.gradients import Reduction
 from moekit.ep.placement import Sharding, one_dimensional
 from moekit.nn.moe import MoE
+from moekit.packed import PackedExperts
 
 _OP = "ep.parallelize"
 
@@ -173,4 +174,13 @@ def _broadcast(model: nn.Module, sources: list[tuple[DeviceMesh, int]]) -> None:
     tensors: dict[int, Tensor] = {id(value): value for value in (*model.parameters(), *model.buffers())}
     for mesh, source in sources:
         for tensor in tensors.values():
-            dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=source)
+            for piece in _pieces(tensor.detach()):
+                dist.broadcast(piece, group=mesh.get_group(), group_src=source)
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    """What is stored."""
+    if not isinstance(tensor, PackedExperts):
+        return [tensor]
+    stored = tensor.stored()
+    return [piece.view(torch.uint8) if piece.itemsize == 1 else piece for piece in (stored.codes, *stored.scales)]

@@ -90,11 +90,14 @@ class Experts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw weights as ``nn.Linear`` does, an expert at a time; biases 0."""
-        for weight, bias in ((self.gate_up, self.gate_up_bias), (self.down, self.down_bias)):
+        for weight in (self.gate_up, self.down):
             if _check.sharded(weight):
-                _placement().fill(weight, lambda one: draw_uniform(one, None))
-                weight = weight[:0]
-            draw_uniform(weight, bias)
+                _placement().fill(weight, draw_uniform)
+            else:
+                draw_uniform(weight)
+        for bias in (self.gate_up_bias, self.down_bias):
+            if bias is not None:
+                bias.zero_()
 
     def forward(
         self, x: Tensor, routing: Routing | tuple[Tensor, Tensor], exchange: Callable[..., Tensor] | None = None
@@ -157,7 +160,7 @@ def _placement() -> Any:
     return importlib.import_module("moekit.ep.placement")
 
 
-def draw_uniform(weight: Tensor, bias: Tensor | None) -> None:
+def draw_uniform(weight: Tensor, bias: Tensor | None = None) -> None:
     """Numbers as of ``nn.Linear``, by the size of the last dimension."""
     bound = weight.shape[-1] ** -0.5
     weight.uniform_(-bound, bound)

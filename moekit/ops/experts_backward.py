@@ -31,7 +31,7 @@ def _reference(grad: Tensor, *args: Any, products: Products = PLAIN) -> tuple:
     order = given.order
     if projected.numel() and projected.shape[0] != order.shape[0]:
         raise _check.fail("experts_backward", "order", f"of {projected.shape[0]} rows, as projected", list(order.shape))
-    routed = Rows.of(given)
+    routed = Rows.of(given, products)
     offsets = routed.offsets
     gate_up, down = options.projections(given, products)
     result = Wanted(*(grad.new_empty(0) for _ in wanted))

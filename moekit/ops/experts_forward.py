@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def _reference(*args: Any, products: Products = PLAIN) -> Outputs:
     """``(out, projected, scale, gathered, activation, low)``: the output and what is kept, empty where it is not."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
-    routed = Rows.of(given)
+    routed = Rows.of(given, products)
     gate_up, down = options.projections(given, products)
     x, offsets = given.x, routed.offsets
     gathered = rows.move_rows(x, *routed.tables)

@@ -49,6 +49,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
 _STEPS = (16, 48, 320)
+_STEPS_OF = {"nf4": (16, 48, 192)}  # whose table takes longest to look up
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
     Blocks(32, 64, 64, 4, 4, 6, registers=255),
@@ -88,13 +89,13 @@ def plain(dtype: torch.dtype) -> Blocks:
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
-    rows = shape.rows_an_expert
-    if rows > _STEPS[-1]:
+    rows, steps = shape.rows_an_expert, _STEPS_OF.get(form, _STEPS)
+    if rows > steps[-1]:
         return None
     if dtype not in _HALVES:
         return plain(dtype)
     cuts = _MEASURED.get((arch, form, back), _LEAN)
-    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
+    return next(cut for step, cut in zip(steps, cuts, strict=True) if rows <= step)._replace(turned=True)
 
 
 def low_rank(dtype: torch.dtype) -> Blocks:
