@@ -63,6 +63,22 @@ def capacity() -> dict[str, Any]:
     return {"result": result, "counted": counted, "told": told, "sent": sent.bytes, "rows": sent.rows}
 
 
+@everywhere
+def evaluated_first() -> tuple[int, int]:
+    """What is counted in inference mode, and then in training as well."""
+    given, used = _ep.mine(_ep.problem("random")), all_to_all(capacity=1)
+    with torch.inference_mode():
+        layer(given, used)
+    first = int(used.overflow)
+    _ep.together(given, used)
+    return first, int(used.overflow)
+
+
+def test_evaluated_first(ranks: list[dict]):
+    for first, both in (found["evaluated_first"] for found in ranks):
+        assert both == 2 * first > 0
+
+
 @contextmanager
 def _warnings() -> Iterator[list]:
     with warnings.catch_warnings(record=True) as seen:

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep._again import Again
-from moekit.ep._agree import agree
+from moekit.ep._agree import Once, agree
 from moekit.ep._eager import eager
 from moekit.ep._overflow import Overflow
-from moekit.ep._ranks import Shares, check
+from moekit.ep._ranks import Shares, called_with, check
 from moekit.ep._rounds import Rounds, parts, rounds
 from moekit.ep._started import Handle, Started, combine, numbered, send
 from moekit.ep._ways import Message, Uneven, gathered, swapped
@@ -92,6 +92,7 @@ class AllToAll:
         self.max_rows = None if max_rows is None else _check.positive(_OP, "max_rows", max_rows, at_least=ranks)
         self.redispatch = redispatch
         agree(_OP, self.shares.group, experts=num_experts, capacity=capacity, max_rows=max_rows, redispatch=redispatch)
+        self._first = Once(_OP, self.shares.group)
         self._overflow = Overflow(_OP, self.shares.group.rank())
 
     @property
@@ -113,16 +114,18 @@ class AllToAll:
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
         weights: Any = routing.weights
         ranks, slots = self.shares.to_ranks(routing)
+        facts = called_with(tokens, routing)
         if self.capacity is not None:
+            self._first.agree(facts)
             return self._send(tokens, weights, numbered(routing), *self._fixed(ranks, self.capacity))
         message = Message("sizes", _OP, self.shares.group)
         counts = torch.stack([ranks.tokens_per_expert, slots], 1)
         if self.max_rows is None:
-            said, heard = swapped(counts, message)
-            sizes = Sizes([rows for rows, _ in said], [rows for rows, _ in heard], sum(slots for _, slots in heard))
+            said, heard = swapped(counts, message, facts)
+            sizes = Sizes([rows for rows, *_ in said], [rows for rows, *_ in heard], sum(slots for _, slots, _ in heard))
             return self._send(tokens, weights, numbered(routing), _without_none(ranks, sizes), sizes)
-        matrix, me = gathered(counts, message), message.group.rank()
-        rows = [[rows for rows, _ in of_rank] for of_rank in matrix]
+        matrix, me = gathered(counts, message, facts), message.group.rank()
+        rows = [[rows for rows, *_ in of_rank] for of_rank in matrix]
         sizes = Sizes(rows[me], [of_rank[me] for of_rank in rows], sum(of_rank[me][1] for of_rank in matrix))
         ranks, number = _without_none(ranks, sizes), rounds(rows, self.max_rows)
         if number == 1:
