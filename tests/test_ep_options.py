@@ -15,6 +15,7 @@ import torch
 from _ep import EXPERTS, HIDDEN, all_gather, all_to_all, equal, keeping, layer, rowwise
 from _ranks import on_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekit
 import moekit.ep
@@ -22,6 +23,9 @@ from moekit.ep._rounds import parts, rounds
 
 WORLD = 2
 RANKS: list[Callable[[], Any]] = []
+
+
+VIEWS = ("detach", "new_empty", "slice", "unsqueeze", "view")  # and what else starts nothing
 
 
 def on_a_rank() -> dict[str, Any]:
@@ -246,6 +250,56 @@ def reads() -> dict[str, int]:
 def test_reads(ranks: list[dict]):
     for found in ranks:
         assert found["reads"] == {"plain": 1, "rounds": 1, "capacity": 0, "all_gather": 1, "fixed": 0}
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@everywhere
+def operators() -> dict[str, list[str]]:
+    """What is called until the host waits for sizes, then until rows travel, and on the way back."""
+    given, read, found = _ep.mine(_ep.problem("random")), moekit.ep._ways.read, {}
+    leaves, used = _ep.leaves_of(given), all_to_all()
+    routing = _ep.as_routing(given["indices"], leaves["weights"])
+    with Names() as names:
+
+        def noted(*args: Any) -> Callable[[], list]:
+            result = read(*args)
+
+            def wait() -> list:
+                found["before"], names.seen = names.seen, []
+                return result()
+
+            return wait
+
+        moekit.ep._ways.read = noted
+        started = used.start(leaves["x"], routing)
+        moekit.ep._ways.read = read
+        found["after"], names.seen = names.seen, []
+        out = started.through(lambda rows, local: rows)
+        names.seen = []
+        out.backward(given["grad"])
+        return {**found, "backward": names.seen}
+
+
+def test_what_is_called(ranks: list[dict]):
+    """The device has all but the exchange to do before the host waits, and no row is touched twice on the way back."""
+    for found in ranks:
+        found = {name: [op.split("::")[1] for op in ops] for name, ops in found["operators"].items()}
+        kernels = [op for op in found["before"] if op not in VIEWS]
+        assert kernels.count("permute") == 2 and kernels.count("route_map") == 1 and len(kernels) <= 15
+        assert [op for op in found["after"] if op not in VIEWS] == ["all_to_all_single"] * 2
+        back = [op for op in found["backward"] if op not in (*VIEWS, "zeros")]  # zeros: of weights that nobody used
+        assert sorted(back) == sorted(["permute", *["unpermute"] * 2, *["all_to_all_single", "wait_tensor"] * 3])
 
 
 @everywhere

@@ -1,11 +1,12 @@
 """The ways that rows go between ranks: functional collectives of PyTorch, on gloo as on NCCL.
 
-A way has a start and a finish, between which the rows travel, and a way back, by which gradients go.
+A way has a start and a finish, between which the rows travel, and a way back, by which gradients go. What is done to rows on
+this rank, before and after, is part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moekit.ep._faults import named, read
 from moekit.ep._traffic import count
+from moekit.ops.rows import move_rows, sum_rows
 
 _c10d: Any = torch.ops._c10d_functional
 
@@ -21,7 +23,11 @@ _c10d: Any = torch.ops._c10d_functional
 class Way(Protocol):
     """From rows of this rank to rows of this rank."""
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Rows as they travel."""
+        ...
+
+    def start(self, arranged: Tensor) -> Tensor:
         """Send; what it gives is for :meth:`finish`."""
         ...
 
@@ -65,6 +71,10 @@ class Message(NamedTuple):
             return _c10d.wait_tensor(pending)
 
 
+Tables = tuple[Tensor, Tensor, Tensor]
+"""Of rows, as :data:`moekit.ops.rows.move_rows` takes them."""
+
+
 class Uneven(NamedTuple):
     """Each rank gets rows of its own: ``[sum(send), ...]``, by where they go, to ``[sum(receive), ...]``, by where from.
 
@@ -78,14 +88,60 @@ class Uneven(NamedTuple):
     send: Sequence[int]
     receive: Sequence[int]
 
-    def start(self, rows: Tensor) -> Tensor:
-        return self.message.all_to_all(rows, self.send, self.receive)
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.message.all_to_all(arranged, self.send, self.receive)
 
     def finish(self, pending: Tensor) -> Tensor:
         return self.message.wait(pending)
 
     def back(self) -> Uneven:
         return Uneven(self.message, self.receive, self.send)
+
+
+class Picked(NamedTuple):
+    """Each rank gets those rows that it needs: ``[T, ...]`` to ``[sum(receive), ...]``, by where from.
+
+    Attributes:
+        uneven: how they travel.
+        tables: of the rows that are sent.
+    """
+
+    uneven: Uneven
+    tables: Tables
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        return move_rows(rows, *self.tables)
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.uneven.start(arranged)
+
+    def finish(self, pending: Tensor) -> Tensor:
+        return self.uneven.finish(pending)
+
+    def back(self) -> Summed:
+        return Summed(self.uneven.back(), self.tables)
+
+
+class Summed(NamedTuple):
+    """What was picked comes home, where each row's are added: ``[sum(send), ...]`` to ``[T, ...]``."""
+
+    uneven: Uneven
+    tables: Tables
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.uneven.start(arranged)
+
+    def finish(self, pending: Tensor) -> Tensor:
+        return sum_rows(self.uneven.finish(pending), None, *self.tables)
+
+    def back(self) -> Picked:
+        return Picked(self.uneven.back(), self.tables)
 
 
 class Spread(NamedTuple):
@@ -95,9 +151,12 @@ class Spread(NamedTuple):
     tokens: int
     padded: int
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         missing = self.padded - self.tokens
-        return self.message.all_gather(torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows)
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.message.all_gather(arranged)
 
     def finish(self, pending: Tensor) -> Tensor:
         return self.message.wait(pending)
@@ -113,9 +172,12 @@ class Collect(NamedTuple):
     tokens: int
     padded: int
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
         each = [self.padded] * self.message.group.size()
-        return self.message.all_to_all(rows, each, each)
+        return self.message.all_to_all(arranged, each, each)
 
     def finish(self, pending: Tensor) -> Tensor:
         parts = self.message.wait(pending)
@@ -130,14 +192,13 @@ class Collect(NamedTuple):
 # --- sizes: what the host reads -------------------------------------------------------------------------------------
 
 
-def swapped(counts: Tensor, message: Message) -> tuple[list, list]:
-    """What this rank says to each rank ``[ranks, ...]``, and what each says to it, as lists: a host read."""
+def swapped(counts: Tensor, message: Message) -> Callable[[], list]:
+    """What this rank says to each rank ``[ranks, ...]``, and what each says to it, as :func:`read` has them."""
     each = [1] * message.group.size()
     received = message.wait(message.all_to_all(counts, each, each))
-    said, heard = read(torch.stack([counts, received]), message.op, message.group)
-    return said, heard
+    return read(torch.stack([counts, received]), message.op, message.group)
 
 
-def gathered(counts: Tensor, message: Message) -> list:
-    """What every rank says, ``[ranks, *counts.shape]`` as a list: a host read."""
+def gathered(counts: Tensor, message: Message) -> Callable[[], list]:
+    """What every rank says, ``[ranks, *counts.shape]``, as :func:`read` has it."""
     return read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)

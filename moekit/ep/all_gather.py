@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from moekit import _check
 from moekit.ep._agree import agree
 from moekit.ep._eager import eager
-from moekit.ep._ranks import Shares, check
-from moekit.ep._started import Handle, Started, combine, numbered, send
+from moekit.ep._ranks import Shares, check, numbered
+from moekit.ep._started import Handle, Started, combine, send
 from moekit.ep._ways import Message, Spread, gathered
 from moekit.routing import Routing
 
@@ -76,9 +76,9 @@ class AllGather:
         """The rows of a rank, and how many of all slots are of this one, if the host looks at all."""
         given = self.tokens_per_rank
         if given is None:
-            slots = self.shares.chosen(routing.indices).sum((0, 1))
+            slots = self.shares.slots(routing)
             counts = torch.cat([slots, slots.new_full((1,), routing.num_tokens)])
-            said = gathered(counts, Message("sizes", _OP, self.shares.group))
+            said = gathered(counts, Message("sizes", _OP, self.shares.group))()
             return max(tokens for *_, tokens in said), sum(of_rank[self.shares.group.rank()] for of_rank in said)
         if routing.num_tokens > given:
             raise _check.fail(_OP, "tokens", f"at most tokens_per_rank ({given})", routing.num_tokens)

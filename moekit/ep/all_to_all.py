@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +13,12 @@ from moekit import _check
 from moekit.ep._again import Again
 from moekit.ep._agree import agree
 from moekit.ep._eager import eager
+from moekit.ep._exchange import packed
 from moekit.ep._overflow import Overflow
-from moekit.ep._ranks import Shares, check
+from moekit.ep._ranks import Shares, check, numbered
 from moekit.ep._rounds import Rounds, parts, rounds
-from moekit.ep._started import Handle, Started, combine, numbered, send
-from moekit.ep._ways import Message, Uneven, gathered, swapped
-from moekit.ops.capacity import limit, padded_to
+from moekit.ep._started import Handle, Started, combine, send
+from moekit.ep._ways import Message, Picked, Tables, Uneven, gathered, swapped
 from moekit.ops.rows import move_rows
 from moekit.routing import Routing
 
@@ -41,6 +39,25 @@ class Sizes(NamedTuple):
     slots: int | None
 
 
+class Given(NamedTuple):
+    """What is sent.
+
+    Attributes:
+        tokens: ``[T, H]``.
+        weights: ``[T, K]``.
+        numbers: ``[T, K]``, as :func:`moekit.ep._ranks.numbered` has them.
+    """
+
+    tokens: Tensor
+    weights: Any
+    numbers: Tensor
+
+    @torch.no_grad()
+    def arranged(self, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Slots and rows in the order of tables; the gradient is that of the exchange."""
+        return move_rows(packed(self.weights, self.numbers), *tables), move_rows(self.tokens, *tables)
+
+
 class AllToAll:
     """Exchange of deduplicated rows.
 
@@ -53,7 +70,9 @@ class AllToAll:
         to rank 2:  x[t]  [1, 2, 5, 4]  [w1, w2, w5, w4]      back:  w5 E5(x[t]) + w4 E4(x[t])
 
     The rows of a rank are those of its own tokens' pairs (token, rank), at most ``min(K, N)`` a token, in place of K.
-    Kept for backward are integers only. The sizes are read by the host once a call, with ``capacity`` never.
+    Kept for backward are integers only. The sizes are read by the host once a call, with ``capacity`` never. What does not
+    depend on them is queued before: the rows to send are put in place, with room for ``T * min(K, N)`` of them, which is at
+    most 1.6 times what a uniform routing sends, until they have been sent. With ``max_rows`` there is room for those alone.
 
     Args:
         group: the ranks that share the experts: a process group, or a mesh of one dimension.
@@ -111,50 +130,48 @@ class AllToAll:
     def start(self, tokens: Tensor, routing: Routing) -> Started | Rounds:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
-        weights: Any = routing.weights
-        ranks, slots = self.shares.to_ranks(routing)
+        given = Given(tokens, routing.weights, numbered(routing))
         if self.capacity is not None:
-            return self._send(tokens, weights, numbered(routing), *self._fixed(ranks, self.capacity))
-        message = Message("sizes", _OP, self.shares.group)
-        counts = torch.stack([ranks.tokens_per_expert, slots], 1)
-        if self.max_rows is None:
-            said, heard = swapped(counts, message)
-            sizes = Sizes([rows for rows, _ in said], [rows for rows, _ in heard], sum(slots for _, slots in heard))
-            return self._send(tokens, weights, numbered(routing), _without_none(ranks, sizes), sizes)
-        matrix, me = gathered(counts, message), message.group.rank()
+            dropped, tables = self.shares.to_ranks_within(routing.indices, self.capacity)
+            self._overflow.add(dropped)
+            each = [self.capacity] * self.shares.ranks
+            return self._send(given, tables, Sizes(each, each, None))
+        rows, tables = self.shares.to_ranks(routing.indices)
+        counts = torch.stack([rows, self.shares.slots(routing)], 1)
+        if self.max_rows is not None:
+            return self._bounded(given, tables, counts, self.max_rows)
+        found = swapped(counts, Message("sizes", _OP, self.shares.group))
+        # While sizes are on their way to the host, rows are put in place for any sizes; those that there are come first.
+        arranged = given.arranged(tables)
+        said, heard = found()
+        sizes = Sizes([rows for rows, _ in said], [rows for rows, _ in heard], sum(slots for _, slots in heard))
+        slots, rows = (part[: sum(sizes.send)] for part in arranged)
+        return self._send(given, _prefix(tables, sizes), sizes, (slots, rows))
+
+    def _bounded(self, given: Given, tables: Tables, counts: Tensor, max_rows: int) -> Started | Rounds:
+        """With a bound on rows: all ranks need to know what each of them receives."""
+        group = self.shares.group
+        matrix, me = gathered(counts, Message("sizes", _OP, group))(), group.rank()
         rows = [[rows for rows, _ in of_rank] for of_rank in matrix]
         sizes = Sizes(rows[me], [of_rank[me] for of_rank in rows], sum(of_rank[me][1] for of_rank in matrix))
-        ranks, number = _without_none(ranks, sizes), rounds(rows, self.max_rows)
+        tables, number = _prefix(tables, sizes), rounds(rows, max_rows)
         if number == 1:
-            return self._send(tokens, weights, numbered(routing), ranks, sizes)
+            return self._send(given, tables, sizes)
         there, back = (parts(rows, number) for rows in (sizes.send, sizes.receive))
-        return Rounds(self.shares, self.max_rows, tokens, weights, numbered(routing), ranks, there, back)
+        return Rounds(self.shares, max_rows, *given, counts[:, 0], tables, there, back)
 
-    def _send(self, tokens: Tensor, weights: Tensor, numbers: Tensor, ranks: Routing, sizes: Sizes) -> Started:
-        tables = ranks.row_tables()
-        way = partial(Uneven, send=sizes.send, receive=sizes.receive)
+    def _send(self, given: Given, tables: Tables, sizes: Sizes, arranged: Any = (None, None)) -> Started:
+        def way(message: Message) -> Picked:
+            return Picked(Uneven(message, sizes.send, sizes.receive), tables)
+
         again = None
         if self.redispatch and torch.is_grad_enabled():
-            again = Again(tokens, tables, way(Message("rows", _OP, self.shares.group)))
-        return send(
-            self.shares,
-            way,
-            *(move_rows(given, *tables) for given in (tokens, weights, numbers)),
-            num_slots=sizes.slots,
-            tables=tables,
-            again=again,
-        )
-
-    def _fixed(self, ranks: Routing, capacity: int) -> tuple[Routing, Sizes]:
-        """The routing with ``capacity`` rows a rank."""
-        number = self.shares.ranks
-        kept = limit(ranks.indices, ranks.indices, number, capacity, "position", "drop")
-        limited = padded_to(Routing.from_topk(kept, num_experts=number), capacity)
-        self._overflow.add(ranks.tokens_per_expert.sum() - limited.tokens_per_expert.sum())
-        each = [capacity] * number
-        return limited, Sizes(each, each, None)
+            again = Again(given.tokens, way(Message("rows", _OP, self.shares.group)))
+        return send(self.shares, way, *given, arranged=arranged, num_slots=sizes.slots, again=again)
 
 
-def _without_none(ranks: Routing, sizes: Sizes) -> Routing:
-    """Without the rows of no rank, which come last, and stay at home."""
-    return dataclasses.replace(ranks, order=ranks.order[: sum(sizes.send)])
+def _prefix(tables: Tables, sizes: Sizes) -> Tables:
+    """The tables of the rows that there are."""
+    row_token, token_offsets, token_rows = tables
+    number = sum(sizes.send)
+    return row_token[:number], token_offsets, token_rows[:number]
