@@ -103,6 +103,66 @@ def test_capacity(ranks: list[dict]):
     assert any(dropped)
 
 
+SLOTS = 13
+FIXED: dict[str, Callable[[], Any]] = {
+    "all_to_all": lambda: all_to_all(capacity=15, slot_capacity=SLOTS),
+    "all_gather": lambda: all_gather(tokens_per_rank=15, slot_capacity=SLOTS),
+}
+
+
+@everywhere
+def slot_capacity() -> dict[str, Any]:
+    given, found = _ep.mine(_ep.problem("duplicate")), {}
+    for name, make in FIXED.items():
+        used, rows = make(), []
+
+        def experts(x: Tensor, local: moekit.Routing) -> Tensor:
+            rows.append(local.num_rows)  # noqa: B023
+            return _ep.precise(x, local, leaves)  # noqa: B023
+
+        leaves = _ep.leaves_of(given)
+        with _warnings() as seen:
+            result = _ep.backward(*layer(given, used, experts, **leaves), given["grad"])
+        told = [str(warning.message) for warning in seen if warning.category is RuntimeWarning]
+        found[name] = {"result": result, "counted": int(used.slot_overflow), "told": told, "rows": rows}
+    return found
+
+
+def beyond_slots(indices: Tensor, deduplicated: bool) -> tuple[Tensor, list[int]]:
+    """The choice without the slots beyond the capacity, and how many these are, of each rank's experts."""
+    kept, counts, each = indices.clone(), [], EXPERTS // WORLD
+    first = [sum(_ep.TOKENS[WORLD][:rank]) for rank in range(WORLD)]
+    for rank in range(WORLD):
+        slots = []  # by place among the rows of a rank, and by that rank
+        for source, tokens in enumerate(_ep.TOKENS[WORLD]):
+            place = 0
+            for token in range(first[source], first[source] + tokens):
+                mine = [
+                    (place, source, token, k) for k, e in enumerate(indices[token].tolist()) if e >= 0 and e // each == rank
+                ]
+                slots += mine
+                place += bool(mine) or not deduplicated
+        for _, _, token, k in sorted(slots)[SLOTS:]:
+            kept[token, k] = -1
+        counts.append(max(len(slots) - SLOTS, 0))
+    return kept, counts
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_slot_capacity(ranks: list[dict], name: str):
+    given = _ep.problem("duplicate")
+    kept, counts = beyond_slots(given["indices"], name == "all_to_all")
+    wanted = _ep.alone(given, kept)
+    assert all(counts)
+    for rank, found in enumerate(ranks):
+        found, mine = found["slot_capacity"][name], _ep.of_rank({**given, **wanted}, rank, WORLD)
+        for leaf in wanted:
+            torch.testing.assert_close(found["result"][leaf], mine[leaf], rtol=1e-12, atol=1e-12)
+        assert found["rows"] == [SLOTS] and found["counted"] == counts[rank]
+        (told,) = found["told"]
+        assert told.endswith(f"slot_capacity, and not computed: {counts[rank]} slots of the experts of rank {rank} so far")
+
+
 # --- bounded rows ---------------------------------------------------------------------------------------------------
 
 MOST = 4

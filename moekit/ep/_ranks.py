@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
+from moekit.ep._overflow import Overflow
 from moekit.ep._ways import Tables
 from moekit.ops import tables
 from moekit.ops.gemm import autocast
@@ -126,16 +127,46 @@ class Shares(NamedTuple):
         dropped = needs.sum() - sent[:, :num_tokens].sum()
         return dropped, (row_token, token_offsets[: num_tokens + 1], token_rows)
 
-    def local(self, numbers: Tensor, weights: Tensor, rows: int | None = None) -> Routing:
-        """The routing over this rank's experts, from numbers as they travel; the slots of other ranks are -1.
+    def local(self, numbers: Tensor, weights: Tensor, rows: int | None = None, overflow: Overflow | None = None) -> Routing:
+        """The routing over this rank's experts.
 
-        ``rows``: how many slots are of this rank, if that is known. Their tables are no longer than that.
+        Args:
+            numbers: ``[N, K]`` as they travel, as many rows of each rank; the slots of other ranks become -1.
+            weights: ``[N, K]``.
+            rows: how many slots are of this rank, if that is known. Their tables are no longer than that.
+            overflow: what counts the slots that are more, which become -1, too; None: there are none.
         """
         local = numbers - (1 + self.group.rank() * self.each)
         local.masked_fill_(local != local.clamp(0, self.each - 1), -1)
+        if rows is not None and overflow is not None:
+            overflow.add(_keep_first(local, rows, self.ranks))
         # Not by from_topk: a token that chose an expert twice may have more slots here than there are experts.
         counts, offsets, order, inverse = tables.route_indices(local, self.each)
         return Routing(local, weights, counts, offsets, order[:rows], inverse)
+
+
+def within(op: str, slot_capacity: int | None, bound: int | None, name: str) -> int | None:
+    """The option of that name, which goes with a bound on rows."""
+    if slot_capacity is None:
+        return None
+    if bound is None:
+        raise _check.unused(op, "slot_capacity", slot_capacity, f"without {name}: slots are counted")
+    return _check.positive(op, "slot_capacity", slot_capacity)
+
+
+def slots_beyond(shares: Shares, slot_capacity: int | None) -> Overflow | None:
+    """What counts the slots beyond that capacity, if there is one."""
+    if slot_capacity is None:
+        return None
+    return Overflow(shares.op, "slot_capacity", f"slots of the experts of rank {shares.group.rank()}")
+
+
+def _keep_first(local: Tensor, most: int, ranks: int) -> Tensor:
+    """Leave ``most`` slots in place, the first of all ranks alike, and make -1 of the others; how many these are."""
+    mine = (local >= 0).view(ranks, -1, local.shape[1]).transpose(0, 1)  # by place, and then by rank
+    kept = (mine.reshape(-1).cumsum(0) <= most).view(mine.shape).transpose(0, 1)
+    local.masked_fill_(~kept.reshape(local.shape), -1)
+    return (mine.sum() - most).clamp(min=0)
 
 
 def numbered(routing: Routing) -> Tensor:

@@ -13,6 +13,7 @@ from moekit import _check
 from moekit.ep._again import Again
 from moekit.ep._eager import eager
 from moekit.ep._exchange import Exchange
+from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares
 from moekit.ep._ways import Message, Way
 from moekit.routing import Routing
@@ -64,6 +65,7 @@ class Started:
     slots: Exchange
     rows: Exchange
     num_slots: int | None
+    overflow: Overflow | None
     again: Again | None
 
     @eager
@@ -71,7 +73,7 @@ class Started:
         """What :meth:`moekit.ep.Dispatcher.dispatch` gives."""
         slots = self.slots.wait()
         numbers: Any = slots.along
-        local = self.shares.local(numbers, slots.rows, self.num_slots)
+        local = self.shares.local(numbers, slots.rows, self.num_slots, self.overflow)
         rows = self.rows.wait()
         handle = Handle(self.shares.op, rows.rows.shape, self.rows.way.back(), (slots.tie, rows.tie), self.again)
         return rows.rows, local, handle
@@ -93,6 +95,7 @@ def send(
     *,
     arranged: tuple[Tensor | None, Tensor | None] = (None, None),
     num_slots: int | None = None,
+    overflow: Overflow | None = None,
     again: Again | None = None,
 ) -> Started:
     """Begin to send.
@@ -105,8 +108,9 @@ def send(
         numbers: ``[T, K]``, as :func:`moekit.ep._ranks.numbered` has them.
         arranged: slots and rows as :class:`Exchange` has them.
         num_slots: how many of the slots that arrive are of this rank, if that is known.
+        overflow: as :meth:`moekit.ep._ranks.Shares.local` has it.
         again: as :class:`Handle` has it.
     """
     of_slots, of_rows = (way(Message(what, shares.op, shares.group)) for what in ("slots", "rows"))
     slots = Exchange(weights, of_slots, along=numbers, arranged=arranged[0])
-    return Started(shares, slots, Exchange(rows, of_rows, arranged=arranged[1]), num_slots, again)
+    return Started(shares, slots, Exchange(rows, of_rows, arranged=arranged[1]), num_slots, overflow, again)

@@ -15,7 +15,7 @@ from moekit.ep._agree import agree
 from moekit.ep._eager import eager
 from moekit.ep._exchange import packed
 from moekit.ep._overflow import Overflow
-from moekit.ep._ranks import Shares, check, numbered
+from moekit.ep._ranks import Shares, check, numbered, slots_beyond, within
 from moekit.ep._rounds import Rounds, parts, rounds
 from moekit.ep._started import Handle, Started, combine, send
 from moekit.ep._ways import Message, Picked, Tables, Uneven, gathered, swapped
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     Attributes:
         send: rows to each rank.
         receive: rows from each rank.
-        slots: of the rows received, those that are of this rank; None if nobody has looked.
+        slots: of the rows received, those that are of this rank, or the most of them; None if nobody has looked.
     """
 
     send: list[int]
@@ -81,6 +81,9 @@ class AllToAll:
             so nothing waits for the device, and a CUDA graph can capture the call. A pair (token, rank) beyond it is not
             computed: ``overflow`` counts them, and a RuntimeWarning tells. As nobody looks how many slots of the rows are
             of this rank, the experts need memory for all, ``N * capacity * K``. Run it once before a graph is captured.
+        slot_capacity: with a capacity: the most slots that a rank's experts compute, and need memory for. With balanced
+            experts there are ``T * K``. Of more, those are left out that come last among the rows of each rank:
+            ``slot_overflow`` counts them, and a RuntimeWarning tells.
         max_rows: the most rows that a rank receives at a time, at least the number of ranks. What is more, on any rank,
             goes in rounds of exchange, experts and exchange, for which :func:`moekit.ep.run` (or ``start(...).through``)
             has to run the experts: ``dispatch`` raises an error, on all ranks. What a round leaves for backward is
@@ -90,7 +93,8 @@ class AllToAll:
             what autograd keeps of the rows themselves; a copy that experts make of them is kept as ever.
 
     Raises:
-        ValueError: experts that cannot be shared equally; ``capacity`` and ``max_rows`` together; either too small.
+        ValueError: experts that cannot be shared equally; ``capacity`` and ``max_rows`` together; any of them too small;
+            ``slot_capacity`` alone.
         TypeError: something else than a group.
     """
 
@@ -100,6 +104,7 @@ class AllToAll:
         num_experts: int,
         *,
         capacity: int | None = None,
+        slot_capacity: int | None = None,
         max_rows: int | None = None,
         redispatch: bool = False,
     ) -> None:
@@ -109,14 +114,22 @@ class AllToAll:
             raise _check.unused(_OP, "max_rows", max_rows, f"with a capacity: a rank receives {ranks} times that at most")
         self.capacity = None if capacity is None else _check.positive(_OP, "capacity", capacity)
         self.max_rows = None if max_rows is None else _check.positive(_OP, "max_rows", max_rows, at_least=ranks)
+        self.slot_capacity = within(_OP, slot_capacity, capacity, "capacity")
         self.redispatch = redispatch
-        agree(_OP, self.shares.group, experts=num_experts, capacity=capacity, max_rows=max_rows, redispatch=redispatch)
-        self._overflow = Overflow(_OP, self.shares.group.rank())
+        options = {"capacity": capacity, "slot_capacity": slot_capacity, "max_rows": max_rows, "redispatch": redispatch}
+        agree(_OP, self.shares.group, experts=num_experts, **options)
+        self._overflow = Overflow(_OP, "the capacity", f"pairs (token, rank) of rank {self.shares.group.rank()}")
+        self._slot_overflow = slots_beyond(self.shares, self.slot_capacity)
 
     @property
     def overflow(self) -> Tensor | None:
         """Pairs (token, rank) of this rank beyond the capacity so far, ``[] int64`` where tokens are; None before a call."""
         return self._overflow.total
+
+    @property
+    def slot_overflow(self) -> Tensor | None:
+        """Slots of this rank's experts beyond ``slot_capacity`` so far, as ``overflow`` has its pairs; None without."""
+        return None if self._slot_overflow is None else self._slot_overflow.total
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Handle]:
         """As :class:`moekit.ep.Dispatcher` has it."""
@@ -135,7 +148,7 @@ class AllToAll:
             dropped, tables = self.shares.to_ranks_within(routing.indices, self.capacity)
             self._overflow.add(dropped)
             each = [self.capacity] * self.shares.ranks
-            return self._send(given, tables, Sizes(each, each, None))
+            return self._send(given, tables, Sizes(each, each, self.slot_capacity))
         rows, tables = self.shares.to_ranks(routing.indices)
         counts = torch.stack([rows, self.shares.slots(routing)], 1)
         if self.max_rows is not None:
@@ -167,7 +180,15 @@ class AllToAll:
         again = None
         if self.redispatch and torch.is_grad_enabled():
             again = Again(given.tokens, way(Message("rows", _OP, self.shares.group)))
-        return send(self.shares, way, *given, arranged=arranged, num_slots=sizes.slots, again=again)
+        return send(
+            self.shares,
+            way,
+            *given,
+            arranged=arranged,
+            num_slots=sizes.slots,
+            overflow=self._slot_overflow,
+            again=again,
+        )
 
 
 def _prefix(tables: Tables, sizes: Sizes) -> Tables:
