@@ -93,8 +93,7 @@ class AllGather:
         """The rows of a rank, and how many of all slots are of this one, at most, if that is known."""
         given = self.tokens_per_rank
         if given is None:
-            slots = self.shares.slots(routing)
-            counts = torch.cat([slots, slots.new_full((1,), routing.num_tokens)])
+            counts = torch.nn.functional.pad(self.shares.slots(routing), (0, 1), value=routing.num_tokens)
             said = gathered(counts, Message("sizes", _OP, self.shares.group))()
             return max(tokens for *_, tokens in said), sum(of_rank[self.shares.group.rank()] for of_rank in said)
         if routing.num_tokens > given:
