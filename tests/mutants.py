@@ -219,7 +219,12 @@ MUTANTS: dict[str, Callable[[], None]] = {
 
 MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
     "results come back to other tokens": attribute(
-        "ep._started", "sum_rows", lambda sum_rows: lambda rows, *rest: sum_rows(rows.roll(1, 0), *rest)
+        "ep._ways", "sum_rows", lambda sum_rows: lambda rows, *rest: sum_rows(rows.roll(1, 0), *rest)
+    ),
+    "tables of the rows that are sent name others": attribute(
+        "ep.all_to_all",
+        "_prefix",
+        lambda prefix: lambda tables, sizes: (prefix(tables, sizes)[0], tables[1], prefix(tables, sizes)[2].flip(0)),
     ),
     "what is over capacity is not counted": attribute(
         "ep._overflow", "Overflow", lambda kind: setattr(kind, "add", lambda self, dropped: None) or kind

@@ -131,11 +131,13 @@ def test_a_shared_expert_runs_beside(ranks: list[dict]):
     [
         (1, 8, "local"),
         (2, 1, "all_to_all"),
-        (2, 3, "all_to_all"),
-        (2, 4, "all_gather"),  # saves a sixteenth
-        (4, 8, "all_to_all"),  # just a tenth
-        (4, 9, "all_gather"),
-        (8, 8, "all_to_all"),
+        (2, 2, "all_to_all"),  # saves a quarter
+        (2, 3, "all_gather"),  # an eighth
+        (4, 5, "all_to_all"),
+        (4, 8, "all_gather"),  # a tenth
+        (8, 8, "all_to_all"),  # a third
+        (8, 12, "all_to_all"),  # just a fifth
+        (8, 13, "all_gather"),
         (64, 8, "all_to_all"),
         (8, 22, "all_gather"),
     ],

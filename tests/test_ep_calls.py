@@ -225,6 +225,8 @@ def _attempts() -> dict[str, Callable[[], Any]]:
         "both": lambda: all_to_all(capacity=3, max_rows=3),
         "few rows": lambda: all_to_all(max_rows=1),
         "capacity": lambda: all_to_all(capacity=0),
+        "slots": lambda: all_to_all(slot_capacity=3),
+        "no slots": lambda: all_gather(tokens_per_rank=15, slot_capacity=0),
         "kind": lambda: moekit.ep.dispatcher(group, EXPERTS, 4, kind="ring"),
         "option": lambda: moekit.ep.dispatcher(group, EXPERTS, 4, capacity=3),
         "of nobody": lambda: moekit.ep.dispatcher(group, EXPERTS, 2, slots=3),
@@ -253,6 +255,8 @@ REFUSED = {
     "both": "ValueError: moekit.ep.AllToAll: max_rows=3 has no effect with a capacity",
     "few rows": "ValueError: moekit.ep.AllToAll: max_rows must be at least 2, got 1",
     "capacity": "ValueError: moekit.ep.AllToAll: capacity must be at least 1, got 0",
+    "slots": "ValueError: moekit.ep.AllToAll: slot_capacity=3 has no effect without capacity: slots are counted",
+    "no slots": "ValueError: moekit.ep.AllGather: slot_capacity must be at least 1, got 0",
     "kind": "ValueError: moekit.ep.dispatcher: kind must be one of 'auto', 'all_to_all', 'all_gather', 'local', got 'ring'",
     "option": "ValueError: moekit.ep.dispatcher: capacity=3 has no effect with kind='all_gather', chosen for 4 experts a "
     "token (kind='all_to_all' has it); leave it out",

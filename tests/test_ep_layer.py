@@ -114,8 +114,10 @@ LAYOUTS = {
     "EP=2, FSDP2": Layout(ep_with_fsdp2, 2, options={"dispatcher": "all_gather"}),
     "EP=4, DDP": Layout(ep_with_ddp, 4),
     "EP=4, FSDP2, accumulated": Layout(ep_with_fsdp2, 4, micro=2, options={"redispatch": True, "dispatcher": "all_to_all"}),
-    "EP=2 x DP=2, DDP, accumulated": Layout(ep_and_dp_with_ddp, 4, micro=2, options={"max_rows": 9}),
-    "EP=2 x DP=2, FSDP2": Layout(ep_and_dp_with_fsdp2, 4, options={"max_rows": 18}),
+    "EP=2 x DP=2, DDP, accumulated": Layout(
+        ep_and_dp_with_ddp, 4, micro=2, options={"max_rows": 9, "dispatcher": "all_to_all"}
+    ),
+    "EP=2 x DP=2, FSDP2": Layout(ep_and_dp_with_fsdp2, 4, options={"max_rows": 18, "dispatcher": "all_to_all"}),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from _ep import EXPERTS, HIDDEN, all_gather, all_to_all, equal, keeping, layer, rowwise
 from _ranks import on_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekit
 import moekit.ep
@@ -22,6 +23,9 @@ from moekit.ep._rounds import parts, rounds
 
 WORLD = 2
 RANKS: list[Callable[[], Any]] = []
+
+
+VIEWS = ("detach", "new_empty", "slice", "unsqueeze", "view")  # and what else starts nothing
 
 
 def on_a_rank() -> dict[str, Any]:
@@ -113,6 +117,66 @@ def test_capacity(ranks: list[dict]):
         assert "sizes" not in found["sent"]  # nobody asks for them
         assert found["rows"] == 4 * CAPACITY * (WORLD - 1)
     assert any(dropped)
+
+
+SLOTS = 13
+FIXED: dict[str, Callable[[], Any]] = {
+    "all_to_all": lambda: all_to_all(capacity=15, slot_capacity=SLOTS),
+    "all_gather": lambda: all_gather(tokens_per_rank=15, slot_capacity=SLOTS),
+}
+
+
+@everywhere
+def slot_capacity() -> dict[str, Any]:
+    given, found = _ep.mine(_ep.problem("duplicate")), {}
+    for name, make in FIXED.items():
+        used, rows = make(), []
+
+        def experts(x: Tensor, local: moekit.Routing) -> Tensor:
+            rows.append(local.num_rows)  # noqa: B023
+            return _ep.precise(x, local, leaves)  # noqa: B023
+
+        leaves = _ep.leaves_of(given)
+        with _warnings() as seen:
+            result = _ep.backward(*layer(given, used, experts, **leaves), given["grad"])
+        told = [str(warning.message) for warning in seen if warning.category is RuntimeWarning]
+        found[name] = {"result": result, "counted": int(used.slot_overflow), "told": told, "rows": rows}
+    return found
+
+
+def beyond_slots(indices: Tensor, deduplicated: bool) -> tuple[Tensor, list[int]]:
+    """The choice without the slots beyond the capacity, and how many these are, of each rank's experts."""
+    kept, counts, each = indices.clone(), [], EXPERTS // WORLD
+    first = [sum(_ep.TOKENS[WORLD][:rank]) for rank in range(WORLD)]
+    for rank in range(WORLD):
+        slots = []  # by place among the rows of a rank, and by that rank
+        for source, tokens in enumerate(_ep.TOKENS[WORLD]):
+            place = 0
+            for token in range(first[source], first[source] + tokens):
+                mine = [
+                    (place, source, token, k) for k, e in enumerate(indices[token].tolist()) if e >= 0 and e // each == rank
+                ]
+                slots += mine
+                place += bool(mine) or not deduplicated
+        for _, _, token, k in sorted(slots)[SLOTS:]:
+            kept[token, k] = -1
+        counts.append(max(len(slots) - SLOTS, 0))
+    return kept, counts
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_slot_capacity(ranks: list[dict], name: str):
+    given = _ep.problem("duplicate")
+    kept, counts = beyond_slots(given["indices"], name == "all_to_all")
+    wanted = _ep.alone(given, kept)
+    assert all(counts)
+    for rank, found in enumerate(ranks):
+        found, mine = found["slot_capacity"][name], _ep.of_rank({**given, **wanted}, rank, WORLD)
+        for leaf in wanted:
+            torch.testing.assert_close(found["result"][leaf], mine[leaf], rtol=1e-12, atol=1e-12)
+        assert found["rows"] == [SLOTS] and found["counted"] == counts[rank]
+        (told,) = found["told"]
+        assert told.endswith(f"slot_capacity, and not computed: {counts[rank]} slots of the experts of rank {rank} so far")
 
 
 # --- bounded rows ---------------------------------------------------------------------------------------------------
@@ -262,6 +326,56 @@ def reads() -> dict[str, int]:
 def test_reads(ranks: list[dict]):
     for found in ranks:
         assert found["reads"] == {"plain": 1, "rounds": 1, "capacity": 0, "all_gather": 1, "fixed": 0}
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@everywhere
+def operators() -> dict[str, list[str]]:
+    """What is called until the host waits for sizes, then until rows travel, and on the way back."""
+    given, read, found = _ep.mine(_ep.problem("random")), moekit.ep._ways.read, {}
+    leaves, used = _ep.leaves_of(given), all_to_all()
+    routing = _ep.as_routing(given["indices"], leaves["weights"])
+    with Names() as names:
+
+        def noted(*args: Any) -> Callable[[], list]:
+            result = read(*args)
+
+            def wait() -> list:
+                found["before"], names.seen = names.seen, []
+                return result()
+
+            return wait
+
+        moekit.ep._ways.read = noted
+        started = used.start(leaves["x"], routing)
+        moekit.ep._ways.read = read
+        found["after"], names.seen = names.seen, []
+        out = started.through(lambda rows, local: rows)
+        names.seen = []
+        out.backward(given["grad"])
+        return {**found, "backward": names.seen}
+
+
+def test_what_is_called(ranks: list[dict]):
+    """The device has all but the exchange to do before the host waits, and no row is touched twice on the way back."""
+    for found in ranks:
+        found = {name: [op.split("::")[1] for op in ops] for name, ops in found["operators"].items()}
+        kernels = [op for op in found["before"] if op not in VIEWS]
+        assert kernels.count("permute") == 2 and kernels.count("route_map") == 1 and len(kernels) <= 15
+        assert [op for op in found["after"] if op not in VIEWS] == ["all_to_all_single"] * 2
+        back = [op for op in found["backward"] if op not in (*VIEWS, "zeros")]  # zeros: of weights that nobody used
+        assert sorted(back) == sorted(["permute", *["unpermute"] * 2, *["all_to_all_single", "wait_tensor"] * 3])
 
 
 @everywhere

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moekit.ep._eager import eager
 from moekit.ep._ways import Way
-from moekit.ops.rows import move_rows
 from moekit.routing import Routing
 
 
@@ -30,12 +29,11 @@ class Again:
 
     Args:
         tokens: ``[T, H]``, which are kept: they are the sender's, and there anyway.
-        tables: of the rows to send, as :data:`moekit.ops.rows.move_rows` takes them.
         way: how they went.
     """
 
-    def __init__(self, tokens: Tensor, tables: tuple[Tensor, ...], way: Way) -> None:
-        self._tokens, self.tables, self.way = (tokens.detach(),), tables, way
+    def __init__(self, tokens: Tensor, way: Way) -> None:
+        self._tokens, self.way = (tokens.detach(),), way
         self._pending: Tensor | None = None
         self._rows: Tensor | None = None
 
@@ -47,7 +45,7 @@ class Again:
     def start(self, *kept: Tensor) -> None:
         """Send."""
         (tokens,) = kept
-        self._pending = self.way.start(move_rows(tokens, *self.tables))
+        self._pending = self.way.start(self.way.arrange(tokens))
 
     def finish(self) -> None:
         """Receive."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit import _backend
 from moekit.ep._ways import Way
 
 
@@ -60,6 +61,7 @@ class Exchange:
         rows: what to send.
         way: how.
         along: integers ``[len(rows), n]`` int32 that travel with the rows, in the same message; they have no way back.
+        arranged: what ``way.arrange`` makes of them (of :func:`packed`, with integers), if that is done.
         after: ties of earlier exchanges.
         beside: what else is to travel on the way back.
     """
@@ -70,10 +72,12 @@ class Exchange:
         way: Way,
         *,
         along: Tensor | None = None,
+        arranged: Tensor | None = None,
         after: Sequence[Tensor] = (),
         beside: Beside | None = None,
     ) -> None:
-        self.way, self.along, self.beside = way, along, beside
+        self.way, self.along, self.arranged, self.beside = way, along, arranged, beside
+        self.backend = _backend.current()  # also of backward, wherever that is
         # What travels is not among autograd's tensors, for its shape is another on the way back.
         self.pending: Tensor | None = None
         # Something is kept of an exchange of tokens, so that a checkpoint (moekit.ep._rounds) recomputes it on every rank,
@@ -88,9 +92,9 @@ class Exchange:
         along, self.along = self.along, None
         return Arrived(rows, along, tie)
 
-    def start(self, rows: Tensor, way: Way) -> None:
+    def start(self, arranged: Tensor, way: Way) -> None:
         """Send."""
-        self.pending = way.start(rows)
+        self.pending = way.start(arranged)
 
     def finish(self, way: Way) -> Tensor:
         """Receive, and let go."""
@@ -104,14 +108,17 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, rows: Tensor, *after: Tensor) -> Tensor:
         ctx.exchange, ctx.ties = exchange, len(after)
-        along = exchange.along
-        exchange.start(rows if along is None else _packed(rows, along), exchange.way)
+        arranged, exchange.arranged = exchange.arranged, None
+        if arranged is None:
+            arranged = exchange.way.arrange(rows if exchange.along is None else packed(rows, exchange.along))
+        exchange.start(arranged, exchange.way)
         return rows.new_empty(0)  # by which autograd knows that the wait comes after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, link: Tensor) -> tuple:
-        grad = ctx.exchange.finish(ctx.exchange.way.back())
+        with _backend.backend(ctx.exchange.backend):
+            grad = ctx.exchange.finish(ctx.exchange.way.back())
         if ctx.exchange.beside is not None:
             ctx.exchange.beside.finish()
         return None, grad, *[link] * ctx.ties
@@ -131,22 +138,30 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, tie: Tensor) -> tuple:
         exchange, kept = ctx.exchange, ctx.saved_tensors  # under a checkpoint: recomputed now, if experts kept nothing
-        exchange.start(grad, exchange.way.back())
-        if exchange.beside is not None:
-            exchange.beside.start(*kept)
+        back = exchange.way.back()
+        with _backend.backend(exchange.backend):
+            exchange.start(back.arrange(grad), back)
+            if exchange.beside is not None:
+                exchange.beside.start(*kept)
         return None, tie
 
 
-def _packed(rows: Tensor, along: Tensor) -> Tensor:
+def packed(rows: Tensor, along: Tensor) -> Tensor:
     """Both as bytes, ``[S, n]`` uint8: no other type is known to every backend, and holds integers and weights."""
-    return torch.cat([_dense(along).view(torch.uint8), _dense(rows).view(torch.uint8)], 1)
+    return torch.cat([_bytes(along), _bytes(rows)], 1)
 
 
-def _unpacked(packed: Tensor, integers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    along, rows = packed.split([4 * integers, packed.shape[1] - 4 * integers], 1)
-    return _dense(rows).view(dtype), _dense(along).view(torch.int32)
+def _bytes(values: Tensor) -> Tensor:
+    # What is empty counts as contiguous whatever its strides are, and then its bytes cannot be looked at.
+    dense = values.contiguous() if values.numel() else values.new_empty(values.shape)
+    return dense.view(torch.uint8)
 
 
-def _dense(values: Tensor) -> Tensor:
-    """A copy, for what counts as contiguous may begin anywhere and, if it is empty, have any strides: no place for bytes."""
-    return values.clone(memory_format=torch.contiguous_format)
+def _unpacked(bytes_: Tensor, integers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    along, rows = bytes_.split([4 * integers, bytes_.shape[1] - 4 * integers], 1)
+    return _values(rows, dtype), _values(along, torch.int32)
+
+
+def _values(bytes_: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy, for bytes may begin where a value may not."""
+    return bytes_.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,20 +48,29 @@ def named(op: str, group: dist.ProcessGroup) -> Iterator[None]:
         raise RuntimeError(f"moekit.{op}: failed on {me}; {Inquiry(op, group, error).result()}: {error}") from error
 
 
-def read(values: Tensor, op: str, group: dist.ProcessGroup) -> list[Any]:
-    """``values.tolist()`` of what a collective gave, for which the host waits no longer than the group's timeout allows."""
-    with named(op, group):
-        if not values.is_cuda:
-            return values.tolist()
-        arrived = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
+def read(values: Tensor, op: str, group: dist.ProcessGroup) -> Callable[[], list[Any]]:
+    """Begin to read what a collective gave.
+
+    Returns:
+        What gives ``values.tolist()``. The host waits there, for what was queued before :func:`read` and for nothing that
+        was queued since, and no longer than the group's timeout allows.
+    """
+    if not values.is_cuda:
+        return values.tolist
+    arrived, there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
+    arrived.copy_(values, non_blocking=True)
+    there.record()
+
+    def found() -> list[Any]:
         start = time.monotonic()
-        while not ready.query():
-            waited = time.monotonic() - start
-            if waited > _LEAST_TO_ASK and waited > timeout(group) - 2 * _to_ask(group):
-                raise RuntimeError(f"the device has not finished an exchange after {waited:.0f} s")
+        with named(op, group):
+            while not there.query():
+                waited = time.monotonic() - start
+                if waited > _LEAST_TO_ASK and waited > timeout(group) - 2 * _to_ask(group):
+                    raise RuntimeError(f"the device has not finished an exchange after {waited:.0f} s")
         return arrived.tolist()
+
+    return found
 
 
 def timeout(group: dist.ProcessGroup) -> float:

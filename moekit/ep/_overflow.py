@@ -17,11 +17,12 @@ class Overflow:
 
     Args:
         op: who drops, for the warning.
-        rank: where.
+        option: beyond what.
+        what: is dropped.
     """
 
-    def __init__(self, op: str, rank: int) -> None:
-        self.op, self.rank = op, rank
+    def __init__(self, op: str, option: str, what: str) -> None:
+        self.op, self.option, self.what = op, option, what
         self.total: Tensor | None = None
         self._told = 0
         self._copy: tuple[Tensor, Any] | None = None
@@ -53,5 +54,5 @@ class Overflow:
         if total < max(2 * self._told, 1):  # when it begins, and then whenever it has doubled
             return
         self._told = total
-        pairs = f"{total} pairs (token, rank) of rank {self.rank} so far"
-        warnings.warn(f"moekit.{self.op}: beyond the capacity, and not computed: {pairs}", RuntimeWarning, stacklevel=2)
+        found = f"beyond {self.option}, and not computed: {total} {self.what} so far"
+        warnings.warn(f"moekit.{self.op}: {found}", RuntimeWarning, stacklevel=2)

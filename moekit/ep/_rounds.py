@@ -15,11 +15,10 @@ from moekit import _backend, _check
 from moekit.ep._eager import eager
 from moekit.ep._ranks import Shares
 from moekit.ep._started import Experts, send
-from moekit.ep._ways import Uneven
+from moekit.ep._ways import Tables, Uneven
 from moekit.ops import tables
 from moekit.ops._segments import expert_of_row
 from moekit.ops.rows import move_rows, sum_rows
-from moekit.routing import Routing
 
 
 def rounds(counts: Sequence[Sequence[int]], max_rows: int) -> int:
@@ -57,7 +56,8 @@ class Rounds:
         tokens: ``[T, H]``.
         weights: ``[T, K]``.
         numbers: ``[T, K]``, of the experts.
-        ranks: the tokens' routing over ranks.
+        counts: ``[ranks]`` int64, rows to each rank.
+        tables: of the rows, by rank.
         there: of each round, how many rows go to each rank.
         back: of each round, how many come from each rank.
     """
@@ -69,12 +69,13 @@ class Rounds:
         tokens: Tensor,
         weights: Tensor,
         numbers: Tensor,
-        ranks: Routing,
+        counts: Tensor,
+        tables: Tables,
         there: list[list[int]],
         back: list[list[int]],
     ) -> None:
         self.shares, self.max_rows = shares, max_rows
-        self.tokens, self.weights, self.numbers, self.ranks = tokens, weights, numbers, ranks
+        self.tokens, self.weights, self.numbers, self.counts, self.tables = tokens, weights, numbers, counts, tables
         self.there, self.back = there, back
 
     def finish(self) -> NoReturn:
@@ -85,7 +86,7 @@ class Rounds:
     @eager
     def through(self, experts: Experts) -> Tensor:
         """The experts' results, ``[T, H]``."""
-        found, order = self.ranks.row_tables(), self._by_round()
+        found, order = self.tables, self._by_round()
         rows, weights, numbers = (
             _in_order(move_rows(given, *found), order).split([sum(sizes) for sizes in self.there])
             for given in (self.tokens, self.weights, self.numbers)
@@ -110,11 +111,12 @@ class Rounds:
 
     def _by_round(self) -> Tensor:
         """The row of the routing that stands in each place of the rounds, ``[S]``."""
-        counts, ranks = self.ranks.tokens_per_expert, self.ranks.num_experts
-        rank = expert_of_row(self.ranks.offsets, self.ranks.num_rows)
-        place = torch.arange(self.ranks.num_rows, device=rank.device) - (self.ranks.offsets - counts)[rank]
+        counts, num_rows = self.counts, self.tables[0].shape[0]
+        ends = counts.cumsum(0)
+        rank = expert_of_row(ends, num_rows)
+        place = torch.arange(num_rows, device=rank.device) - (ends - counts)[rank]
         round_ = place // -(-counts // len(self.there))[rank]
-        return (round_ * ranks + rank).argsort(stable=True)
+        return (round_ * counts.shape[0] + rank).argsort(stable=True)
 
 
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:

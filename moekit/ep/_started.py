@@ -13,13 +13,12 @@ from moekit import _check
 from moekit.ep._again import Again
 from moekit.ep._eager import eager
 from moekit.ep._exchange import Exchange
+from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares
 from moekit.ep._ways import Message, Way
-from moekit.ops.rows import sum_rows
 from moekit.routing import Routing
 
 Experts = Callable[[Tensor, Routing], Tensor]
-Tables = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -31,7 +30,6 @@ class Handle:
         shape: ``[N, H]``, of the rows.
         way: that of results.
         ties: of the exchanges that brought the rows; None: it was used.
-        tables: of the rows that come back, by which they are summed; None: they are the tokens' already.
         again: what brings the rows again in backward, or None.
     """
 
@@ -39,7 +37,6 @@ class Handle:
     shape: torch.Size
     way: Way
     ties: tuple[Tensor, ...] | None
-    tables: Tables | None
     again: Again | None
 
     @eager
@@ -50,8 +47,7 @@ class Handle:
         ties, self.ties = self.ties, None
         if ties is None:
             raise _check.fail(self.op, "handle", "of a dispatch that has not been combined", "one that was used")
-        back = Exchange(rows, self.way, after=ties, beside=self.again).wait().rows
-        return back if self.tables is None else sum_rows(back, None, *self.tables)
+        return Exchange(rows, self.way, after=ties, beside=self.again).wait().rows
 
 
 def combine(op: str, rows: Tensor, handle: object) -> Tensor:
@@ -69,19 +65,17 @@ class Started:
     slots: Exchange
     rows: Exchange
     num_slots: int | None
-    tables: Tables | None
+    overflow: Overflow | None
     again: Again | None
 
     @eager
     def finish(self) -> tuple[Tensor, Routing, Handle]:
         """What :meth:`moekit.ep.Dispatcher.dispatch` gives."""
         slots = self.slots.wait()
-        indices: Any = slots.along
-        local = self.shares.local(indices - 1, slots.rows, self.num_slots)
+        numbers: Any = slots.along
+        local = self.shares.local(numbers, slots.rows, self.num_slots, self.overflow)
         rows = self.rows.wait()
-        handle = Handle(
-            self.shares.op, rows.rows.shape, self.rows.way.back(), (slots.tie, rows.tie), self.tables, self.again
-        )
+        handle = Handle(self.shares.op, rows.rows.shape, self.rows.way.back(), (slots.tie, rows.tie), self.again)
         return rows.rows, local, handle
 
     def through(self, experts: Experts) -> Tensor:
@@ -92,11 +86,6 @@ class Started:
         return handle.take_back(out)
 
 
-def numbered(routing: Routing) -> Tensor:
-    """The experts of each slot as they travel, ``[T, K]`` int32, from 1: 0 is none, as in rows of zeros."""
-    return routing.indices.clamp(min=-1).to(torch.int32) + 1
-
-
 def send(
     shares: Shares,
     way: Callable[[Message], Way],
@@ -104,8 +93,9 @@ def send(
     weights: Tensor,
     numbers: Tensor,
     *,
+    arranged: tuple[Tensor | None, Tensor | None] = (None, None),
     num_slots: int | None = None,
-    tables: Tables | None = None,
+    overflow: Overflow | None = None,
     again: Again | None = None,
 ) -> Started:
     """Begin to send.
@@ -113,12 +103,14 @@ def send(
     Args:
         shares: of whose experts the rows are.
         way: of a message.
-        rows: ``[S, H]``.
-        weights: ``[S, K]``.
-        numbers: ``[S, K]``, as :func:`numbered` has them.
+        rows: ``[T, H]``.
+        weights: ``[T, K]``.
+        numbers: ``[T, K]``, as :func:`moekit.ep._ranks.numbered` has them.
+        arranged: slots and rows as :class:`Exchange` has them.
         num_slots: how many of the slots that arrive are of this rank, if that is known.
-        tables: as :class:`Handle` has them, like ``again``.
-        again: see there.
+        overflow: as :meth:`moekit.ep._ranks.Shares.local` has it.
+        again: as :class:`Handle` has it.
     """
-    slots = Exchange(weights, way(Message("slots", shares.op, shares.group)), along=numbers)
-    return Started(shares, slots, Exchange(rows, way(Message("rows", shares.op, shares.group))), num_slots, tables, again)
+    of_slots, of_rows = (way(Message(what, shares.op, shares.group)) for what in ("slots", "rows"))
+    slots = Exchange(weights, of_slots, along=numbers, arranged=arranged[0])
+    return Started(shares, slots, Exchange(rows, of_rows, arranged=arranged[1]), num_slots, overflow, again)

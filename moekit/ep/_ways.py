@@ -1,11 +1,12 @@
 """The ways that rows go between ranks: functional collectives of PyTorch, on gloo as on NCCL.
 
-A way has a start and a finish, between which the rows travel, and a way back, by which gradients go.
+A way has a start and a finish, between which the rows travel, and a way back, by which gradients go. What is done to rows on
+this rank, before and after, is part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from moekit.ep._agree import agree, mark
 from moekit.ep._faults import named, read
 from moekit.ep._traffic import count
+from moekit.ops.rows import move_rows, sum_rows
 
 _c10d: Any = torch.ops._c10d_functional
 
@@ -22,7 +24,11 @@ _c10d: Any = torch.ops._c10d_functional
 class Way(Protocol):
     """From rows of this rank to rows of this rank."""
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Rows as they travel."""
+        ...
+
+    def start(self, arranged: Tensor) -> Tensor:
         """Send; what it gives is for :meth:`finish`."""
         ...
 
@@ -66,6 +72,10 @@ class Message(NamedTuple):
             return _c10d.wait_tensor(pending)
 
 
+Tables = tuple[Tensor, Tensor, Tensor]
+"""Of rows, as :data:`moekit.ops.rows.move_rows` takes them."""
+
+
 class Uneven(NamedTuple):
     """Each rank gets rows of its own: ``[sum(send), ...]``, by where they go, to ``[sum(receive), ...]``, by where from.
 
@@ -79,14 +89,60 @@ class Uneven(NamedTuple):
     send: Sequence[int]
     receive: Sequence[int]
 
-    def start(self, rows: Tensor) -> Tensor:
-        return self.message.all_to_all(rows, self.send, self.receive)
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.message.all_to_all(arranged, self.send, self.receive)
 
     def finish(self, pending: Tensor) -> Tensor:
         return self.message.wait(pending)
 
     def back(self) -> Uneven:
         return Uneven(self.message, self.receive, self.send)
+
+
+class Picked(NamedTuple):
+    """Each rank gets those rows that it needs: ``[T, ...]`` to ``[sum(receive), ...]``, by where from.
+
+    Attributes:
+        uneven: how they travel.
+        tables: of the rows that are sent.
+    """
+
+    uneven: Uneven
+    tables: Tables
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        return move_rows(rows, *self.tables)
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.uneven.start(arranged)
+
+    def finish(self, pending: Tensor) -> Tensor:
+        return self.uneven.finish(pending)
+
+    def back(self) -> Summed:
+        return Summed(self.uneven.back(), self.tables)
+
+
+class Summed(NamedTuple):
+    """What was picked comes home, where each row's are added: ``[sum(send), ...]`` to ``[T, ...]``."""
+
+    uneven: Uneven
+    tables: Tables
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.uneven.start(arranged)
+
+    def finish(self, pending: Tensor) -> Tensor:
+        return sum_rows(self.uneven.finish(pending), None, *self.tables)
+
+    def back(self) -> Picked:
+        return Picked(self.uneven.back(), self.tables)
 
 
 class Spread(NamedTuple):
@@ -96,9 +152,12 @@ class Spread(NamedTuple):
     tokens: int
     padded: int
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         missing = self.padded - self.tokens
-        return self.message.all_gather(torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows)
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+    def start(self, arranged: Tensor) -> Tensor:
+        return self.message.all_gather(arranged)
 
     def finish(self, pending: Tensor) -> Tensor:
         return self.message.wait(pending)
@@ -114,9 +173,12 @@ class Collect(NamedTuple):
     tokens: int
     padded: int
 
-    def start(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def start(self, arranged: Tensor) -> Tensor:
         each = [self.padded] * self.message.group.size()
-        return self.message.all_to_all(rows, each, each)
+        return self.message.all_to_all(arranged, each, each)
 
     def finish(self, pending: Tensor) -> Tensor:
         parts = self.message.wait(pending)
@@ -133,24 +195,29 @@ class Collect(NamedTuple):
 # would be taken for others, whose bytes are of another type or number.
 
 
-def swapped(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> tuple[list, list]:
-    """What this rank says to each rank ``[ranks, n]``, and what each says to it, as lists: a host read.
+def swapped(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> Callable[[], tuple[list, list]]:
+    """What this rank says to each rank ``[ranks, n]``, and what each says to it, as lists, once the result is called.
 
     Raises:
-        ValueError: on all ranks, if ``facts`` are not the same on all.
+        ValueError: then, on all ranks, if ``facts`` are not the same on all.
     """
     each = [1] * message.group.size()
     counts = torch.nn.functional.pad(counts, (0, 1), value=mark(facts))
     received = message.wait(message.all_to_all(counts, each, each))
-    said, heard = read(torch.stack([counts, received]), message.op, message.group)
-    _alike(message, facts, [of_rank[-1] for of_rank in heard])
-    return said, heard
+    found = read(torch.stack([counts, received]), message.op, message.group)
+
+    def look() -> tuple[list, list]:
+        said, heard = found()
+        _alike(message, facts, [of_rank[-1] for of_rank in heard])
+        return said, heard
+
+    return look
 
 
 def gathered(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> list:
     """What every rank says, ``[ranks, *counts.shape]`` as a list: a host read; errors as of :func:`swapped`."""
     counts = torch.nn.functional.pad(counts, (0, 1), value=mark(facts))
-    found = read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)
+    found = read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)()
     _alike(message, facts, [of_rank[-1] if counts.dim() == 1 else of_rank[0][-1] for of_rank in found])
     return found
 

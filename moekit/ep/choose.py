@@ -16,7 +16,7 @@ from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.local import Local
 
 KINDS = {"all_to_all": AllToAll, "all_gather": AllGather, "local": Local}
-WORTH_IT = 0.1  # the least part of the rows that the exchange of deduplicated rows has to save
+WORTH_IT = 0.2  # the least part of the rows that the exchange of deduplicated rows has to save
 
 
 def choose(ranks: int, topk: int) -> str:
@@ -24,8 +24,9 @@ def choose(ranks: int, topk: int) -> str:
 
     With uniform routing a token of K experts on N ranks misses a rank with the probability ``(1 - 1/N)^K`` (a little less,
     for no expert is chosen twice). It goes to ``(N - 1) (1 - (1 - 1/N)^K)`` others if it goes where it is needed, and to
-    ``N - 1`` if it goes everywhere: the former saves ``(1 - 1/N)^K`` of the rows, and is chosen where that is a tenth or
-    more.
+    ``N - 1`` if it goes everywhere: the former saves ``(1 - 1/N)^K`` of the rows, and is chosen where that is a fifth or
+    more. It has the host do more before rows can travel, and wait for their sizes: on four H200s a tenth fewer rows took
+    longer (docs/scale.md).
 
     Args:
         ranks: N.
