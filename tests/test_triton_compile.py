@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("what is interpreted is not compiled", allow_module_level=True)
 
@@ -95,8 +95,8 @@ def test_fused_products_and_additions_are_in_the_code(cases, monkeypatch):
         KERNELS["glu_backward"](*cases["glu backward concatenated bf16 silu, I=768"].args)
     for fused in (True, False):
         options = launches[0].options | {"enable_fp_fusion": fused}
-        source = triton.compiler.ASTSource(launches[0].kernel, *offline._specialise(launches[0]))
-        compiled = triton.compile(source, target=offline.TARGETS[ARCH], options=options)
+        source = offline.ASTSource(launches[0].kernel, *offline._specialise(launches[0]))
+        compiled = offline.triton.compile(source, target=offline.TARGETS[ARCH], options=options)
         assert ("fma.rn.f32" in compiled.asm["ptx"]) == fused
     assert launches[0].options["enable_fp_fusion"]
 

@@ -137,6 +137,22 @@ in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform of ``torch.func`` is at work."""
 
 
+def runs_plainly() -> bool:
+    """Whether what is called now computes, and nothing but that: no compiler, transform, mode or trace looks on."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
+    return not watched and not _within_levels()
+
+
+def owns_what_it_saves() -> bool:
+    """Whether a node may keep tensors by itself, and not in autograd's care: nobody has asked to see what is saved."""
+    return runs_plainly() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def goes_again() -> bool:
+    """Whether the backward that is at work may be run again (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def transformed() -> bool:
     """Whether a function that is called now may have to do with ``torch.func`` or with dual numbers."""
     return not torch.compiler.is_compiling() and _within_levels()

@@ -43,12 +43,17 @@ class Shape(NamedTuple):
         """On average."""
         return self.num_rows / max(self.num_experts, 1)
 
+    def of_any_rows(self, rows_an_expert: int = 1024) -> Shape:
+        """The same with that many rows an expert: cut by it, a product is cut alike whatever rows there are."""
+        return self._replace(num_rows=rows_an_expert * self.num_experts)
+
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
 _STEPS = (16, 48, 320)
+FEW = _STEPS[1]
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
     Blocks(32, 64, 64, 4, 4, 6, registers=255),

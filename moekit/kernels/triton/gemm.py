@@ -288,14 +288,23 @@ def grouped_rows(
     out: Tensor | None = None,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster."""
-    arch, updated = _launch.arch(rows.device).name, low is not None
-    cut = _policy.described(_shape(rows, matrices), rows.dtype, arch, updated=updated)
-    if cut is None or not _fits(rows, offsets, low, factors, matrices, out) or not _describable(rows, matrices):
+    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster.
+
+    With ``invariant`` the number of rows decides on nothing, and PyTorch's product, by which it does, is not resorted to.
+    """
+    arch, updated, shape = _launch.arch(rows.device).name, low is not None, _shape(rows, matrices)
+    cut = _policy.described(shape.of_any_rows() if invariant else shape, rows.dtype, arch, updated=updated)
+    fetched = cut is None or not _describable(rows, matrices)
+    if (fetched and not invariant) or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
-    out = _room(rows, matrices.shape[2], out)
-    return NotImplemented if out is None else _described(rows, matrices, offsets, 0, out, cut, _update(low, factors))
+    out, update = _room(rows, matrices.shape[2], out), _update(low, factors)
+    if out is None:
+        return NotImplemented
+    if fetched:
+        return _fetched(rows, _dense(matrices), offsets, 0, shape, out, _policy.plain(rows.dtype), update)
+    return _described(rows, matrices, offsets, 0, out, cut, update)
 
 
 def grouped_slice(
@@ -334,15 +343,20 @@ def packed_rows(
     back: bool,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
-    if not back and low is None:
+    """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster.
+
+    With ``invariant`` weights are unpacked in registers whatever the number of rows, and in tiles of one size.
+    """
+    if not back and low is None and not invariant:
         few = decode.packed_rows_few(rows, stored, offsets, out)
         if few is not NotImplemented:
             return few
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
-    cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
+    cut_for = shape.of_any_rows(_policy.FEW) if invariant else shape
+    cut = _policy.packed(cut_for, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
     if cut is None or not _fits(rows, offsets, low, factors, out) or not _packed.reads(stored):
         return NotImplemented
     out = _room(rows, shape.width, out)
