@@ -52,6 +52,9 @@ PRODUCTS = [
     ("sm_90", "grouped_rows bf16 R=131072 r=16 back"),
     ("sm_90", "packed_rows mxfp4 bf16 R/E=8 r=16"),
     ("sm_100", "grouped_rows bf16 R=4096 r=64"),
+    ("sm_90", "gathered_glu bf16 R=131072 silu kept"),
+    ("sm_90", "gathered_glu fp16 R=4096 back clamp after bias"),
+    ("sm_100", "gathered_rows bf16 R=131072 back"),
     ("gfx942", "grouped_slice bf16 R=131072 r=16"),
 ]
 

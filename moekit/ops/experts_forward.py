@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit import _backend
 from moekit.ops import _library, glu, rows
 from moekit.ops.experts_backward import gradients
 from moekit.ops.experts_backward import operator as experts_backward
@@ -28,31 +29,47 @@ def _reference(*args: Any, products: Products | None = None) -> Outputs:
     products = products or options.products()
     gate_up, down = options.projections(given, products)
     x, offsets = given.x, routed.offsets
-    gathered = rows.move_rows(x, *routed.tables)
-    projected, low = gate_up.forward(gathered, offsets)
     before = None if options.weight_after_down else routed.weights
-    scale = x.new_empty(0)
-    keep_all = options.save == "all"
-    if not keep_all:
-        gathered = x.new_empty(0)
-    if options.save == "fp8":
-        act, projected, scale = glu.forward_fp8(projected, before, given.gate_up_bias, offsets, *options.spec)
+    keep_all, scale, low, gathered = options.save == "all", x.new_empty(0), None, x.new_empty(0)
+    fused = _in_one(x, routed, before, given, options) if products is not DIFFERENTIABLE else None
+    if fused is not None:
+        projected, act = fused
     else:
-        act = glu.forward(projected, before, given.gate_up_bias, offsets, *options.spec)
+        gathered = rows.move_rows(x, *routed.tables)
+        projected, low = gate_up.forward(gathered, offsets)
+        gathered = gathered if keep_all else x.new_empty(0)
+        gate = (before, given.gate_up_bias, offsets, *options.spec)
+        if options.save == "fp8":
+            act, projected, scale = glu.forward_fp8(projected, *gate)
+        else:
+            act = glu.forward(projected, *gate)
     result, _ = down.forward(act, offsets)
     after = routed.weights if options.weight_after_down else None
     out = rows.sum_rows(result, after, *routed.tables)
     if given.down_bias is not None:
         out = _with_down_bias(out, given, routed, products)
-    nothing = x.new_empty(0)
     return (
         out,
-        nothing if options.save == "nothing" else projected,
+        x.new_empty(0) if options.save == "nothing" else projected,
         scale,
         gathered,
         act if keep_all and not options.weight_after_down else x.new_empty(0),
         x.new_empty(0) if low is None or options.save == "nothing" else low,
     )
+
+
+def _in_one(
+    x: Tensor, routed: Rows, weights: Tensor | None, given: Arguments, options: Options
+) -> tuple[Tensor, Tensor] | None:
+    """The projection, if it is kept, and the activation, where a kernel fetches rows, multiplies and applies the gate."""
+    kernel = _backend.kernel("gathered_glu", x)
+    plain = options.save in ("nothing", "recompute") and not options.gate_up_format and given.gate_up_a is None
+    if kernel is None or not plain:
+        return None
+    keep, matrices = options.save == "recompute", options.weight(0, given)
+    choices = (keep, options.batch_invariant, *options.spec)
+    found = kernel(x, routed.tables[0], matrices, routed.offsets, weights, given.gate_up_bias, *choices)
+    return None if found is NotImplemented else found
 
 
 def _with_down_bias(out: Tensor, given: Arguments, routed: Rows, products: Products) -> Tensor:

@@ -86,6 +86,18 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     return cut._replace(flat=cut.flat and not updated)
 
 
+def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> Blocks | None:
+    """Of rows that threads fetch one by one, by matrices that the copy engine does; ``gate`` is what comes behind it.
+
+    An error function does not fit into the registers, nor what is not "plain" (a bias, a clamp) if there is one loop.
+    """
+    if arch not in _DESCRIBED or dtype not in _HALVES or shape.width <= 64 or gate == "gelu":
+        return None
+    if shape.rows_an_expert <= 128:
+        return Blocks(64, 128, 128, 4, 4, 1, flat=True)
+    return Blocks(128, 256, 64, 8, 3, 1, flat=gate in ("", "plain"))
+
+
 def plain(dtype: torch.dtype) -> Blocks:
     """Of operands that threads fetch, on any architecture."""
     return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)

@@ -60,7 +60,7 @@ def _described_kernel(
                 total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
                 stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
             )  # fmt: skip
-        store(out, total, row, column, end, width, stride_out)
+        store(out, total, top, column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
@@ -119,7 +119,7 @@ def _fetched_kernel(
                 total = tl.dot(tl.trans(w) if BACK else w, tl.trans(x), total, input_precision="ieee")
             else:
                 total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
-        store(out, tl.trans(total) if TURNED else total, top + tl.arange(0, BLOCK_M), column, end, width, stride_out)
+        store(out, tl.trans(total) if TURNED else total, top, column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -141,7 +141,7 @@ def _add_kernel(
             before, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
             stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
         )  # fmt: skip
-        store(out, total, row, column, end, width, stride_out)
+        store(out, total, top, column, end, width, stride_out)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -177,19 +177,20 @@ def _update(low: Tensor | None, factors: Tensor | None) -> _Update:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; of one that is not there, as many as an H100 has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _grid(cut: Blocks, shape: Shape, device: torch.device) -> tuple[int]:
+def grid(cut: Blocks, shape: Shape, device: torch.device) -> tuple[int]:
     """Programs: no more than there can be tiles, as every expert with rows may have a block that is not full."""
     experts = min(shape.num_experts, shape.num_rows)
     blocks = experts + (shape.num_rows - experts) // cut.rows
-    return (min(blocks * _launch.blocks(shape.width, cut.columns), cut.programs * _processors(device)),)
+    return (min(blocks * _launch.blocks(shape.width, cut.columns), cut.programs * processors(device)),)
 
 
-def _sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
+def sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
+    """The constants that say how a product is cut."""
     return {
         "BLOCK_M": cut.rows,
         "BLOCK_N": cut.columns,
@@ -227,13 +228,13 @@ def _fetched(
     rows = _launch.rows_of(rows)
     tensors, strides, constants, back = weights
     _launch.launch(
-        _fetched_kernel, _grid(cut, shape, out.device),
+        _fetched_kernel, grid(cut, shape, out.device),
         rows, *tensors, *update, offsets.contiguous(), out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         rows.stride(0), out.stride(0), *strides, *update.sizes,
         **constants, BACK=back, TURNED=cut.turned, **update.parts, BLOCK_K=cut.depth,
         EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
-        **_sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
+        **sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
     )  # fmt: skip
     return out
 
@@ -247,7 +248,7 @@ def _described(
 
 def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any, bool]:
     """What tells the copy engine where rows and matrices are, and whether the matrices are stored as they are seen."""
-    back = _describes(matrices)
+    back = describes(matrices)
     box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
     described = TensorDescriptor.from_tensor(matrices if back else matrices.mT, box)
     return TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]), described, back
@@ -258,11 +259,11 @@ def _copied(
 ) -> Tensor:
     rows, matrices, back = operands
     _launch.launch(
-        _described_kernel, _grid(cut, shape, out.device),
+        _described_kernel, grid(cut, shape, out.device),
         offsets.contiguous(), rows, matrices, *update, out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         out.stride(0), *update.sizes,
-        BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **_sizes(cut, shape.num_experts), config=cut,
+        BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
     return out
 
@@ -271,14 +272,15 @@ def _shape(rows: Tensor, matrices: Tensor) -> Shape:
     return Shape(rows.shape[0], *matrices.shape)
 
 
-def _describes(x: Tensor) -> bool:
+def describes(x: Tensor) -> bool:
     """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
     steps = [stride * x.itemsize for stride in x.stride()[:-1]]
     return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
-def _describable(rows: Tensor, matrices: Tensor) -> bool:
-    return _describes(rows) and (_describes(matrices) or _describes(matrices.mT))
+def describable(rows: Tensor, matrices: Tensor) -> bool:
+    """Whether descriptors can be made of both, the matrices stored either way."""
+    return describes(rows) and (describes(matrices) or describes(matrices.mT))
 
 
 def grouped_rows(
@@ -296,7 +298,7 @@ def grouped_rows(
     """
     arch, updated, shape = _launch.arch(rows.device).name, low is not None, _shape(rows, matrices)
     cut = _policy.described(shape.of_any_rows() if invariant else shape, rows.dtype, arch, updated=updated)
-    fetched = cut is None or not _describable(rows, matrices)
+    fetched = cut is None or not describable(rows, matrices)
     if (fetched and not invariant) or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
     out, update = _room(rows, matrices.shape[2], out), _update(low, factors)
@@ -321,7 +323,7 @@ def grouped_slice(
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
-    if cut is not None and _describable(rows, matrices):
+    if cut is not None and describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
     return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
 
@@ -385,7 +387,7 @@ def packed_slices(
     matrices = workspace if back else workspace.mT
     shape = _shape(rows, matrices)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
-    if cut is None or not _describable(rows, matrices):
+    if cut is None or not describable(rows, matrices):
         return NotImplemented
     operands = _descriptors(rows, matrices, cut)
     for first, stop in slices:
@@ -403,9 +405,9 @@ def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> A
     if update.low is None:
         return out
     _launch.launch(
-        _add_kernel, _grid(cut, shape, out.device),
+        _add_kernel, grid(cut, shape, out.device),
         *update, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.width,
         _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes,
-        **update.parts, **_sizes(cut, shape.num_experts), config=cut,
+        **update.parts, **sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
     return out
