@@ -130,5 +130,6 @@ def test_how_they_are_cut():
         (qwen, torch.float32, "9"),
         (qwen, torch.bfloat16, "8"),
         (qwen._replace(width=64), torch.bfloat16, "9"),
+        (Shape(32768, 8, 4096, 28672), torch.bfloat16, "9"),  # Mixtral
     ):
         assert _policy.gathered(shape, dtype, arch) is None

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from moekit import _backend
 
 _LIBRARY = torch.library.Library("moekit", "DEF")
+_C: Any = torch._C  # of which type checkers know a part
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _FLOPS: dict[Any, Callable] = {}
 
@@ -145,12 +146,12 @@ def runs_plainly() -> bool:
 
 def owns_what_it_saves() -> bool:
     """Whether a node may keep tensors by itself, and not in autograd's care: nobody has asked to see what is saved."""
-    return runs_plainly() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return runs_plainly() and _C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def goes_again() -> bool:
     """Whether the backward that is at work may be run again (``retain_graph``)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return _C._autograd._get_current_graph_task_keep_graph()
 
 
 def transformed() -> bool:

@@ -96,15 +96,8 @@ def experts(
     gate_up, down = (given if cast is None else cast for given, cast in zip((gate_up, down), dense, strict=True))
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     routing = _as_routing(routing, gate_up.shape[0])
-    _check.same_device(
-        op,
-        hidden_states=hidden_states,
-        gate_up=gate_up,
-        down=down,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        routing=routing.order,
-    )
+    named = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    _check.same_device(op, hidden_states=hidden_states, **named, routing=routing.order)
     if routing.num_tokens != hidden_states.shape[0]:
         wanted = f"of {hidden_states.shape[0]} tokens, as hidden_states"
         raise _check.fail(op, "routing", wanted, f"{routing.num_tokens} tokens")

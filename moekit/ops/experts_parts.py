@@ -10,7 +10,6 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import glu, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.gemm import within
 from moekit.ops.products import INVARIANT, PLAIN, Products
 from moekit.ops.projection import Projection
 from moekit.ops.unpack import FOUR_BITS, Stored
@@ -198,7 +197,7 @@ class Rows(NamedTuple):
         _check.tensor_dim("experts", "inverse", inverse, 2)
         _check.rows_end("experts", order, offsets)
         found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
-        return Rows(found, tables.take(given.weights, order), within(offsets, len(order)), inverse)
+        return Rows(found, tables.take(given.weights, order), offsets, inverse)
 
     def slots(self) -> Tensor:
         """Where each row's weight stands in a flat ``[T, E]`` matrix, -1 for none."""

@@ -75,7 +75,7 @@ class Projection(NamedTuple):
                 result = self.products.add(result, mine, factors, offsets)
         return result
 
-    def raised(self, grad: Tensor, offsets: Tensor) -> Tensor | None:
+    def raised(self, grad: Tensor | Gathered, offsets: Tensor) -> Tensor | None:
         """``scale * grad B``, the gradient of ``dropout(rows) A^T``, ``[R, r]``; None without adapters."""
         if self.B is None:
             return None

@@ -49,6 +49,7 @@ class Shape(NamedTuple):
 
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
+_MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has before or behind a product
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
@@ -90,8 +91,11 @@ def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> 
     """Of rows that threads fetch one by one, by matrices that the copy engine does; ``gate`` is what comes behind it.
 
     An error function does not fit into the registers, nor what is not "plain" (a bias, a clamp) if there is one loop.
+    Products are 4% slower by it: more than the copy of the rows takes, if there is much to multiply for each number of them.
     """
     if arch not in _DESCRIBED or dtype not in _HALVES or shape.width <= 64 or gate == "gelu":
+        return None
+    if shape.depth * shape.width > _MOST_PER_MOVE * (shape.depth + shape.width):
         return None
     if shape.rows_an_expert <= 128:
         return Blocks(64, 128, 128, 4, 4, 1, flat=True)
