@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -138,10 +139,13 @@ in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform of ``torch.func`` is at work."""
 
 
-def runs_plainly() -> bool:
-    """Whether what is called now computes, and nothing but that: no compiler, transform, mode or trace looks on."""
+def runs_plainly(*tensors: Tensor) -> bool:
+    """Whether what is called now computes, and nothing but that: no compiler, transform, mode or trace looks on.
+
+    In the backward of batched gradients (``is_grads_batched``) only the tensors say that there is a transform.
+    """
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
-    return not watched and not _within_levels()
+    return not watched and not _within_levels() and not any(map(is_legacy_batchedtensor, tensors))
 
 
 def owns_what_it_saves() -> bool:
