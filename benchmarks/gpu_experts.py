@@ -7,7 +7,8 @@ the host, where it is the slower one) and around a replayed graph (which does no
 parameters and inputs; small batches without gradients against reading the weights of the experts that have rows.
 
 ``--old`` is a package of an older state under another name: ``moekit`` and all mentions of it renamed, so that both can be
-imported. Writes ``gpu_experts.json`` and prints a table.
+imported. Writes ``gpu_experts.json``, and with an old
+state ``gpu_experts.png``.
 """
 
 from __future__ import annotations
@@ -174,6 +175,26 @@ def ceilings() -> tuple[float, float]:
     return 2 * 8192**3 / found["product"] / 1e9, 2 * source.numel() / found["copy"] / 1e6
 
 
+def draw_chart(results: dict[str, Any], path: Path) -> None:
+    """Bars: how many times as fast as the old state the graphs are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8))
+    for axes, what in zip(panels, ("forward", "forward + backward"), strict=True):
+        times = {name: found[f"{what}, graph"] for name, found in results["shapes"].items()}
+        ratios = {name: time["old"] / time["moekit"] for name, time in times.items()}
+        bars = axes.bar(list(ratios), list(ratios.values()))
+        axes.bar_label(bars, fmt="%.2f")
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set_title(f"{what}: times as fast as the old state")
+        axes.tick_params(axis="x", rotation=30)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -201,6 +222,8 @@ def main() -> None:
         print(name, json.dumps(results["shapes"][name]), flush=True)
         torch.cuda.empty_cache()
         write()
+    if options.old:
+        draw_chart(results, options.out / "gpu_experts.png")
 
 
 if __name__ == "__main__":
