@@ -113,6 +113,11 @@ def checks_values(tensor: Tensor) -> bool:
     return tensor.is_cpu or (_debug.get() and not tensor.is_meta)
 
 
+def debugging() -> bool:
+    """Whether values on GPUs are checked, too."""
+    return _debug.get()
+
+
 def current() -> str:
     """The backend asked for: a name or ``"auto"``."""
     return _requested.get()

@@ -74,12 +74,18 @@ def transparent(value: Tensor) -> bool:
     return kind.__torch_dispatch__ is plain.__torch_dispatch__ or kind.__module__ in _TRANSPARENT
 
 
+def sharded(value: object) -> bool:
+    """Whether a tensor is a DTensor, by what it has: its class is in torch.distributed, which is not loaded for this."""
+    return isinstance(value, Tensor) and type(value) not in _PLAIN and hasattr(value, "device_mesh")
+
+
 def computable(op: str, name: str, value: Tensor) -> None:
     """``value`` is a plain tensor of a dtype that products are computed in."""
     if type(value) not in _PLAIN:
         tensor(op, name, value)
         if not transparent(value):
-            got = f"a {type(value).__name__} of dtype {value.dtype}; unwrap (to_local, full_tensor) or dequantise it first"
+            hint = "moekit.ep.part(weight) is what this rank has" if sharded(value) else "unwrap or dequantise it first"
+            got = f"a {type(value).__name__} of dtype {value.dtype}; {hint}"
             raise wrong_type(op, name, f"a plain tensor of {names_of(FLOATS)}", got)
     if value.dtype not in FLOATS:
         raise wrong_type(op, name, f"a floating-point tensor ({names_of(FLOATS)})", value.dtype)

@@ -162,11 +162,15 @@ def traits(name: str) -> frozenset[str]:
     has["norm"] = getattr(module, "has_post_expert_norm", False)
     flags = (module.is_transposed, module.has_bias, not module.has_gate, has["norm"])
     has["special"] = not plain_gate or any(flags) or not module.is_concatenated
-    sources = [
-        inspect.getsource(type(part)) for part in module.modules() if type(part).__module__.startswith("transformers")
-    ]
-    has["float32 inside"] = any("float32" in source or ".float()" in source for source in sources)
+    parts = {type(part) for part in module.modules() if type(part).__module__.startswith("transformers")}
+    has["float32 inside"] = any({"float", "float32"} & _names(part) for part in parts)
     return frozenset(key for key, value in has.items() if value)
+
+
+def _names(kind: type) -> set[str]:
+    """What the methods of a class name: its source is a file of thousands of lines to parse."""
+    methods = (inspect.unwrap(value) for value in vars(kind).values() if inspect.isfunction(value))
+    return {name for method in methods for name in method.__code__.co_names}
 
 
 def _takes_one(act: Callable) -> bool:

@@ -7,6 +7,8 @@ looking itself up. Importing this module puts both right for the process, if it 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -45,14 +47,100 @@ def _round(values: np.ndarray) -> np.ndarray:
 def _patch_language_once() -> None:
     """Triton looks through its whole language at each launch and each call of a device function: half of a test's time.
 
-    Here the first time is the last, and stays.
+    Here the first time is the last, and stays. What it puts in place hands the arguments on as they are.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
+    def attach(owner, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args, **named):
+            named["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **named)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = attach
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     nothing = interpreter._LangPatchScope()
     interpreter._patch_lang = lambda fn: nothing
+
+
+def _patch_types() -> None:
+    """A block's type is made anew for each operation, and compared shape by shape: here each is made once, and found."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    complete, equal, numpys = core.block_type.__init__, core.dtype.__eq__, interpreter._get_np_dtype
+    blocks, shapes, found = {}, {}, {}
+
+    def block(kind, element_ty, shape):
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        key = (element_ty.name, sizes)
+        if key not in blocks:
+            made = object.__new__(kind)
+            complete(made, element_ty, shape)
+            made.sizes = sizes
+            blocks[key] = made
+        return blocks[key]
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if type.sizes not in shapes:
+            shapes[type.sizes] = core.tuple(map(core.constexpr, type.sizes)), core.constexpr(math.prod(type.sizes))
+        self.shape, self.numel = shapes[type.sizes]
+
+    def numpy_type(type):
+        if type.name not in found:
+            found[type.name] = numpys(type)
+        return found[type.name]
+
+    core.block_type.__new__ = block
+    core.block_type.__init__ = lambda self, element_ty, shape: None
+    core.dtype.sizes = ()
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    core.tensor.__init__ = tensor
+    interpreter._get_np_dtype = numpy_type
+
+
+def _patch_operands() -> None:
+    """Most operands have one type and shape, and are used as they are, without the general case's comparisons.
+
+    Integers are computed in int64 once more, to look for an overflow that debug mode alone would report: no longer.
+    """
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    convert, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+
+    def converted(self, lhs, rhs, *rest, **named):
+        alike = isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and lhs.type is rhs.type
+        if alike and lhs.dtype.name in ("int32", "int64", "fp32"):  # others become another type when divided
+            return lhs, rhs
+        return convert(self, lhs, rhs, *rest, **named)
+
+    def spread(self, x, sizes):
+        if x.type.sizes == sizes:
+            return x
+        type = core.block_type(x.dtype, list(sizes))
+        builder = self.builder
+        alone = not x.type.sizes
+        handle = builder.create_splat(type, x.handle) if alone else builder.create_broadcast(x.handle, sizes)
+        return self.make_tensor(handle, type)
+
+    def broadcasted(self, lhs, rhs):
+        ours, theirs = lhs.type.sizes, rhs.type.sizes
+        if ours and theirs and len(ours) != len(theirs):
+            return broadcast(self, lhs, rhs)
+        sizes = ours if ours == theirs else np.broadcast_shapes(ours, theirs)
+        return spread(self, lhs, sizes), spread(self, rhs, sizes)
+
+    TritonSemantic.binary_op_type_checking_impl = converted
+    TritonSemantic.broadcast_impl_value = broadcasted
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _patch_xor() -> None:
@@ -111,6 +199,8 @@ def _patch_dot() -> None:
 
 if INTERPRETED:
     _patch_language_once()
+    _patch_types()
+    _patch_operands()
     _patch_dot()
     _patch_xor()
     _patch_conversions()

@@ -10,12 +10,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import mutants
 import torch
 import torch.distributed as dist
 
 # The server that the processes are forked from has these loaded, so that a process starts in a moment.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"])
+_preloaded = ["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules: str) -> None:
+    """Have these loaded there, too; to be called while tests are collected, before the server is started."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 60) -> list[Any]:
@@ -39,6 +47,8 @@ def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, tim
 
 def _rank(rank: int, work: Callable[..., Any], world: int, folder: str, timeout: float, args: tuple) -> None:
     warnings.simplefilter("ignore")
+    if mutants.ENVIRONMENT in os.environ:
+        mutants.pytest_configure()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"

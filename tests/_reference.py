@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moekit import _backend
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,6 +142,19 @@ class Recorder(TorchDispatchMode):
     def results(self, operator: str) -> list[Any]:
         """What ``moekit::operator`` returned, call by call."""
         return [result for name, _, result in self.calls if name == f"moekit.{operator}.default"]
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck(operator: Any, args: tuple, checks: tuple[str, ...] = OPCHECKS) -> None:
+    """``torch.library.opcheck``, with the last check, the longest, on one backend: all are traced and derived alike.
+
+    That what a backend returns is laid out as the trace has it is ``test_faketensor``'s to say, on each.
+    """
+    if _backend.current() not in ("torch", "auto"):
+        checks = tuple(check for check in checks if check != OPCHECKS[-1])
+    torch.library.opcheck(operator, args, test_utils=checks)
 
 
 # --- gated activations ----------------------------------------------------------------------------------------------

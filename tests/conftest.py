@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -13,7 +14,18 @@ import moekit
 torch.set_num_threads(1)
 
 
-LONGEST = "test_triton_suites.py"
+# Files of half a minute and more, in this order and before all others: what either process takes up last is short.
+SLOWEST = (
+    "triton_suites",
+    "differential",
+    "numba_kernels",
+    "glu",
+    "benchmarks",
+    "triton_kernels",
+    "golden",
+    "compile",
+    "demo",
+)
 
 
 def _backends() -> list[str]:
@@ -44,8 +56,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     positions = {item: position for position, item in enumerate(items)}
     left_out = [item for item in items if repeats(item)]
     config.hook.pytest_deselected(items=left_out)
-    # The longest file first: the other process does the rest meanwhile.
-    items[:] = sorted(set(items) - set(left_out), key=lambda item: (item.path.name != LONGEST, positions[item]))
+    turns = {f"test_{name}.py": turn for turn, name in enumerate(SLOWEST)}
+    items[:] = sorted(set(items) - set(left_out), key=lambda item: (turns.get(item.path.name, len(turns)), positions[item]))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all that they import stay: no garbage collection has to go through them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Extension modules count what they made that is alive at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(params=_backends())

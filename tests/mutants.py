@@ -40,6 +40,18 @@ SELECTION = (
     "tests/test_lora.py::test_merge",
     "tests/test_packed.py::test_nf4_at_the_middle_between_two_values",
     "tests/test_experts_invariant.py::test_float64_and_the_reference[torch]",
+    "tests/test_ep_scale.py::test_needed_is_what_counting_gives",
+    "tests/test_ep_faults.py::test_a_table_of_what_differs",
+    "tests/test_ep_faults.py::test_who_has_not_reported_in",
+)
+
+# Of what runs on several ranks, each of which is broken.
+RANKS = (
+    "tests/test_ep.py::test_ranks_equal_one[2]",
+    "tests/test_ep_options.py",
+    "tests/test_ep_calls.py",
+    "tests/test_ep_adapters.py",
+    "tests/test_ep_layer.py::test_the_layer_on_two_ranks",
 )
 
 
@@ -199,7 +211,52 @@ MUTANTS: dict[str, Callable[[], None]] = {
         "packed.nf4", "_nearest", lambda nearest: lambda values, table: (nearest(values, table).int() - 1).clamp(0).byte()
     ),
     "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda *args: scales(*args) ** 0),
+    "a token may choose an expert twice": attribute(
+        "ep._cost", "needed", lambda needed: lambda layer, parts: 1 - (1 - 1 / parts) ** layer.topk
+    ),
+    "a name that not all ranks know is no difference": attribute(
+        "ep._agree",
+        "differences",
+        lambda run: lambda ranks, given: run(ranks, [{n: f[n] for n in f if n in given[0]} for f in given]),
+    ),
+    "the second half of the ranks is not asked": attribute(
+        "ep._faults", "_absent", lambda absent: lambda store, ranks: absent(store, ranks[: (len(ranks) + 1) // 2])
+    ),
 }
+
+MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
+    "results come back to other tokens": attribute(
+        "ep._started", "sum_rows", lambda sum_rows: lambda rows, *rest: sum_rows(rows.roll(1, 0), *rest)
+    ),
+    "what is over capacity is not counted": attribute(
+        "ep._overflow", "Overflow", lambda kind: setattr(kind, "add", lambda self, dropped: None) or kind
+    ),
+    "every round is kept for backward": attribute(
+        "ep._rounds", "checkpoint", lambda checkpoint: lambda run, *args, **options: run(*args)
+    ),
+    "received rows are kept, redispatch or not": attribute("ep.all_to_all", "Again", lambda again: lambda *args: None),
+    "a part of a token from another rank is forgotten": attribute(
+        "ep._ways",
+        "Collect",
+        lambda kind: type("Collect", (kind,), {"finish": lambda self, pending: kind.finish(self, pending.tril())}),
+    ),
+    "a slice is put in the place of another": attribute(
+        "ep.slices", "_gather", lambda gather: lambda part, *rest: gather(part, *rest).roll(1, 0)
+    ),
+    "torchtitan's scores are left out": attribute(
+        "ep.torchtitan", "unpermute", lambda unpermute: lambda rows, routing, weighted: unpermute(rows, routing)
+    ),
+    "gradients of experts are not divided by their batches": attribute(
+        "ep.gradients", "Reduction", lambda kind: setattr(kind, "factor", property(lambda self: 1.0)) or kind
+    ),
+    "a norm is of this rank's experts alone": attribute("ep.gradients", "_over", lambda over: lambda power, *rest: power),
+    "every rank draws experts of its own": attribute(
+        "ep.placement",
+        "compute_local_shape_and_global_offset",
+        lambda found: lambda *args: (found(*args)[0], (0, *found(*args)[1][1:])),
+    ),
+}
+MUTANTS |= MUTANTS_OF_RANKS
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -210,8 +267,9 @@ def pytest_configure() -> None:
     MUTANTS[os.environ[ENVIRONMENT]]()
 
 
-def failures(name: str, selection: Sequence[str] = SELECTION) -> list[str]:
-    """The tests of ``selection`` that fail with the mutant ``name``."""
+def failures(name: str, selection: Sequence[str] | None = None) -> list[str]:
+    """The tests of ``selection`` that fail with the mutant ``name``; of those that belong to it, if there is none."""
+    selection = selection or (RANKS if name in MUTANTS_OF_RANKS else SELECTION)
     environment = {
         **os.environ,
         ENVIRONMENT: name,
@@ -219,12 +277,12 @@ def failures(name: str, selection: Sequence[str] = SELECTION) -> list[str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    options = ("-q", "--tb=no", "-rf", "-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
+    options = ("-q", "--tb=no", "-rfE", "-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
     command = [sys.executable, "-m", "pytest", *options, *selection]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # neither all passed nor some failed
         raise RuntimeError(f"mutant {name!r}: pytest stopped\n{done.stdout}\n{done.stderr}")
-    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
 def main(parts: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import math
@@ -48,6 +49,7 @@ def run_here(harness, monkeypatch):
         once = functools.partial(_measure_once, measure)
         monkeypatch.setattr(load(name, monkeypatch), "measure", once)
     torch.set_num_threads(1)
+    gc.freeze()  # each measurement collects garbage first, and would look for it in all of Transformers
     yield
     torch.set_num_threads(threads)
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from _ranks import on_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -534,3 +536,77 @@ def test_waiting_threads_give_way():
     for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | given)
         assert done.stdout == f"True {expected}\n"
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+# 5 held-out windows in batches of 4: the last one has a window for one of two ranks.
+TOGETHER = replace(TINY, batch=4, steps=6, heldout_windows=5, measurements=2, unbalanced=0.3)
+BALANCED = {balance: replace(TOGETHER, balance=balance) for balance in ("loss", "bias")}
+
+
+class Seen(Run):
+    """A run that can be looked at afterwards."""
+
+    made: ClassVar[list[Run]] = []
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.made.append(self)
+
+
+def run_all(folder) -> dict[str, tuple[list[float], list[float], torch.Tensor, str, int]]:
+    """What a process sees of each run: losses, measurements, the last load, what it prints, and how often it draws."""
+    found = {}
+    for balance, config in BALANCED.items():
+        printed, drawn = io.StringIO(), []
+        options = {"data": folder, "device": "cpu", "out": folder / "demo.png", "seed": 0, "compare": False}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(demo_run, "Run", Seen)
+            patch.setattr(demo_run, "write_report", lambda *args, drawn=drawn: drawn.append(args))
+            demo_run.run_demo(config, **options, console=Console(file=printed))
+        run = Seen.made.pop()
+        measured = [each.bits_per_byte for each in run.measurements]
+        found[balance] = run.losses, measured, run.measurements[-1].load, printed.getvalue(), len(drawn)
+    return found
+
+
+def test_two_processes_are_as_one(folder, tmp_path):
+    alone, (first, second) = run_all(folder), on_ranks(run_all, 2, tmp_path, folder)
+    for balance, (losses, measured, load, printed, _) in alone.items():
+        for rank in (first, second):
+            assert rank[balance][0] == pytest.approx(losses, rel=1e-6)
+            assert rank[balance][1] == pytest.approx(measured, rel=1e-6)
+            assert torch.equal(rank[balance][2], load)
+        assert "2 processes (gloo)" in first[balance][3] and "processes" not in printed
+        assert second[balance][3] == "" and [each[balance][4] for each in (first, second)] == [1, 0]
+
+
+def refused(folder, **changes) -> str:
+    compare = changes.pop("compare", False)
+    with pytest.raises(DemoError) as caught:
+        demo_run.run_demo(
+            replace(TINY, **changes), data=folder, device="cpu", out=folder, seed=0, compare=compare, console=Console()
+        )
+    return str(caught.value)
+
+
+def all_refused(folder) -> list[str]:
+    return [refused(folder, batch=3), refused(folder, experts=3), refused(folder, compare=True)]
+
+
+def test_what_two_processes_cannot_do(folder, tmp_path):
+    batch, experts, compare = on_ranks(all_refused, 2, tmp_path, folder)[0]
+    assert "'batch': expected a multiple of the 2 processes, got 3" in batch
+    assert "'experts': expected a multiple of the 2 processes, got 3" in experts
+    assert compare.startswith("--compare: expected one process")
+
+
+@pytest.mark.slow
+def test_by_torchrun(folder, tmp_path):
+    arguments = ["--steps", "2", "--data", folder, "--out", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moekit.demo"]
+    ended = subprocess.run([*command, "--config", "tiny", *map(str, arguments)], capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Held-out bits per byte") == 1 and "2 processes (gloo)" in ended.stdout
+    assert (tmp_path / "demo.png").exists()

@@ -21,6 +21,7 @@ from _reference import (
     dtypes,
     glu_formula,
     glu_inputs,
+    opcheck,
     value_and_grads,
 )
 
@@ -259,10 +260,9 @@ FORWARD_ONLY = {"test_utils": ("test_schema", "test_autograd_registration", "tes
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("variant", "bias"), [("silu", "none"), ("clamp-after-bias", "experts"), ("relu2", "vector")])
-def test_opcheck(variant, bias, layout, backend):
+def test_opcheck(variant, bias, layout):
     (y, *others), grad = operands(variant, bias, layout=layout)
-    once = {} if backend == "torch" else FORWARD_ONLY  # tracing and autograd are the same on each
-    torch.library.opcheck(torch.ops.moekit.glu.default, (y, *others), **once)
+    opcheck(torch.ops.moekit.glu.default, (y, *others))
     for wanted in ([True, True, True, True], [False, True, False, False]):
         args = (grad, y, None, *others, wanted)
         torch.library.opcheck(torch.ops.moekit.glu_backward.default, args, **FORWARD_ONLY)
@@ -275,7 +275,7 @@ def test_opcheck(variant, bias, layout, backend):
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck_without_rows(requires_grad):
     (y, *others), grad = operands("silu", "vector", num_rows=0, requires_grad=requires_grad)
-    torch.library.opcheck(torch.ops.moekit.glu.default, (y, *others))
+    opcheck(torch.ops.moekit.glu.default, (y, *others))
     torch.library.opcheck(torch.ops.moekit.glu_fp8.default, (y, *others), **FOR_FLOAT8)
     args = (grad, y, None, *others, [True] * 4)
     torch.library.opcheck(torch.ops.moekit.glu_backward.default, args, **FORWARD_ONLY)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _reference import draw, transposed
+from _reference import draw, opcheck, transposed
 
 import moekit
 from moekit import Routing
@@ -23,30 +23,28 @@ OFFSETS = torch.tensor([3, 3, 8], dtype=torch.int32)
 def test_topk_router(scoring, tokens):
     logits = transposed(draw(1, tokens, 8, dtype=torch.float32)).requires_grad_()
     mask = torch.arange(tokens) % 3 == 1
-    torch.library.opcheck(OPS.topk_router.default, (logits, None, None, 2, *scoring, 1e-6, 2.5, False, 0, 0, 0))
-    torch.library.opcheck(OPS.topk_router.default, (logits, torch.rand(8), mask, 2, *scoring, None, None, False, 4, 2, 1))
+    opcheck(OPS.topk_router.default, (logits, None, None, 2, *scoring, 1e-6, 2.5, False, 0, 0, 0))
+    opcheck(OPS.topk_router.default, (logits, torch.rand(8), mask, 2, *scoring, None, None, False, 4, 2, 1))
     indices = moekit.topk_router(logits, 2)[1]
-    torch.library.opcheck(OPS.score_sums.default, (logits, torch.rand(8, requires_grad=True), scoring[0], mask))
+    opcheck(OPS.score_sums.default, (logits, torch.rand(8, requires_grad=True), scoring[0], mask))
     grad = draw(2, tokens, 2, dtype=torch.float32)
-    torch.library.opcheck(OPS.weigh_experts.default, (logits, indices, mask, *scoring, 1e-6, 2.5))
-    torch.library.opcheck(
-        OPS.topk_router_backward.default, (grad, torch.rand(8), logits.detach(), indices, mask, *scoring, 1e-6, 2.5)
-    )
+    opcheck(OPS.weigh_experts.default, (logits, indices, mask, *scoring, 1e-6, 2.5))
+    opcheck(OPS.topk_router_backward.default, (grad, torch.rand(8), logits.detach(), indices, mask, *scoring, 1e-6, 2.5))
 
 
 def test_grouped_products():
     rows, right = draw(1, 8, 6, dtype=torch.float32).requires_grad_(), draw(3, 8, 5, dtype=torch.float32).requires_grad_()
     weight = draw(2, 3, 5, 6, dtype=torch.float32).requires_grad_()
-    torch.library.opcheck(OPS.grouped_linear.default, (rows, weight.mT, OFFSETS))
-    torch.library.opcheck(OPS.grouped_outer.default, (rows, right, OFFSETS))
+    opcheck(OPS.grouped_linear.default, (rows, weight.mT, OFFSETS))
+    opcheck(OPS.grouped_outer.default, (rows, right, OFFSETS))
 
 
 def test_packed_weights():
     rows, weight = draw(1, 8, 64, dtype=torch.float32).requires_grad_(), draw(2, 3, 5, 64, dtype=torch.float32)
     for format in ("nf4", "mxfp4", "int8"):  # opcheck itself multiplies what it is given, which float8 does not have
         stored = grouped_linear.flat(moekit.pack(weight, format).stored())
-        torch.library.opcheck(OPS.packed_linear.default, (rows, *stored, OFFSETS, False))
-        torch.library.opcheck(OPS.unpack.default, (*moekit.pack(weight, format).stored(), 1, 3, torch.float32))
+        opcheck(OPS.packed_linear.default, (rows, *stored, OFFSETS, False))
+        opcheck(OPS.unpack.default, (*moekit.pack(weight, format).stored(), 1, 3, torch.float32))
 
 
 @pytest.mark.parametrize("format", ["", "nf4"])
@@ -82,7 +80,7 @@ def test_experts_backward(format, rank):
     )
     _, *kept = OPS.experts(x, *inputs, *constants)
     wanted = [True, True, not format, not format, False, False, *[rank > 0] * 4]
-    torch.library.opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, *kept, *constants, wanted))
+    opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *inputs, *kept, *constants, wanted))
 
 
 def test_no_operator_is_left_out():

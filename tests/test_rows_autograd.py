@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _by_hand import CASES, leaf
-from _reference import LAYOUTS, assert_accurate, assert_same, draw
+from _reference import LAYOUTS, assert_accurate, assert_same, draw, opcheck
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -159,13 +159,13 @@ def test_opcheck(name, dtype):
     rows = leaf(lay(draw(1, indices.numel(), hidden, dtype=dtype)))
     weights = leaf(lay(draw(2, indices.numel(), dtype=torch.promote_types(dtype, torch.float32))))
     grad = lay(draw(3, indices.shape[0], hidden, dtype=dtype))
-    torch.library.opcheck(ops.permute.default, (tokens, *found))
-    torch.library.opcheck(ops.unpermute.default, (rows, weights, *found))
+    opcheck(ops.permute.default, (tokens, *found))
+    opcheck(ops.unpermute.default, (rows, weights, *found))
     plain = (grad, rows.detach(), weights.detach())
-    torch.library.opcheck(ops.unpermute_backward.default, (*plain, *found, [True, True]))
+    opcheck(ops.unpermute_backward.default, (*plain, *found, [True, True]))
     if dtype is torch.float64:
-        torch.library.opcheck(ops.unpermute.default, (rows, None, *found))
+        opcheck(ops.unpermute.default, (rows, None, *found))
         for wanted in ([True, False], [False, True]):
-            torch.library.opcheck(ops.unpermute_backward.default, (*plain, *found, wanted))
+            opcheck(ops.unpermute_backward.default, (*plain, *found, wanted))
         args = (leaf(grad), rows, weights, *found, [True, True])  # double backward
-        torch.library.opcheck(ops.unpermute_backward.default, args)
+        opcheck(ops.unpermute_backward.default, args)

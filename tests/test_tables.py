@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _by_hand import CASES, every_case, slots_by_hand
-from _reference import LAYOUTS, assert_same, draw
+from _reference import LAYOUTS, assert_same, draw, opcheck
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -403,7 +403,7 @@ CALLS = [pytest.param(name, args, id=f"{name}-{i}") for i, (name, args) in enume
 
 @pytest.mark.parametrize(("name", "args"), CALLS)
 def test_opcheck(name, args):
-    torch.library.opcheck(getattr(ops, name).default, args)
+    opcheck(getattr(ops, name).default, args)
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS)

@@ -280,6 +280,19 @@ def test_row_tables(num_tokens, topk):
     assert_exact(kernel("row_tables", order, num_tokens, topk), expected, "row_tables")
 
 
+@pytest.mark.parametrize(("num_tokens", "topk"), [(5, 3), (700, 2), (0, 2), (3, 0)])
+@pytest.mark.parametrize("ends", [[3, 3, 9], [-4, 2**40, 1], [99999, 2, -1], []])
+def test_a_calls_tables_in_one_launch(num_tokens, topk, ends):
+    order = torch.randperm(num_tokens * topk + 4, generator=torch.Generator().manual_seed(0)).sub(4).clamp(min=-1).int()
+    weights, offsets = draw(1, num_tokens, topk).bfloat16(), torch.tensor(ends, dtype=torch.int64)
+    expected = (
+        *reference(table_ops._row_tables_reference, order, num_tokens, topk),
+        torch.where(order >= 0, torch.cat([weights.flatten(), weights.new_zeros(1)])[order.long()], 0),
+        offsets.clamp(0, len(order)).cummax(0).values,
+    )
+    assert_exact(kernel("row_order", order, weights, offsets, num_tokens, topk), expected, "row_order")
+
+
 @pytest.mark.parametrize("sizes", [(5, 2, 4), (0, 2, 4), (100, 3, 5), (20, 2, 130), *BIG])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tables_from_indices(sizes, dtype, monkeypatch):

@@ -162,9 +162,12 @@ class ByteLM(nn.Module):
             x = block(x, rotation)
         return self.head(self.norm(x))
 
-    def loss(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over ``windows [N, C + 1]``, every byte given those before it in its window."""
-        logits = self(windows[:, :-1])
+    def loss(self, windows: Tensor, called: nn.Module | None = None) -> Tensor:
+        """Mean cross-entropy in nats over ``windows [N, C + 1]``, every byte given those before it in its window.
+
+        ``called``: what to call in place of the model, such as the DistributedDataParallel around it.
+        """
+        logits = (self if called is None else called)(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     def load(self) -> Tensor:
@@ -176,10 +179,10 @@ class ByteLM(nn.Module):
         for layer in self.layers:
             layer.balance_coeff = coeff
 
-    def update_bias(self, rate: float) -> None:
-        """Let every router's bias follow what was chosen since the last time."""
+    def update_bias(self, rate: float, group: Any = None) -> None:
+        """Let every router's bias follow what was chosen since the last time, by all processes of a group."""
         for layer in self.layers:
-            layer.router.update_bias(rate)
+            layer.router.update_bias(rate, group)
 
 
 def build_model(config: Config, seed: int, device: torch.device, layer: type[MoE] = MoE) -> ByteLM:

@@ -24,6 +24,7 @@ from moekit.demo.config import Config
 from moekit.demo.data import Bigram, Corpus, check_enough, load_corpus
 from moekit.demo.display import progress, relative_load
 from moekit.demo.model import LoopMoE, build_model, sample
+from moekit.demo.ranks import Alone, joined
 from moekit.demo.report import key_measurements, write_report
 from moekit.demo.train import Run, measured_steps
 
@@ -41,16 +42,32 @@ class Result:
 def run_demo(
     config: Config, *, data: Path | None, device: str, out: Path, seed: int, compare: bool, console: Console
 ) -> Result:
-    """Train, print the figures and a sample, and write the picture.
+    """Train, print the figures and a sample, and write the picture; with the other processes, if ``torchrun`` started some.
 
     Raises:
         DemoError: text, device or output path that cannot be used; a loss that is no longer finite.
     """
     picture = _output_file(out)
-    target = _device(device)
+    with joined(device) as (ranks, device):
+        if ranks.count > 1 and compare:
+            raise DemoError("--compare: expected one process (the plain layer knows nothing of others)")
+        speaker = console if ranks.rank == 0 else Console(quiet=True, force_terminal=False)
+        return _run(config, data, _device(device), picture, seed, compare, speaker, ranks)
+
+
+def _run(
+    config: Config,
+    data: Path | None,
+    target: torch.device,
+    picture: Path,
+    seed: int,
+    compare: bool,
+    console: Console,
+    ranks: Alone,
+) -> Result:
     corpus = load_corpus(data)
     check_enough(corpus, config.context)
-    run = Run(build_model(config, seed, target), config, corpus, seed)
+    run = Run(build_model(config, seed, target), config, corpus, seed, ranks)
     rival = Run(build_model(config, seed, target, LoopMoE), config, corpus, seed) if compare else None
     bigram_bits = Bigram(corpus.train).bits_per_byte(run.windows)
     _print_start(console, run)
@@ -59,7 +76,8 @@ def run_demo(
     if rival is not None:
         _print_comparison(console, run, rival, other_choices)
     _print_sample(console, run, seed)
-    write_report(picture, run, bigram_bits, rival)
+    if ranks.rank == 0:
+        write_report(picture, run, bigram_bits, rival)
     console.print(f"\nLoss curves and expert loads: {picture}", highlight=False, soft_wrap=True)
     return Result(run.measurements[-1].bits_per_byte, bigram_bits)
 
@@ -107,7 +125,9 @@ def _train(run: Run, rival: Run | None, console: Console, bigram_bits: float) ->
                 run.step()
             else:
                 other_choices += step_together(run, rival)
-            late = time.perf_counter() - start > limit
+            late = bool(
+                run.ranks.sum(torch.tensor(time.perf_counter() - start > limit, dtype=torch.int32, device=run.device))
+            )
             if number in marks or late:
                 run.measure()
             display.update(run)
@@ -127,7 +147,7 @@ def _print_start(console: Console, run: Run) -> None:
         f"  training {len(corpus.train):,} bytes in {len(corpus.train_files)} files, "
         f"held-out {len(corpus.heldout):,} bytes in {len(corpus.heldout_files)} files\n"
         f"Model: {config.layers} layers, {config.experts} experts, top-{config.topk}, {parameters:,} parameters; "
-        f"{config.steps} steps of {config.batch} x {config.context} bytes",
+        f"{config.steps} steps of {config.batch} x {config.context} bytes" + (f"\n  {run.layout}" * (run.ranks.count > 1)),
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,188 +1,152 @@
-"""The collectives of expert parallelism, with gradients: functional collectives of PyTorch, on gloo as on NCCL.
+"""An exchange of rows between ranks, with a gradient.
 
-An exchange is started and waited for by two autograd nodes, so that what runs between them on the forward (a shared
-expert) runs between them on the way back as well, while the rows travel::
+It is started and waited for by two autograd nodes, so that what runs between them on the forward (a shared expert) runs
+between them on the way back as well, while the rows travel::
 
     forward    start ---- what runs beside ---- wait
     backward    wait ---- what runs beside ---- start
+
+The graph of every rank has the same nodes, whatever came to it: the exchange of results is tied to that of the tokens, so
+that gradients go back even from experts whose result has nothing to do with their rows (there were none, say). A rank
+that left one out would keep the others waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.ep._faults import named
-
-_c10d: Any = torch.ops._c10d_functional
+from moekit.ep._ways import Way
 
 
-# --- what is counted ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Traffic:
-    """What this rank has sent to others.
+class Arrived(NamedTuple):
+    """What an exchange brought.
 
     Attributes:
-        bytes: by what was sent: ``"rows"`` (tokens, outputs and their gradients), ``"slots"`` (expert numbers and routing
-            weights, and their gradients), ``"sizes"``.
-        rows: rows ``[H]`` of tokens or outputs, and of their gradients.
+        rows: the rows.
+        along: the integers that came with them; None if none did.
+        tie: an empty tensor, by which a later exchange is tied to this one.
     """
 
-    bytes: dict[str, int] = field(default_factory=dict)
-    rows: int = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes."""
-        return sum(self.bytes.values())
-
-    def add(self, what: str, sent: Tensor, count: int) -> None:
-        """Count ``count`` of the rows of ``sent``."""
-        one = sent[:1].numel() * sent.element_size() if sent.shape[0] else 0
-        self.bytes[what] = self.bytes.get(what, 0) + count * one
-        self.rows += count if what == "rows" else 0
+    rows: Tensor
+    along: Tensor | None
+    tie: Tensor
 
 
-_watching: list[Traffic] = []
+class Beside(Protocol):
+    """What travels beside the gradients."""
 
+    def keep(self) -> tuple[Tensor, ...]:
+        """What autograd is to keep of it."""
+        ...
 
-@contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Count what moekit's collectives of this process send to other ranks while the context is open, backward included."""
-    seen = Traffic()
-    _watching.append(seen)
-    try:
-        yield seen
-    finally:
-        _watching.remove(seen)
+    def start(self, *kept: Tensor) -> None:
+        """Called when they are on their way."""
+        ...
 
-
-def _count(what: str, sent: Tensor, count: int) -> None:
-    for seen in _watching:
-        seen.add(what, sent, count)
-
-
-# --- exchange -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many rows this rank sends to each rank of a group, and how many it receives from each."""
-
-    send: Sequence[int]
-    receive: Sequence[int]
-
-    def back(self) -> Sizes:
-        """Those of the way back."""
-        return Sizes(self.receive, self.send)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One kind of message of a dispatcher.
-
-    Attributes:
-        what: ``"rows"`` or ``"slots"``.
-        op: the operation, as errors name it.
-        group: who exchanges.
-    """
-
-    what: str
-    op: str
-    group: dist.ProcessGroup
-
-    def start(self, rows: Tensor, sizes: Sizes) -> Tensor:
-        """Begin to send ``rows [sum(send), ...]``; gives ``[sum(receive), ...]``, to be looked at after :meth:`wait`."""
-        rank = self.group.rank()
-        _count(self.what, rows, sum(sizes.send) - sizes.send[rank])
-        with named(self.op, self.group):
-            sent = rows.contiguous()
-            return _c10d.all_to_all_single(sent, list(sizes.receive), list(sizes.send), self.group.group_name)
-
-    def wait(self, pending: Tensor) -> Tensor:
-        """What arrived."""
-        with named(self.op, self.group):
-            return _c10d.wait_tensor(pending)
+    def finish(self) -> None:
+        """Called when they are there."""
+        ...
 
 
 class Exchange:
-    """An exchange under way: :meth:`wait` gives what arrived.
+    """An exchange under way.
 
     Args:
-        rows: ``[sum(sizes.send), ...]``, by the rank they go to.
-        sizes: how many go where.
-        message: what they are.
+        rows: what to send.
+        way: how.
+        along: integers ``[len(rows), n]`` int32 that travel with the rows, in the same message; they have no way back.
+        after: ties of earlier exchanges.
+        beside: what else is to travel on the way back.
     """
 
-    def __init__(self, rows: Tensor, sizes: Sizes, message: Message) -> None:
-        self.sizes, self.message = sizes, message
-        self.pending: Tensor | None = (
-            None  # on its way; not among autograd's tensors, since its shape is another on the way back
-        )
-        self._link: Any = _Start.apply(rows, self)
+    def __init__(
+        self,
+        rows: Tensor,
+        way: Way,
+        *,
+        along: Tensor | None = None,
+        after: Sequence[Tensor] = (),
+        beside: Beside | None = None,
+    ) -> None:
+        self.way, self.along, self.beside = way, along, beside
+        # What travels is not among autograd's tensors, for its shape is another on the way back.
+        self.pending: Tensor | None = None
+        # Something is kept of an exchange of tokens, so that a checkpoint (moekit.ep._rounds) recomputes it on every rank,
+        # and nothing of one of results, so that it is not sent again.
+        self.marked = not after
+        self._link: Any = _Start.apply(self, rows, *after)
 
-    def wait(self) -> Tensor:
-        """``[sum(sizes.receive), ...]``, by the rank they come from."""
-        arrived: Any = _Wait.apply(self._link, self)
-        return arrived
+    def wait(self) -> Arrived:
+        """What arrived. Once."""
+        link, self._link = self._link, None  # or the node and this would hold each other
+        rows, tie = _Wait.apply(self, link)
+        along, self.along = self.along, None
+        return Arrived(rows, along, tie)
 
-    def start(self, rows: Tensor, sizes: Sizes) -> None:
+    def start(self, rows: Tensor, way: Way) -> None:
         """Send."""
-        self.pending = self.message.start(rows, sizes)
+        self.pending = way.start(rows)
 
-    def arrived(self) -> Tensor:
-        """Wait, and let go."""
+    def finish(self, way: Way) -> Tensor:
+        """Receive, and let go."""
         pending, self.pending = self.pending, None
         if pending is None:
-            raise RuntimeError(f"moekit.{self.message.op}: an exchange can be waited for once, and went back through once")
-        return self.message.wait(pending)
+            raise RuntimeError("moekit.ep: an exchange can be waited for once, and gone back through once a backward")
+        return way.finish(pending)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.start(rows, exchange.sizes)
+    def forward(ctx: Any, exchange: Exchange, rows: Tensor, *after: Tensor) -> Tensor:
+        ctx.exchange, ctx.ties = exchange, len(after)
+        along = exchange.along
+        exchange.start(rows if along is None else _packed(rows, along), exchange.way)
         return rows.new_empty(0)  # by which autograd knows that the wait comes after
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ctx.exchange.arrived(), None
+    def backward(ctx: Any, link: Tensor) -> tuple:
+        grad = ctx.exchange.finish(ctx.exchange.way.back())
+        if ctx.exchange.beside is not None:
+            ctx.exchange.beside.finish()
+        return None, grad, *[link] * ctx.ties
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, link: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, exchange: Exchange, link: Tensor) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        return exchange.arrived()
+        ctx.save_for_backward(*[link] * exchange.marked, *(exchange.beside.keep() if exchange.beside else ()))
+        rows = exchange.finish(exchange.way)
+        if exchange.along is not None:
+            rows, exchange.along = _unpacked(rows, exchange.along.shape[1], link.dtype)
+        return rows, link.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        exchange = ctx.exchange
-        exchange.start(grad, exchange.sizes.back())
-        return grad.new_empty(0), None
+    def backward(ctx: Any, grad: Tensor, tie: Tensor) -> tuple:
+        exchange, kept = ctx.exchange, ctx.saved_tensors  # under a checkpoint: recomputed now, if experts kept nothing
+        exchange.start(grad, exchange.way.back())
+        if exchange.beside is not None:
+            exchange.beside.start(*kept)
+        return None, tie
 
 
-def exchange(rows: Tensor, sizes: Sizes, message: Message) -> Tensor:
-    """Send and receive rows; the gradient goes the other way."""
-    return Exchange(rows, sizes, message).wait()
+def _packed(rows: Tensor, along: Tensor) -> Tensor:
+    """Both as bytes, ``[S, n]`` uint8: no other type is known to every backend, and holds integers and weights."""
+    return torch.cat([_dense(along).view(torch.uint8), _dense(rows).view(torch.uint8)], 1)
 
 
-def sizes_of(counts: Tensor, op: str, group: dist.ProcessGroup) -> Sizes:
-    """From the number of rows for each rank ``[ranks]``, on their device: the one host read of a layer."""
-    message = Message("sizes", op, group)
-    each = [1] * group.size()
-    received = message.wait(message.start(counts, Sizes(each, each)))
-    send, receive = torch.stack([counts, received]).tolist()
-    return Sizes(send, receive)
+def _unpacked(packed: Tensor, integers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    along, rows = packed.split([4 * integers, packed.shape[1] - 4 * integers], 1)
+    return _dense(rows).view(dtype), _dense(along).view(torch.int32)
+
+
+def _dense(values: Tensor) -> Tensor:
+    """A copy, for what counts as contiguous may begin anywhere and, if it is empty, have any strides: no place for bytes."""
+    return values.clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -26,7 +27,8 @@ class Dispatcher(Protocol):
         tokens [T0, H]                           tokens [T1, H]
 
     Whoever implements the two methods can be given to :class:`moekit.nn.MoE` and :func:`moekit.ep.run`. Both must be
-    differentiable, and each must be called by all ranks, also by one without tokens.
+    differentiable. Each must be called by all ranks, also by one without tokens, and so must backward: tokens and weights
+    need a gradient on all ranks or on none.
     """
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
@@ -38,7 +40,7 @@ class Dispatcher(Protocol):
 
         Returns:
             ``(rows, routing, handle)``: ``[N, H]``, their routing over the experts of this rank, with weights (a slot of
-            another rank is -1), and what :meth:`combine` needs.
+            another rank is -1, and its tables may have no room for rows of no expert), and what :meth:`combine` needs, once.
         """
         ...
 
@@ -47,10 +49,22 @@ class Dispatcher(Protocol):
         ...
 
 
+class Underway(Protocol):
+    """A dispatch that has begun. One of the two methods is to be called, once."""
+
+    def finish(self) -> tuple[Tensor, Routing, Any]:
+        """What :meth:`Dispatcher.dispatch` gives."""
+        ...
+
+    def through(self, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        """The results ``[T, H]`` of ``experts``, which make ``rows [N, H]`` and their routing to ``[N, H]``."""
+        ...
+
+
 @runtime_checkable
 class Overlapping(Dispatcher, Protocol):
     """A dispatcher whose exchange can run beside something else."""
 
-    def start(self, tokens: Tensor, routing: Routing) -> Any:
-        """Begin a dispatch; ``finish()`` of the result gives what :meth:`dispatch` does."""
+    def start(self, tokens: Tensor, routing: Routing) -> Underway:
+        """Begin a dispatch."""
         ...

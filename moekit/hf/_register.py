@@ -1,10 +1,13 @@
-"""The name ``"moekit"`` in Transformers: an experts implementation, and a quantisation method of its loader."""
+"""The name ``"moekit"`` in Transformers: an implementation of experts, one of expert parallelism, a quantisation method."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from moekit import _check
 from moekit.hf import gates, peft
@@ -16,13 +19,16 @@ NAME = "moekit"
 SUPPORTED = "5.12 to 5.x"
 
 
-def register(save: str = "recompute") -> None:
+def register(save: str = "recompute", *, expert_parallel: Mapping[str, Any] | None = None) -> None:
     """Put the experts implementation ``"moekit"`` into Transformers' experts interfaces.
 
-    From then on, ``from_pretrained`` reads what ``save_pretrained`` wrote of a model with packed experts, too.
+    From then on, ``from_pretrained`` reads what ``save_pretrained`` wrote of a model with packed experts, too, and with
+    ``DistributedConfig(ep_size=..., ep_implementation="moekit")`` moekit exchanges the tokens (Transformers 5.24 or newer:
+    older ones have no such registry), whatever ``experts_implementation`` the model has.
 
     Args:
         save: what the fused experts keep for backward, as in :func:`moekit.experts`.
+        expert_parallel: options of :func:`moekit.ep.dispatcher`, for models that are loaded after this call.
 
     Raises:
         ImportError: Transformers is not installed, or a release without an experts interface.
@@ -34,13 +40,18 @@ def register(save: str = "recompute") -> None:
     plain.register(NAME, functools.partial(experts_forward, save=save))
     if fp8 is not None:
         fp8.register(NAME, functools.partial(fp8_experts_forward, save=save))
+    if (of_ranks := _expert_parallel()) is not None:
+        kind = importlib.import_module("moekit.hf.ep").ExpertParallel
+        of_ranks.register(NAME, functools.partial(kind, **(expert_parallel or {})))
+    elif expert_parallel:
+        raise _check.unused("hf.register", "expert_parallel", expert_parallel, "before Transformers 5.24")
     _loader().enter(NAME)
     peft.hook()
 
 
 def unregister() -> None:
     """Take the implementation out again; models that use it must be set to another one first."""
-    for interface in _interfaces():
+    for interface in (*_interfaces(), _expert_parallel()):
         if interface is not None:
             interface._global_mapping.pop(NAME, None)
     _loader().leave(NAME)
@@ -64,6 +75,17 @@ def _interfaces() -> tuple[Any, Any]:
     from transformers.integrations import finegrained_fp8
 
     return ExpertsInterface, getattr(finegrained_fp8, "FP8ExpertsInterface", None)
+
+
+def _expert_parallel() -> Any:
+    """The interface of expert parallelism; None in a release that has none, or without ``torch.distributed``."""
+    if not torch.distributed.is_available():
+        return None
+    try:
+        from transformers.distributed import expert_parallel
+    except ImportError:
+        return None
+    return getattr(expert_parallel, "EPImplementationInterface", None)
 
 
 def _loader() -> Any:

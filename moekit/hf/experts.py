@@ -31,7 +31,7 @@ Adapters = dict[str, list[Lora]]  # of "gate_up" and "down", as moekit.experts t
 def experts_forward(
     module: Any,
     hidden_states: Tensor,
-    top_k_index: Tensor,
+    top_k_index: Tensor | Routing,
     top_k_weights: Tensor,
     *,
     save: str = "recompute",
@@ -43,6 +43,7 @@ def experts_forward(
         module: an instance of a class decorated with ``use_experts_implementation``.
         hidden_states: ``[T, H]``.
         top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
+            Or a routing over the experts of ``module``, which has the weights, as :mod:`moekit.hf.ep` makes it.
         top_k_weights: ``[T, K]`` routing weights.
         save: as in :func:`moekit.experts`.
         lora: as there; what :mod:`moekit.hf.peft` hands on.
@@ -54,8 +55,8 @@ def experts_forward(
         TypeError: weights (or hidden states) that are not what they seem: sharded, quantised, packed.
     """
     inputs, lora = (hidden_states, top_k_index, top_k_weights), lora or {}
-    if exporting_to_onnx() and not lora:
-        return _exportable(module, *inputs)
+    if exporting_to_onnx() and not lora and isinstance(top_k_index, Tensor):
+        return _exportable(module, hidden_states, top_k_index, top_k_weights)
     if is_tracing():
         with warnings.catch_warnings():  # the sizes that are looked at are the weights', or only checked
             warnings.simplefilter("ignore", TracerWarning)
@@ -69,7 +70,7 @@ def exporting_to_onnx() -> bool:
 
 
 def _forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, save: str, lora: Adapters
+    module: Any, hidden_states: Tensor, top_k_index: Tensor | Routing, top_k_weights: Tensor, save: str, lora: Adapters
 ) -> Tensor:
     _check.computable("hf", "hidden_states", hidden_states)
     x, weights = hidden_states, weights_of(module)
@@ -80,7 +81,7 @@ def _forward(
 
 
 def run(
-    module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Weights, save: str, lora: Adapters
+    module: Any, x: Tensor, top_k_index: Tensor | Routing, top_k_weights: Tensor, weights: Weights, save: str, lora: Adapters
 ) -> Tensor:
     """The experts of ``module`` with these weights and adapters, in the dtype of the weights."""
     gate_up, down, gate_up_bias, down_bias = weights
@@ -90,7 +91,7 @@ def run(
         return _own_gate(module, x, top_k_index, top_k_weights, weights, lora)
     return experts(
         x,
-        (top_k_index, top_k_weights),
+        top_k_index if isinstance(top_k_index, Routing) else (top_k_index, top_k_weights),
         gate_up,
         down,
         gate_up_bias=None if gate_up_bias is None else _addable(gate_up_bias, x),
@@ -115,14 +116,15 @@ def _exportable(module: Any, *inputs: Tensor) -> Tensor:
 
 
 def _own_gate(
-    module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Weights, lora: Adapters
+    module: Any, x: Tensor, top_k_index: Tensor | Routing, top_k_weights: Tensor, weights: Weights, lora: Adapters
 ) -> Tensor:
     """The same layer around a gate, an activation or a norm that only the model knows."""
     say_once(type(module), "has a gate, norm or hook of its own, or weights of two dtypes: its experts run unfused")
     gate_up, down, gate_up_bias, down_bias = weights
-    num_experts = gate_up.shape[0]
-    indices = torch.where(top_k_index < num_experts, top_k_index, -1)
-    routing = Routing.from_topk(indices, top_k_weights, num_experts=num_experts)
+    routing, num_experts = top_k_index, gate_up.shape[0]
+    if not isinstance(routing, Routing):
+        indices = torch.where(routing < num_experts, routing, -1)
+        routing = Routing.from_topk(indices, top_k_weights, num_experts=num_experts)
     rows = permute(x, routing)
     projected = _linear(rows, gate_up, gate_up_bias, routing, module.is_transposed, lora.get("gate_up", []))
     act = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)

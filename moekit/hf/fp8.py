@@ -16,6 +16,7 @@ from moekit.hf.experts import Adapters, experts_forward, run
 from moekit.hf.weights import Weights, plain
 from moekit.ops.unpack import Stored
 from moekit.packed import PackedExperts
+from moekit.routing import Routing
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
@@ -23,7 +24,7 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 def fp8_experts_forward(
     module: Any,
     hidden_states: Tensor,
-    top_k_index: Tensor,
+    top_k_index: Tensor | Routing,
     top_k_weights: Tensor,
     *,
     save: str = "recompute",
@@ -34,7 +35,7 @@ def fp8_experts_forward(
     Args:
         module: an instance of Transformers' ``FP8Experts``.
         hidden_states: ``[T, H]``.
-        top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank.
+        top_k_index: ``[T, K]`` integers; the number of experts marks a slot of another expert-parallel rank. Or a routing.
         top_k_weights: ``[T, K]`` routing weights.
         save: as in :func:`moekit.experts`.
         lora: as there; what :mod:`moekit.hf.peft` hands on.

@@ -60,6 +60,11 @@ _own: dict[str, Any] = {}  # PEFT's methods, while moekit's stand in the places 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``ParamWrapper.forward``: the adapters' factors go to the experts, on top of what an outer wrapper hands on."""
     names = _active(layer)
+    if names and hasattr(layer.get_param(), "placements") and getattr(_experts_of(layer), "_is_expert_parallel", False):
+        raise NotImplementedError(
+            f"moekit.hf: {layer.parameter_name} has adapters, and its experts are sharded over ranks, of which PEFT "
+            "knows nothing: load the model without expert parallelism (ep_size=1), or adapt other parameters"
+        )
     part = _part(layer) if names and "adapter_names" not in kwargs else None
     if part is None:
         return _own["forward"](layer, x, *args, **kwargs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from moekit.ops.experts import SAVES, experts
 from moekit.routing import Routing
 
 _OP = "nn.Experts"
+WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 class Experts(nn.Module):
@@ -38,6 +42,7 @@ class Experts(nn.Module):
         down: ``[E, H, I]``.
         gate_up_bias: ``[E, 2I]`` or None.
         down_bias: ``[E, H]`` or None.
+        sharding: under expert parallelism (:mod:`moekit.ep`) the ranks over which these are sharded, as DTensors; else None.
 
     Raises:
         ValueError: sizes or options that do not fit together, or an option that would have no effect.
@@ -79,33 +84,59 @@ class Experts(nn.Module):
         for name, size in (("gate_up_bias", width), ("down_bias", self.hidden)):
             value = nn.Parameter(torch.empty(self.num_experts, size, **made)) if bias else None
             self.register_parameter(name, value)
+        self.sharding: Any = None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw weights as ``nn.Linear`` does, an expert at a time; biases 0."""
-        draw_uniform(self.gate_up, self.gate_up_bias)
-        draw_uniform(self.down, self.down_bias)
+        for weight in (self.gate_up, self.down):
+            if _check.sharded(weight):
+                _placement().fill(weight, draw_uniform)
+            else:
+                draw_uniform(weight)
+        for bias in (self.gate_up_bias, self.down_bias):
+            if bias is not None:
+                bias.zero_()
 
-    def forward(self, x: Tensor, routing: Routing | tuple[Tensor, Tensor]) -> Tensor:
-        """``[T, H]`` to ``[T, H]``, in the dtype of ``x``; arguments and errors as of :func:`moekit.experts`."""
-        return experts(
-            x,
-            routing,
-            self.gate_up,
-            self.down,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-            weight_after_down=self.weight_after_down,
-            save=self.save,
-            **self.options,
-        )
+    def forward(
+        self, x: Tensor, routing: Routing | tuple[Tensor, Tensor], exchange: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """``[T, H]`` to ``[T, H]``, in the dtype of ``x``; arguments and errors as of :func:`moekit.experts`.
+
+        Weights that are DTensors are used by their placement (:func:`moekit.ep.part`): a shard over experts is a part, and a
+        replica is the whole.
+
+        Args:
+            x: ``[T, H]``.
+            routing: of ``x``, over all experts with an ``exchange``, else over those of this rank.
+            exchange: what brings tokens to their ranks and results back, given ``x``, ``routing`` and the experts of this
+                rank as a function: :func:`moekit.ep.run` with its dispatcher. It may call them as often as it likes: weights
+                are gathered, and their gradients reduced, once.
+        """
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        if any(map(_check.sharded, weights.values())):
+            weights = _placement().parts_of(_OP, weights, self.sharding)
+        options = {**self.options, "weight_after_down": self.weight_after_down, "save": self.save}
+        mine = functools.partial(experts, **weights, **options)
+        return mine(x, routing) if exchange is None else exchange(x, routing, mine)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
+        """Whole stacks, of a checkpoint of one process, are taken as well: each rank keeps its part."""
+        if self.sharding is not None:
+            whole = {name: state_dict.get(prefix + name) for name in WEIGHTS}
+            whole = {
+                prefix + name: value for name, value in whole.items() if value is not None and not _check.sharded(value)
+            }
+            state_dict = {**state_dict, **{name: _placement().shard(v, self.sharding.mesh) for name, v in whole.items()}}
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         """Sizes, and the options that are not the default."""
         said = [f"num_experts={self.num_experts}", f"hidden={self.hidden}", f"intermediate={self.intermediate}"]
         said += said_gate(self.options)
         said += ["bias=True"] * (self.down_bias is not None) + ["weight_after_down=True"] * self.weight_after_down
+        said += [] if self.sharding is None else [f"ranks={self.sharding.mesh.size()}"]
         return ", ".join(said + ([] if self.save == "recompute" else [f"save={self.save!r}"]))
 
 
@@ -124,7 +155,12 @@ def said_gate(gate: dict[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in gate.items() if name not in plain or value != plain[name]]
 
 
-def draw_uniform(weight: Tensor, bias: Tensor | None) -> None:
+def _placement() -> Any:
+    """By name, for it imports torch.distributed."""
+    return importlib.import_module("moekit.ep.placement")
+
+
+def draw_uniform(weight: Tensor, bias: Tensor | None = None) -> None:
     """Numbers as of ``nn.Linear``, by the size of the last dimension."""
     bound = weight.shape[-1] ** -0.5
     weight.uniform_(-bound, bound)

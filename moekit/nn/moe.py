@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ from moekit.routing import Routing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moekit.ep.dispatcher import Dispatcher
 
 _OP = "nn.MoE"
 
@@ -39,11 +44,18 @@ class MoE(nn.Module):
         z_coeff: of :func:`moekit.z_loss`.
         null_experts: how many experts, the last of the router's, compute nothing: they give the token back, times its
             weight (LongCat-Flash, arXiv 2509.01322).
+        ep_mesh: a ``DeviceMesh`` of one dimension, over whose ranks the experts are sharded (:mod:`moekit.ep`): their
+            parameters become DTensors of which each rank keeps its slice, and tokens travel, the shared expert beside the
+            exchange. Every rank calls the layer with its own tokens, one without tokens as well. For whole models, and with
+            options: :func:`moekit.ep.parallelize`.
+        dispatcher: a :class:`moekit.ep.Dispatcher`, or the ``kind`` of :func:`moekit.ep.dispatcher`; goes with ``ep_mesh``.
 
     Attributes:
         loss_scale: what the gradients of these losses are multiplied by, a number or a tensor of one element that is read
             in backward: a gradient scaler's scale, or one over the number of micro-batches.
-        balance_group: processes over which the balance loss counts: that of the global batch (arXiv 2501.11873).
+        balance_group: processes over which the balance loss counts: that of the global batch (arXiv 2501.11873). None, each
+            rank's own batch, under expert parallelism as well.
+        dispatcher: what brings tokens to the ranks of their experts; None without expert parallelism.
         losses: the losses of the last training forward by name (``balance``, ``sequence_balance``, ``z``), detached 0-d
             tensors with their coefficients in them.
 
@@ -62,6 +74,8 @@ class MoE(nn.Module):
         sequence_balance_coeff: float = 0.0,
         z_coeff: float = 0.0,
         null_experts: int = 0,
+        ep_mesh: DeviceMesh | None = None,
+        dispatcher: str | Dispatcher | None = None,
     ) -> None:
         super().__init__()
         for name, part, kind in (("router", router, Router), ("experts", experts, Experts)):
@@ -86,6 +100,11 @@ class MoE(nn.Module):
         self.loss_scale: float | Tensor = 1.0
         self.balance_group: ProcessGroup | None = None
         self.losses: dict[str, Tensor] = {}
+        self.dispatcher: Dispatcher | None = None
+        if ep_mesh is not None:
+            _ep("parallelize").shard_layer(_OP, self, ep_mesh, "auto" if dispatcher is None else dispatcher)
+        elif dispatcher is not None:
+            raise _check.unused(_OP, "dispatcher", dispatcher, "without ep_mesh")
 
     @classmethod
     def build(
@@ -180,23 +199,28 @@ class MoE(nn.Module):
             padding_mask = padding_mask.reshape(-1)
         routing = self.router(tokens, indices=indices, padding_mask=padding_mask)
         out = self._routed(tokens, routing)
-        if self.shared is not None:
-            out = out + self.shared(tokens)
         if self.training:
             default = max(lead[:-1].numel(), 1) if x.dim() > 1 else 1
             out = self._with_losses(out, routing, default if sequences is None else sequences)
         return out.reshape(x.shape)
 
     def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """What the routed experts, and those that compute nothing, make of the tokens."""
-        if not self.null_experts:
-            return self.experts(tokens, routing)
-        weights = routing.weights
-        if weights is None:
-            raise _check.fail(_OP, "routing", "one with weights", None)
-        out = self.experts(tokens, (routing.indices, weights))
-        null = weights.masked_fill(routing.indices < self.experts.num_experts, 0).sum(1, keepdim=True)
-        return (out + tokens * null).to(out.dtype)
+        """What the routed experts, those that compute nothing, and the shared one make of the tokens."""
+        null = None
+        if self.null_experts:
+            weights = routing.weights
+            if weights is None:
+                raise _check.fail(_OP, "routing", "one with weights", None)
+            null = weights.masked_fill(routing.indices < self.experts.num_experts, 0).sum(1, keepdim=True)
+            computed = routing.indices.masked_fill(routing.indices >= self.experts.num_experts, -1)
+            routing = Routing.from_topk(computed, weights, num_experts=self.experts.num_experts)
+        beside = None if self.shared is None else functools.partial(self.shared, tokens)
+        if self.dispatcher is not None:
+            out = self.experts(tokens, routing, functools.partial(_ep("run").run, self.dispatcher, beside=beside))
+            return out if null is None else (out + tokens * null).to(out.dtype)
+        out = self.experts(tokens, routing)
+        out = out if null is None else (out + tokens * null).to(out.dtype)
+        return out if beside is None else out + beside()
 
     def _with_losses(self, out: Tensor, routing: Routing, sequences: int | Tensor) -> Tensor:
         """The output with the losses attached to it, and these kept to be looked at."""
@@ -246,6 +270,9 @@ class MoE(nn.Module):
         Raises:
             TypeError: a block that is not known. ValueError: one that computes something else; nothing is written then.
         """
+        if self.dispatcher is not None:
+            wanted = "of one process: load its whole state (full_state_dict=True) into such a layer"
+            raise _check.fail(f"{_OP}.to_transformers", "the layer", wanted, "one whose experts are sharded")
         found, values = _blocks().read(block), self.state_dict()
         theirs, ours = (layer._what_it_computes() for layer in (self._like(found, device="meta"), self))
         for name in {**theirs, **ours}:
@@ -289,7 +316,16 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """What is not the default."""
         names = ("balance_coeff", "sequence_balance_coeff", "z_coeff", "null_experts")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name))
+        said = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        said += [] if self.dispatcher is None else [f"dispatcher={type(self.dispatcher).__name__}"]
+        return ", ".join(said)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoE:
+        """A copy on the same ranks: groups of processes are not copied."""
+        memo.update({id(shared): shared for shared in (self.dispatcher, self.balance_group)})
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def _coefficient(name: str, value: object) -> float:
@@ -303,6 +339,11 @@ def _taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
     """Those of ``options`` that the class ``kind`` has by keyword."""
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: options[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in options}
+
+
+def _ep(module: str) -> Any:
+    """By name, for it imports torch.distributed."""
+    return importlib.import_module(f"moekit.ep.{module}")
 
 
 def _blocks() -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit import _check
+from moekit import _backend, _check
 from moekit.ops import _library, glu
 from moekit.ops.experts_forward import operator
 from moekit.ops.gemm import autocast
@@ -167,7 +167,9 @@ def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> R
         if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not _is_integer(routing[0]):
             raise _no_routing(routing)
         indices, weights = routing
-        routing = Routing.from_topk(indices.masked_fill(indices >= num_experts, -1), weights, num_experts=num_experts)
+        if not indices.is_cuda or _backend.debugging():  # elsewhere nothing looks, and what is out of range is left out
+            indices = indices.masked_fill(indices >= num_experts, -1)
+        routing = Routing.from_topk(indices, weights, num_experts=num_experts)
     if routing.weights is None:
         raise _check.fail("experts", "routing", "built with weights", "none")
     if routing.num_experts != num_experts:

@@ -20,7 +20,6 @@ from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
 from moekit.ops.gathered import Gathered
-from moekit.ops.gemm import within
 from moekit.ops.products import DIFFERENTIABLE, Products
 from moekit.ops.projection import Projection
 
@@ -48,11 +47,9 @@ def gradients(
     if projected.numel() and projected.shape[0] != given.order.shape[0]:
         rows_wanted = f"of {projected.shape[0]} rows, as projected"
         raise _check.fail("experts_backward", "order", rows_wanted, list(given.order.shape))
-    routed = Rows.of(given)
-    # Kernels see to that themselves; PyTorch's products, of which two follow, do not.
-    routed = routed._replace(offsets=within(routed.offsets, given.order.shape[0]))
-    offsets = routed.offsets
     products = products or options.products()
+    routed = Rows.of(given, products)
+    offsets = routed.offsets
     gate_up, down = options.projections(given, products)
     result = Wanted(*(grad.new_empty(0) for _ in want))
     g = Gathered(grad, routed.tables)

@@ -25,8 +25,8 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def _reference(*args: Any, products: Products | None = None) -> Outputs:
     """``(out, projected, scale, gathered, activation, low)``: the output and what is kept, empty where it is not."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
-    routed = Rows.of(given)
     products = products or options.products()
+    routed = Rows.of(given, products)
     gate_up, down = options.projections(given, products)
     x, offsets = given.x, routed.offsets
     before = None if options.weight_after_down else routed.weights

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit import _check
+from moekit import _backend, _check
 from moekit.ops import glu, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
-from moekit.ops.products import INVARIANT, PLAIN, Products
+from moekit.ops.gemm import within
+from moekit.ops.products import DIFFERENTIABLE, INVARIANT, PLAIN, Products
 from moekit.ops.projection import Projection
 from moekit.ops.unpack import FOUR_BITS, Stored
 
@@ -191,13 +192,18 @@ class Rows(NamedTuple):
     inverse: Tensor
 
     @staticmethod
-    def of(given: Arguments) -> Rows:
-        """Of the routing among the arguments."""
+    def of(given: Arguments, products: Products) -> Rows:
+        """Of the routing among the arguments; in one launch where a kernel can, and nobody differentiates it."""
         order, inverse, offsets = given.order, given.inverse, given.offsets
         _check.tensor_dim("experts", "inverse", inverse, 2)
         _check.rows_end("experts", order, offsets)
-        found = (*tables.row_tables(order, *inverse.shape), inverse.reshape(-1))
-        return Rows(found, tables.take(given.weights, order), offsets, inverse)
+        kernel = _backend.kernel("row_order", order) if products is not DIFFERENTIABLE else None
+        found = NotImplemented if kernel is None else kernel(order, given.weights, offsets, *inverse.shape)
+        if found is NotImplemented:
+            token, starts = tables.row_tables(order, *inverse.shape)
+            found = token, starts, tables.take(given.weights, order), within(offsets, len(order))
+        token, starts, weights, ends = found
+        return Rows((token, starts, inverse.reshape(-1)), weights, ends, inverse)
 
     def slots(self) -> Tensor:
         """Where each row's weight stands in a flat ``[T, E]`` matrix, -1 for none."""

@@ -66,8 +66,7 @@ def grouped_rows(
     width = matrices.shape[2]
     if not matrices.shape[0]:
         return rows.new_empty(rows.shape[0], width)
-    ends = within(offsets, rows.shape[0])
-    product = torch.nn.functional.grouped_mm(_aligned(rows, 1), _aligned(matrices, 1, 2), offs=ends)
+    product = torch.nn.functional.grouped_mm(_aligned(rows, 1), _aligned(matrices, 1, 2), offs=offsets)
     return product if product.shape[1] == width else product[:, :width].contiguous()
 
 

@@ -21,6 +21,7 @@ KERNELS: dict[str, Callable] = {
     "sort_chunk_rows": tables.sort_chunk_rows,
     "pad_rows": tables.pad_rows,
     "row_tables": entries.row_tables,
+    "row_order": entries.row_order,
     "take": entries.take,
     "put": entries.put,
     "topk_router": topk.topk_router,

@@ -107,9 +107,11 @@ def _all_tables() -> Iterator[Case]:
 
         indices, row_token = _meta(tokens, topk, dtype=torch.int64), _meta(rows, dtype=torch.int64)
         yield case("route_indices", indices, experts)
+        yield case("route_indices", indices[:8], experts, what=f"{what}, of 8 tokens", shown=False)
         yield case("rows_of_tokens", row_token, tokens)
         yield case("pad_rows", _integers(experts), _integers(rows), _integers(tokens, topk), 16)
         yield case("row_tables", _integers(rows), tokens, topk)
+        yield case("row_order", _integers(rows), _meta(tokens, topk), _integers(experts), tokens, topk)
         yield case("take", _meta(tokens, topk), _integers(rows), _integers(tokens, topk))
         yield case("put", _meta(rows), _meta(rows, dtype=torch.int64), tokens * experts)
         yield case("sort_chunk_rows", _integers(experts), _integers(experts), rows, rows)

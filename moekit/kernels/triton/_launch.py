@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.kernels.triton import _cached
+
 # Anything else (float64, float8, integers in arithmetic) is left to the reference.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -77,11 +79,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None =
     if config is not None and config.registers is not None and torch.version.hip is None:
         constants["maxnreg"] = config.registers
     device = args[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda":
         kernel[grid](*args, **constants)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*args, **constants)
+    elif device.index == torch.cuda.current_device():
+        _cached.launch(kernel, grid, device.index, args, constants)
+    else:
+        with torch.cuda.device(device):
+            _cached.launch(kernel, grid, device.index, args, constants)
 
 
 def computes(*tensors: Tensor | None) -> bool:

@@ -55,6 +55,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 # for each block of rows.
 _STEPS = (16, 48, 320)
 FEW = _STEPS[1]
+_STEPS_OF = {"nf4": (16, 48, 192)}  # whose table takes longest to look up
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
     Blocks(32, 64, 64, 4, 4, 6, registers=255),
@@ -109,13 +110,13 @@ def plain(dtype: torch.dtype) -> Blocks:
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
-    rows = shape.rows_an_expert
-    if rows > _STEPS[-1]:
+    rows, steps = shape.rows_an_expert, _STEPS_OF.get(form, _STEPS)
+    if rows > steps[-1]:
         return None
     if dtype not in _HALVES:
         return plain(dtype)
     cuts = _MEASURED.get((arch, form, back), _LEAN)
-    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
+    return next(cut for step, cut in zip(steps, cuts, strict=True) if rows <= step)._replace(turned=True)
 
 
 def low_rank(dtype: torch.dtype) -> Blocks:

@@ -12,7 +12,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def _ends(offsets, first, num_experts, num_rows, BLOCK_E: tl.constexpr):
+def ends_within(offsets, first, num_experts, num_rows, BLOCK_E: tl.constexpr):
     """Where the rows of experts ``first`` onwards end: within the rows and ascending, whatever the offsets are."""
     expert = first + tl.arange(0, BLOCK_E)
     end = tl.load(offsets + expert, mask=(expert >= 0) & (tl.arange(0, BLOCK_E) < num_experts), other=0)
@@ -26,8 +26,8 @@ def row_blocks(offsets, first, num_experts, num_rows, BLOCK_M: tl.constexpr, BLO
     before = tl.zeros([], tl.int32)
     if first > 0:
         before = tl.minimum(tl.maximum(tl.load(offsets + first - 1), 0), num_rows).to(tl.int32)
-    end = tl.maximum(_ends(offsets, first, num_experts, num_rows, BLOCK_E), before)
-    begin = tl.maximum(_ends(offsets, first - 1, num_experts, num_rows, BLOCK_E), before)
+    end = tl.maximum(ends_within(offsets, first, num_experts, num_rows, BLOCK_E), before)
+    begin = tl.maximum(ends_within(offsets, first - 1, num_experts, num_rows, BLOCK_E), before)
     blocks = tl.where(tl.arange(0, BLOCK_E) < num_experts, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
     return begin, end, tl.cumsum(blocks, 0)
 

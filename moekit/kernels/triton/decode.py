@@ -5,10 +5,11 @@ table of 16 are chosen by permutations of bytes (where that is an instruction), 
 
 - sums of products in registers, row by row, where most experts have one row. A block's products are summed before they meet
   its scale, so weights are not rounded to the rows' dtype, unlike where they are unpacked first;
-- matrix instructions for more rows, of which an operand is unpacked and rounded in registers.
+- matrix instructions for more rows, of which an operand is unpacked in registers, two values in each.
 
-Both sum in float32, in an order that depends on neither the other rows nor the offsets. The table of nf4 is rounded to
-float16, which is 1/8 of what rounding weights to bfloat16 loses; the values of the other formats are exact.
+Both sum in float32, in an order that depends on neither the other rows nor the offsets. The table of nf4 is rounded: for
+sums to float16, which is 1/8 of what rounding weights to bfloat16 loses, for matrix instructions to the rows' dtype. That
+is all that is rounded, as scales follow; the values of the other formats are exact.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from moekit.kernels.triton._activation import decode_e4m3
 from moekit.kernels.triton._packed import _powers_of_two
 
 # Rows an expert on average up to which sums are faster than matrix instructions, and these than those of larger tiles.
-_SUMS, _DOTS = 1.5, 16
+_SUMS, _DOTS = {"nf4": 0.75, "int8": 0.75, "mxfp4": 1.5, "fp8": 1.5}, 16
 _ROWS = 16  # of a tile of matrix instructions
 _BYTES = 16  # of codes that a thread reads at once
 
@@ -52,11 +53,12 @@ _CUTS_OF_ARCH: dict[str, dict[str, Cut]] = {"9": {"sums": Cut(8, _BYTES, 1)}}
 # --- codes to values ------------------------------------------------------------------------------------------------
 
 
-def _lookup(planes: str, first: str, second: str) -> str:
-    """PTX from eight codes in a word, $8, to eight float32, $0 to $7, by a table of float16 in $9 to $16.
+def _lookup(planes: str, first: str, second: str, *, wide: bool) -> str:
+    """PTX from eight codes in a word, $8, to eight values, $0 to $7, by a table of 16 bits an entry in $9 to $16.
 
     Of the table a plane, low bytes ("l") and high ones ("h"), has four registers; a plane that is left out is zero.
-    ``first`` and ``second`` say which bytes make the first and the last two of four values.
+    ``first`` and ``second`` say which bytes make the first and the last two of four values. They are float32 if ``wide``,
+    from a table of float16; else what the table holds.
     """
     lines = [
         ".reg .b32 x, s, a, b, l, h, p;",
@@ -79,28 +81,35 @@ def _lookup(planes: str, first: str, second: str) -> str:
                 f"prmt.b32 {plane}, a, b, s;",
             ]
         for pair, choice in enumerate((first, second)):
-            lines += [f"prmt.b32 p, l, h, {choice};", "mov.b32 {u, v}, p;"]
-            lines += [f"cvt.f32.f16 ${4 * half + 2 * pair}, u;", f"cvt.f32.f16 ${4 * half + 2 * pair + 1}, v;"]
+            outputs = [f"${4 * half + 2 * pair + place}" for place in range(2)]
+            lines.append(f"prmt.b32 p, l, h, {choice};")
+            if wide:
+                lines += ["mov.b32 {u, v}, p;", f"cvt.f32.f16 {outputs[0]}, u;", f"cvt.f32.f16 {outputs[1]}, v;"]
+            else:
+                lines.append(f"mov.b32 {{{outputs[0]}, {outputs[1]}}}, p;")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 # The first value of a byte of nf4 is in the high half.
-_NF4: tl.constexpr = tl.constexpr(_lookup("lh", "0x4051", "0x6273"))
-_MXFP4: tl.constexpr = tl.constexpr(_lookup("h", "0x5140", "0x7362"))
+_NF4: tl.constexpr = tl.constexpr(_lookup("lh", "0x4051", "0x6273", wide=True))
+_MXFP4: tl.constexpr = tl.constexpr(_lookup("h", "0x5140", "0x7362", wide=True))
+_NF4_HALVES: tl.constexpr = tl.constexpr(_lookup("lh", "0x4051", "0x6273", wide=False))
+_MXFP4_HALVES: tl.constexpr = tl.constexpr(_lookup("lh", "0x5140", "0x7362", wide=False))
 _OPERANDS: tl.constexpr = tl.constexpr(",".join(["=f"] * 8 + ["r"] * 9))
+_OPERANDS_HALVES: tl.constexpr = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 9))
 _LANE: tl.constexpr = tl.constexpr("{ .reg .b32 l; mov.u32 l, %laneid; and.b32 $0, l, $1; }")
 
 
 @functools.cache
-def _values(form: str, device: torch.device) -> Tensor:
-    """The 16 values of a format, rounded to float16: float32 ``[16]``."""
-    return _codes.table(form, torch.device("cpu")).half().float().to(device)
+def _values(form: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The 16 values of a format, rounded to ``dtype``: float32 ``[16]``."""
+    return _codes.table(form, torch.device("cpu")).to(dtype).float().to(device)
 
 
 @functools.cache
-def _planes(form: str, device: torch.device) -> Tensor:
-    """The low bytes of the 16 values in float16, then the high ones: int32 ``[8]``."""
-    halves = _values(form, torch.device("cpu")).half().view(torch.uint8).view(16, 2)
+def _planes(form: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The low bytes of the 16 values in a ``dtype`` of two bytes, then the high ones: int32 ``[8]``."""
+    halves = _values(form, torch.device("cpu"), dtype).to(dtype).view(torch.uint8).view(16, 2)
     return halves.T.contiguous().view(torch.int32).flatten().to(device)
 
 
@@ -129,10 +138,15 @@ def _chosen(word, place: tl.constexpr, table):
 
 
 @triton.jit
-def _eight(word, t, FORMAT: tl.constexpr, ASM: tl.constexpr):
-    """The values of words of eight codes, in their order, unscaled: ``[A, B] -> [A, 8 B]``."""
+def _eight(word, t, FORMAT: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """The values of words of eight codes, in their order, unscaled, in DTYPE: ``[A, B] -> [A, 8 B]``."""
     FIRST: tl.constexpr = 1 if FORMAT == "nf4" else 0  # where of the first byte's two places the first value is
-    if ASM:
+    if ASM and tl.float32 != DTYPE:
+        v = tl.inline_asm_elementwise(
+            _NF4_HALVES if FORMAT == "nf4" else _MXFP4_HALVES, _OPERANDS_HALVES,
+            [word, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]], (tl.int16,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif ASM:
         v = tl.inline_asm_elementwise(
             _NF4 if FORMAT == "nf4" else _MXFP4, _OPERANDS, [word, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]],
             (tl.float32,) * 8, is_pure=True, pack=1,
@@ -145,21 +159,22 @@ def _eight(word, t, FORMAT: tl.constexpr, ASM: tl.constexpr):
         )  # fmt: skip
     even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
     odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
-    return tl.reshape(tl.join(even, odd), (word.shape[0], 8 * word.shape[1]))
+    value = tl.reshape(tl.join(even, odd), (word.shape[0], 8 * word.shape[1]))
+    return value.to(DTYPE, bitcast=True) if value.dtype == tl.int16 else value.to(DTYPE)
 
 
 @triton.jit
-def _tile(base, first, stop, t, BLOCK: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr):
-    """BLOCK elements from ``first`` of each feature's codes, as unscaled values in float32."""
+def _tile(base, first, stop, t, BLOCK: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """BLOCK elements from ``first`` of each feature's codes, as unscaled values in DTYPE."""
     FLOAT8: tl.constexpr = FORMAT == "fp8" and base.dtype.element_ty != tl.uint8
     place = first + tl.arange(0, BLOCK)
     code = tl.load(base + place[None, :], mask=(place < stop)[None, :], other=0.0 if FLOAT8 else 0)
     if FORMAT == "nf4" or FORMAT == "mxfp4":
-        value = _eight(code, t, FORMAT, ASM)
+        value = _eight(code, t, FORMAT, ASM, DTYPE)
     elif FORMAT == "fp8" and not FLOAT8:
-        value = decode_e4m3(code)
+        value = decode_e4m3(code).to(DTYPE)
     else:
-        value = code.to(tl.float32)
+        value = code.to(tl.float32).to(DTYPE)
     return value
 
 
@@ -236,7 +251,7 @@ def _sums_kernel(
         t = _registers(table, one - 1, FORMAT, ASM)
         total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
         for first in range(0, groups, BLOCK_G):
-            tile = _tile(base, first * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM)
+            tile = _tile(base, first * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM, tl.float32)
             scale = _scales(scales, dynamic, nested, shift, above, first, groups, one, BLOCK_G, SIZE, FORMAT, SHARE_B)
             k = first * SIZE + tl.arange(0, BLOCK_G * SIZE)
             x = tl.load(rows + row.to(tl.int64) * stride_rows + k, mask=k < depth, other=0).to(tl.float32)
@@ -253,10 +268,17 @@ def _dots_kernel(
     rows, codes, scales, table, dynamic, nested, shift, offsets, out,
     num_rows, num_experts, depth, width, groups, column_blocks, stride_rows, stride_out, stride_s, scale_columns, one,
     FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, ASM: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, SIZE: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row and block of features; of every ROWS rows of an expert the first one's does all."""
+    """A program for each row and block of features; of every ROWS rows of an expert the first one's does all.
+
+    It takes BLOCK_G groups of SIZE codes to a product, PARTS products at a time. A product whose codes have one scale is
+    multiplied by it; where they have SCALES, the codes are.
+    """
     DTYPE: tl.constexpr = rows.dtype.element_ty
+    # Scales of mxfp4 are powers of two, by which bfloat16 is exact, where there is arithmetic in it; float16 has not all.
+    WIDE: tl.constexpr = DTYPE if ASM and tl.bfloat16 == DTYPE else tl.float32
     row = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, begin, end = _expert_of(offsets, row, num_rows, num_experts, BLOCK_E)
@@ -266,17 +288,22 @@ def _dots_kernel(
         t = _registers(table, one - 1, FORMAT, ASM)
         r = row + tl.arange(0, ROWS)
         total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        for first in range(0, groups, BLOCK_G):
-            k = first * SIZE + tl.arange(0, BLOCK_G * SIZE)
-            address = rows + r.to(tl.int64)[:, None] * stride_rows + k[None, :]
-            x = tl.load(address, mask=(r < end)[:, None] & (k < depth)[None, :], other=0)
-            tile = _tile(base, first * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM)
-            scale = _scales(scales, dynamic, nested, shift, above, first, groups, one, BLOCK_G, SIZE, FORMAT, SHARE_B)
-            tile = tl.reshape(tile, (BLOCK_N, BLOCK_G, SIZE)) * scale[:, :, None]
-            if FORMAT == "int8":
-                tile *= 0.007874015748031496  # 1 / 127
-            tile = tl.reshape(tile, (BLOCK_N, BLOCK_G * SIZE)).to(DTYPE)
-            total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+        for first in range(0, groups, BLOCK_G * PARTS):
+            for part in tl.static_range(PARTS):
+                group = first + part * BLOCK_G
+                k = group * SIZE + tl.arange(0, BLOCK_G * SIZE)
+                address = rows + r.to(tl.int64)[:, None] * stride_rows + k[None, :]
+                x = tl.load(address, mask=(r < end)[:, None] & (k < depth)[None, :], other=0)
+                tile = _tile(base, group * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM, DTYPE)
+                scale = _scales(scales, dynamic, nested, shift, above, group, groups, one, SCALES, SIZE, FORMAT, SHARE_B)
+                if SCALES == 1:
+                    total += tl.dot(tile, tl.trans(x), input_precision="ieee") * scale
+                else:
+                    tile = tl.reshape(tile.to(WIDE), (BLOCK_N, SCALES, SIZE)) * scale.to(WIDE)[:, :, None]
+                    tile = tl.reshape(tile, (BLOCK_N, SCALES * SIZE)).to(DTYPE)
+                    total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+        if FORMAT == "int8":
+            total *= 0.007874015748031496  # 1 / 127
         place = out + r.to(tl.int64)[:, None] * stride_out + column[None, :]
         tl.store(place, tl.trans(total).to(DTYPE), mask=(r < end)[:, None] & (column < width)[None, :])
 
@@ -292,11 +319,13 @@ def packed_rows_few(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor | No
     known = offsets.dtype in (torch.int32, torch.int64) and _packed.reads(stored)
     if not (few and whole and known) or (out is not None and (out.stride(1) != 1 or out.dtype is not rows.dtype)):
         return NotImplemented
-    kind = "sums" if rows.shape[0] <= _SUMS * num_experts else "dots"
+    kind = "sums" if rows.shape[0] <= _SUMS[stored.format] * num_experts else "dots"
     if kind == "dots" and stored.format == "fp8":  # 1.3 times as long as the kernel of more rows
         return NotImplemented
     out = rows.new_empty(rows.shape[0], width) if out is None else out
     cut = _CUTS_OF_ARCH.get(_launch.arch(rows.device).name, {}).get(kind, _CUTS[kind])
+    if kind == "dots" and not halves:
+        cut = cut._replace(bytes=2 * cut.bytes)
     return product(rows, stored, offsets, out, kind, cut)
 
 
@@ -307,7 +336,8 @@ def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, 
     size, loads, asm = _BYTES, _BYTES, False
     if stored.format in ("nf4", "mxfp4"):
         size, loads, asm = 2 * _BYTES, _BYTES // 4, arch.name.isdecimal()
-        codes, table = codes.view(torch.int32), (_planes if asm else _values)(stored.format, codes.device)
+        exact = torch.float16 if kind == "sums" else rows.dtype
+        codes, table = codes.view(torch.int32), (_planes if asm else _values)(stored.format, codes.device, exact)
     groups, columns, block_g = depth // size, cut.columns, cut.bytes // _BYTES
     constants = _packed.constants(stored, size)
     del constants["UNIT"]
@@ -315,7 +345,11 @@ def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, 
         block_g = _threads_along(groups, arch.warp_size)
         columns = cut.columns * cut.warps * arch.warp_size // block_g
     else:
-        constants |= {"ROWS": _ROWS, "num_stages": cut.stages}
+        scale_groups = constants["SHARE_B"] // size
+        # What has one scale; or two of mxfp4, as products of depth 32 take as long as of 64.
+        block_g = 2 if stored.format == "mxfp4" else min(scale_groups, cut.bytes // _BYTES)
+        parts, scales_of = cut.bytes // _BYTES // block_g, max(block_g // scale_groups, 1)
+        constants |= {"ROWS": _ROWS, "PARTS": parts, "SCALES": scales_of, "num_stages": cut.stages}
     column_blocks = _launch.blocks(width, columns)
     _launch.launch(
         _sums_kernel if kind == "sums" else _dots_kernel, (rows.shape[0] * column_blocks,),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moekit import _check
 from moekit.kernels.triton import _launch
+from moekit.kernels.triton._tiles import ends_within
 
 _BLOCK = 1024
 
@@ -37,6 +38,43 @@ def row_tables(order: Tensor, num_tokens: int, topk: int) -> Any:
         order, row_token, starts, num_rows, num_tokens + 1, topk, BLOCK=_BLOCK,
     )  # fmt: skip
     return row_token, starts
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_starts", "topk", "num_slots", "num_experts"])
+def _row_order_kernel(
+    order, weights, offsets, row_token, starts, row_weights, ends,
+    num_rows, num_starts, topk, num_slots, num_experts, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of the tables, and the first one the ends."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(order + place, mask=place < num_rows, other=-1)
+    tl.store(row_token + place, tl.where(slot >= 0, slot // tl.maximum(topk, 1), -1), mask=place < num_rows)
+    tl.store(starts + place, place * topk, mask=place < num_starts)
+    weight = tl.load(weights + slot, mask=(slot >= 0) & (slot < num_slots), other=0)
+    tl.store(row_weights + place, weight, mask=place < num_rows)
+    if tl.program_id(0) == 0:
+        expert = tl.arange(0, BLOCK_E)
+        end = ends_within(offsets, 0, num_experts, num_rows, BLOCK_E)
+        tl.store(ends + expert, end.to(ends.dtype.element_ty), mask=expert < num_experts)
+
+
+def row_order(order: Tensor, weights: Tensor, offsets: Tensor, num_tokens: int, topk: int) -> Any:
+    """In one launch: :func:`row_tables`, each row's routing weight, and the offsets ascending within the rows."""
+    known = order.dtype is torch.int32 and offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1
+    if not known or order.dim() != 1 or weights.itemsize > 8 or weights.is_complex():
+        return NotImplemented
+    _check.in_range("Routing", "order", order, num_tokens * topk, "the number of slots")
+    order, weights, offsets = order.contiguous(), weights.contiguous(), offsets.contiguous()
+    num_rows, row_token, ends = order.shape[0], torch.empty_like(order), torch.empty_like(offsets)
+    starts = torch.empty(num_tokens + 1, dtype=torch.int32, device=order.device)
+    row_weights = torch.empty(num_rows, dtype=weights.dtype, device=weights.device)
+    _launch.launch(
+        _row_order_kernel, (_launch.blocks(max(num_rows, num_tokens + 1), _BLOCK),),
+        order, _bits(weights), offsets, row_token, starts, _bits(row_weights), ends,
+        num_rows, num_tokens + 1, topk, weights.numel(), len(offsets),
+        BLOCK=_BLOCK, BLOCK_E=_launch.power_of_two(len(offsets)),
+    )  # fmt: skip
+    return row_token, starts, row_weights, ends
 
 
 @triton.jit(do_not_specialize=["length", "size"])

@@ -12,6 +12,7 @@ Triton's, which is one for the process (one thread in newer releases), and memor
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from moekit.kernels.triton import _launch, _packed, _policy, decode
 from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
-from moekit.kernels.triton.unpack import unpack
+from moekit.kernels.triton.unpack import unpacking
 
 _GROUP = 8  # blocks of rows that share what is in the L2 cache of a matrix
 _MOST_RANKS = 256  # of an update; a product of its own has more
@@ -243,7 +244,8 @@ def _described(
     rows: Tensor, matrices: Tensor, offsets: Tensor, first: int, out: Tensor, cut: Blocks, update: _Update
 ) -> Tensor:
     """Launch the kernel for which the copy engine fetches."""
-    return _copied(_descriptors(rows, matrices, cut), _shape(rows, matrices), offsets, first, out, cut, update)
+    _multiplying(rows, matrices, offsets, out, cut, update)(first, len(matrices), update.factors)
+    return out
 
 
 def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any, bool]:
@@ -254,18 +256,26 @@ def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any,
     return TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]), described, back
 
 
-def _copied(
-    operands: tuple[Any, Any, bool], shape: Shape, offsets: Tensor, first: int, out: Tensor, cut: Blocks, update: _Update
-) -> Tensor:
-    rows, matrices, back = operands
-    _launch.launch(
-        _described_kernel, grid(cut, shape, out.device),
-        offsets.contiguous(), rows, matrices, *update, out,
-        shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
-        out.stride(0), *update.sizes,
-        BACK=back, **update.parts, BLOCK_K=cut.depth, FLAT=cut.flat, **sizes(cut, shape.num_experts), config=cut,
-    )  # fmt: skip
-    return out
+def _multiplying(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor, cut: Blocks, update: _Update
+) -> Callable[[int, int, Tensor | None], None]:
+    """What multiplies the rows of so many experts from ``first`` on by ``matrices``, with these experts' factors.
+
+    To be had once for many slices, of which each takes the place of the last.
+    """
+    shape, device, offsets = _shape(rows, matrices), out.device, offsets.contiguous()
+    described_rows, described, back = _descriptors(rows, matrices, cut)
+    numbers = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
+    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **sizes(cut, shape.num_experts)}
+
+    def multiply(first: int, count: int, factors: Tensor | None) -> None:
+        _launch.launch(
+            _described_kernel, grid(cut, shape._replace(num_experts=count), device),
+            offsets, described_rows, described, update.low, factors, out, shape.num_rows, first, count, *numbers,
+            **constants, config=cut,
+        )  # fmt: skip
+
+    return multiply
 
 
 def _shape(rows: Tensor, matrices: Tensor) -> Shape:
@@ -389,11 +399,11 @@ def packed_slices(
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
     if cut is None or not describable(rows, matrices):
         return NotImplemented
-    operands = _descriptors(rows, matrices, cut)
+    update = _update(low, factors)
+    unpack, multiply = unpacking(stored, workspace), _multiplying(rows, matrices, offsets, out, cut, update)
     for first, stop in slices:
-        unpack(stored, first, stop, rows.dtype, workspace[: stop - first])
-        mine = _update(low, None if factors is None else factors[first:stop])
-        _copied(operands, shape._replace(num_experts=stop - first), offsets, first, out, cut, mine)
+        unpack(first, stop, workspace)
+        multiply(first, stop - first, None if update.factors is None else update.factors[first:stop])
     return out
 
 

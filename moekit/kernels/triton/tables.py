@@ -73,9 +73,14 @@ def _place_slots_kernel(
     indices, histogram, counts, offsets, order, inverse, num_slots, chunk, num_blocks, num_experts,
     TILE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program gives the slots of one chunk their rows."""
+    """One program gives the slots of one chunk their rows. Without a histogram there is one tile of them, counted here."""
     block = tl.program_id(0)
-    total, before = counts_before(histogram, block, num_blocks, num_experts, BLOCK_E)
+    if histogram is None:
+        _, expert = _load_bins(indices, tl.arange(0, TILE), num_slots, num_experts, 0, num_experts, False)
+        total = count_bins(expert, BLOCK_E)
+        before = tl.zeros([BLOCK_E], tl.int32)
+    else:
+        total, before = counts_before(histogram, block, num_blocks, num_experts, BLOCK_E)
     if block == 0:
         store_ends(total, counts, offsets, num_experts, BLOCK_E)
     base = tl.cumsum(total, axis=0) - total + before
@@ -102,11 +107,13 @@ def route_indices(indices: Tensor, num_experts: int) -> Any:
     inverse = torch.empty(indices.shape, dtype=torch.int32, device=device)
     tiles = keys_tile(slots, num_experts)
     chunk, num_blocks = chunking(slots, tiles["TILE"])
-    histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
-    _launch.launch(
-        _count_kernel, (num_blocks,), flat, histogram, slots, chunk, num_experts, num_experts, 0,
-        DIGITS=False, config=OF_KEYS, **tiles,
-    )  # fmt: skip
+    histogram = None
+    if slots > tiles["TILE"]:
+        histogram = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)
+        _launch.launch(
+            _count_kernel, (num_blocks,), flat, histogram, slots, chunk, num_experts, num_experts, 0,
+            DIGITS=False, config=OF_KEYS, **tiles,
+        )  # fmt: skip
     _launch.launch(
         _place_slots_kernel, (num_blocks,), flat, histogram, counts, offsets, order, inverse,
         slots, chunk, num_blocks, num_experts, config=OF_KEYS, **tiles,

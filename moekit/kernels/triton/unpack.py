@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,18 +40,32 @@ def _unpack_kernel(
 
 def unpack(stored: Any, start: int, stop: int, dtype: torch.dtype, out: Tensor | None) -> Any:
     """``moekit::unpack``: the experts ``start`` to ``stop`` of a packed stack, ``[stop - start, out, in]``."""
-    height, width = stored.shape[1:]
     if not _packed.reads(stored) or (out is not None and not out.is_contiguous()):
         return NotImplemented
-    out = torch.empty(stop - start, height, width, dtype=dtype, device=stored.codes.device) if out is None else out
+    shape = (stop - start, *stored.shape[1:])
+    out = torch.empty(shape, dtype=dtype, device=stored.codes.device) if out is None else out
     if not _launch.computes(out) or out.numel() == 0:
         return NotImplemented
-    config = _launch.tile("unpack", out.device, dtype)
-    block_a, block_b = _launch.shape_tile(out.device, width, config)
-    parts = _launch.blocks(width, block_b)
-    _launch.launch(
-        _unpack_kernel, (_launch.blocks(height, block_a) * parts, stop - start),
-        *_packed.parts(stored), out, start, height, width, *_packed.sizes(stored), parts,
-        BLOCK_A=block_a, BLOCK_B=block_b, **_packed.constants(stored, block_b), enable_fp_fusion=False, config=config,
-    )  # fmt: skip
+    unpacking(stored, out)(start, stop, out)
     return out
+
+
+def unpacking(stored: Any, like: Tensor) -> Callable[[int, int, Tensor], None]:
+    """What writes the experts ``start`` to ``stop`` into a contiguous ``[>= stop - start, out, in]``, a tensor as ``like``.
+
+    To be had once for many slices; whatever a launch needs of the weights is there before the first.
+    """
+    (height, width), device = stored.shape[1:], like.device
+    config = _launch.tile("unpack", device, like.dtype)
+    block_a, block_b = _launch.shape_tile(device, width, config)
+    parts = _launch.blocks(width, block_b)
+    programs, tensors, sizes = _launch.blocks(height, block_a) * parts, _packed.parts(stored), _packed.sizes(stored)
+    constants = {"BLOCK_A": block_a, "BLOCK_B": block_b, **_packed.constants(stored, block_b), "enable_fp_fusion": False}
+
+    def write(start: int, stop: int, out: Tensor) -> None:
+        _launch.launch(
+            _unpack_kernel, (programs, stop - start), *tensors, out, start, height, width, *sizes, parts,
+            **constants, config=config,
+        )  # fmt: skip
+
+    return write

@@ -1,0 +1,186 @@
+"""Expert parallelism of layers and of whole models: whose experts are sharded, over which ranks, what others leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moekit import _check
+from moekit.ep import placement
+from moekit.ep._agree import agree
+from moekit.ep.choose import dispatcher as dispatcher_of
+from moekit.ep.dispatcher import Dispatcher
+from moekit.ep.gradients import Reduction
+from moekit.ep.placement import Sharding, one_dimensional
+from moekit.nn.moe import MoE
+from moekit.packed import PackedExperts
+
+_OP = "ep.parallelize"
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """What :func:`parallelize` did; ``print`` it.
+
+    Attributes:
+        layers: names of the layers.
+        parameters: names of the parameters that are sharded now.
+        experts: of all layers together.
+        ranks: N.
+        dispatchers: the classes in use.
+    """
+
+    layers: tuple[str, ...]
+    parameters: tuple[str, ...]
+    experts: int
+    ranks: int
+    dispatchers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = ", ".join(name or "(the model itself)" for name in self.layers)
+        each = f"{self.experts // self.ranks} of {self.experts} experts on each of {self.ranks} ranks"
+        return f"{len(self.layers)} layers, {each}, by {', '.join(self.dispatchers)}: {names}"
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    dispatcher: str | Dispatcher = "auto",
+    data_parallel: DeviceMesh | None = None,
+    reduction: str = "mean",
+    broadcast_from: int | None = None,
+    **options: Any,
+) -> Parallelized:
+    """Shard the experts of all :class:`moekit.nn.MoE` layers of a model over the ranks of a mesh, in place.
+
+    Call it before the optimiser is made, and before DDP or ``fully_shard``. Other parameters stay as they are. DDP around
+    the model, or around a part of it, is told to leave the experts alone; around more than the model, it refuses them.
+    Nothing is sent but by ``broadcast_from``: each rank keeps its slice of what it has, so that ranks need not have drawn
+    the same numbers for the experts.
+
+    Args:
+        model: with a layer at least, none of which is parallel already.
+        mesh: N ranks, one dimension. Each has batches of its own.
+        dispatcher: the ``kind`` of :func:`moekit.ep.dispatcher`, or a dispatcher for all layers.
+        data_parallel: ranks that have the same experts as this one and other batches: the other dimension of a 2-D mesh.
+            Their gradients of experts are averaged in every backward. None if there are none, and if FSDP2 shards the
+            experts over that dimension, which then averages them.
+        reduction: ``"mean"``: each rank's loss is a mean over its own tokens, and gradients are averaged over ranks, as DDP
+            and FSDP2 do it to other parameters; ``"sum"``: losses add up, and so do gradients.
+        broadcast_from: the rank of the mesh (in the first row of ``data_parallel``) from which all parameters and buffers of
+            the model are sent to the others first; None: nothing is sent.
+        **options: of :func:`moekit.ep.dispatcher`.
+
+    Returns:
+        what was done.
+
+    Raises:
+        ValueError: no such layer, one that is parallel already, experts that are no multiple of the ranks, an option that
+            would have no effect. Nothing has been changed then.
+        TypeError: things of other kinds.
+    """
+    if not isinstance(model, nn.Module):
+        raise _check.wrong_type(_OP, "model", "a torch.nn.Module", type(model).__name__)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    if not layers:
+        wanted = "one with moekit.nn.MoE layers (for models of Transformers: moekit.hf)"
+        raise _check.fail(_OP, "model", wanted, f"a {type(model).__name__} without any")
+    one_dimensional(_OP, "mesh", mesh)
+    reduced = Reduction.of(_OP, mesh, data_parallel, reduction)
+    for name, layer in layers.items():
+        _check_layer(_OP, name or "model", layer, mesh)
+    made = [_dispatcher(mesh, layer, dispatcher, options) for layer in layers.values()]
+    if broadcast_from is not None:
+        _broadcast(model, [(mesh, broadcast_from), *([] if data_parallel is None else [(data_parallel, 0)])])
+    for layer, one in zip(layers.values(), made, strict=True):
+        _shard(layer, Sharding(mesh, reduced), one)
+    names = hide_from_ddp(model)
+    experts = sum(layer.experts.num_experts for layer in layers.values())
+    kinds = tuple(dict.fromkeys(type(one).__name__ for one in made))
+    return Parallelized(tuple(layers), names, experts, mesh.size(), kinds)
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the experts that are sharded, by this module or by :func:`moekit.ep.shard_parameters`.
+
+    They are what ``fully_shard(..., ignored_params=)`` has to leave where it shards over the same ranks, and what needs a
+    group of its own in an optimiser that is fused.
+    """
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "sharding", None), Sharding):
+            yield from module.named_parameters(name)
+
+
+def hide_from_ddp(model: nn.Module) -> tuple[str, ...]:
+    """Have ``DistributedDataParallel`` leave sharded experts alone, around ``model`` or around a part of it.
+
+    :func:`parallelize` does it for the model that it is given. This is for layers that were made with ``ep_mesh=``, and for
+    :func:`moekit.ep.shard_parameters`. (Without it, DDP refuses the model.)
+
+    Returns:
+        the names of the parameters that DDP leaves alone.
+    """
+    for module in model.modules():
+        names = {name for name, _ in expert_parameters(module)}
+        if names:
+            before = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*{*before, *names}])
+    return tuple(name for name, _ in expert_parameters(model))
+
+
+def shard_layer(op: str, layer: MoE, mesh: DeviceMesh, dispatcher: str | Dispatcher) -> None:
+    """What ``MoE(ep_mesh=mesh)`` does."""
+    one_dimensional(op, "ep_mesh", mesh)
+    _check_layer(op, "experts", layer, mesh)
+    _shard(layer, Sharding(mesh, Reduction(mesh)), _dispatcher(mesh, layer, dispatcher, {}))
+
+
+def _check_layer(op: str, name: str, layer: MoE, mesh: DeviceMesh) -> None:
+    if layer.dispatcher is not None or any(map(_check.sharded, layer.experts.parameters())):
+        raise _check.fail(op, name, "not sharded yet", "one that is")
+    if layer.experts.num_experts % mesh.size():
+        wanted = f"of a number of experts that is a multiple of the {mesh.size()} ranks"
+        raise _check.fail(op, name, wanted, layer.experts.num_experts)
+    if layer.router.options["overflow"] == "pad":
+        raise _check.unused(op, "overflow", "pad", "under expert parallelism, where the rows of a rank are others")
+
+
+def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: dict[str, Any]) -> Dispatcher:
+    if isinstance(kind, str):
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in layer.state_dict().items()}
+        agree(_OP, mesh.get_group(), experts=layer.experts.num_experts, k=layer.router.k, **shapes)
+        return dispatcher_of(mesh, layer.experts.num_experts, layer.router.k, kind, **options)
+    if options:
+        raise _check.unused(_OP, ", ".join(options), "...", "with a dispatcher that is made")
+    if not isinstance(kind, Dispatcher):
+        raise _check.wrong_type(_OP, "dispatcher", "a moekit.ep.Dispatcher, or the name of a kind", type(kind).__name__)
+    return kind
+
+
+def _shard(layer: MoE, sharding: Sharding, dispatcher: Dispatcher) -> None:
+    placement.shard_parameters(layer.experts, sharding.mesh)
+    layer.experts.sharding, layer.dispatcher = sharding, dispatcher
+
+
+@torch.no_grad()
+def _broadcast(model: nn.Module, sources: list[tuple[DeviceMesh, int]]) -> None:
+    tensors: dict[int, Tensor] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    for mesh, source in sources:
+        for tensor in tensors.values():
+            for piece in _pieces(tensor.detach()):
+                dist.broadcast(piece, group=mesh.get_group(), group_src=source)
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    """What is stored."""
+    if not isinstance(tensor, PackedExperts):
+        return [tensor]
+    stored = tensor.stored()
+    return [piece.view(torch.uint8) if piece.itemsize == 1 else piece for piece in (stored.codes, *stored.scales)]

@@ -1,0 +1,274 @@
+"""Options of the dispatchers, and what they keep, count and refuse."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import _ep
+import pytest
+import torch
+from _ep import EXPERTS, HIDDEN, all_gather, all_to_all, equal, keeping, layer, rowwise
+from _ranks import on_ranks
+from torch import Tensor
+
+import moekit
+import moekit.ep
+from moekit.ep._rounds import parts, rounds
+
+WORLD = 2
+RANKS: list[Callable[[], Any]] = []
+
+
+def on_a_rank() -> dict[str, Any]:
+    return {work.__name__: work() for work in RANKS}
+
+
+def everywhere(work: Callable[[], Any]) -> Callable[[], Any]:
+    """All of these run in one start of the ranks; the test of the same name looks at what they gave."""
+    RANKS.append(work)
+    return work
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return on_ranks(on_a_rank, WORLD, tmp_path_factory.mktemp("ranks"))
+
+
+# --- capacity -------------------------------------------------------------------------------------------------------
+
+CAPACITY = 3
+
+
+@everywhere
+def capacity() -> dict[str, Any]:
+    given, used = _ep.mine(_ep.problem("random")), all_to_all(capacity=CAPACITY)
+    counted = []
+    with _warnings() as first, moekit.ep.traffic() as sent:
+        result = _ep.together(given, used)
+    counted.append(int(used.overflow))
+    with _warnings() as second:
+        _ep.together(given, used)  # twice as many: told again
+    counted.append(int(used.overflow))
+    with _warnings() as third:
+        torch.utils.checkpoint.checkpoint(lambda: layer(given, used)[0], use_reentrant=False).sum().backward()
+    counted.append(int(used.overflow))
+    told = [
+        [str(warning.message) for warning in seen if warning.category is RuntimeWarning] for seen in (first, second, third)
+    ]
+    return {"result": result, "counted": counted, "told": told, "sent": sent.bytes, "rows": sent.rows}
+
+
+@contextmanager
+def _warnings() -> Iterator[list]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield seen
+
+
+def test_capacity(ranks: list[dict]):
+    """The same as one process in which those pairs of token and rank are dropped that come last in their rank."""
+    given = _ep.problem("random")
+    owner, dropped = given["indices"] // (EXPERTS // WORLD), []
+    indices = given["indices"].clone()
+    first = 0
+    for tokens in _ep.TOKENS[WORLD]:
+        dropped.append(0)
+        for rank in range(WORLD):
+            needing = [t for t in range(first, first + tokens) if rank in owner[t]]
+            for token in needing[CAPACITY:]:
+                indices[token].masked_fill_(owner[token] == rank, -1)
+                dropped[-1] += 1
+        first += tokens
+    wanted = _ep.alone(given, indices)
+    for rank, found in enumerate(ranks):
+        found, count = found["capacity"], dropped[rank]
+        for name, value in _ep.of_rank({**given, **wanted}, rank, WORLD).items():
+            if name in wanted:
+                torch.testing.assert_close(found["result"][name], value, rtol=1e-12, atol=1e-12)
+        assert found["counted"] == [count, 2 * count, 3 * count]  # and not again where a checkpoint recomputes
+        assert [len(told) for told in found["told"]] == [count > 0, count > 0, 0]
+        for told, total in zip(found["told"], (count, 2 * count), strict=False):
+            assert all(f"{total} pairs (token, rank) of rank {rank} so far" in text for text in told)
+        assert "sizes" not in found["sent"]  # nobody asks for them
+        assert found["rows"] == 4 * CAPACITY * (WORLD - 1)
+    assert any(dropped)
+
+
+# --- bounded rows ---------------------------------------------------------------------------------------------------
+
+MOST = 4
+
+
+@everywhere
+def max_rows() -> dict[str, Any]:
+    given = _ep.mine(_ep.problem("collapsed"))
+    seen: list[int] = []
+    alive: list[int] = []
+    received: list[Any] = []
+
+    def experts(rows: Tensor, local: moekit.Routing) -> Tensor:
+        alive.append(sum(ref() is not None for ref in received))
+        received.append(weakref.ref(rows.untyped_storage()))
+        seen.append(rows.shape[0])
+        return moekit.experts(rows, local, leaves["gate_up"], leaves["down"])
+
+    leaves = _ep.leaves_of(given)
+    out, leaves = layer(given, all_to_all(max_rows=MOST), experts, **leaves)
+    forward = len(seen)
+    result = _ep.backward(out, leaves, given["grad"])
+    return {"result": result, "forward": seen[:forward], "backward": seen[forward:], "alive": alive}
+
+
+def test_max_rows(ranks: list[dict]):
+    """All tokens of one rank go to the other, in rounds of which one exists at a time, in backward, too."""
+    given = _ep.problem("collapsed")
+    wanted = _ep.alone(given)
+    for rank, found in enumerate(ranks):
+        found = found["max_rows"]
+        received = 15 if rank == 0 else 0
+        assert len(found["forward"]) == len(found["backward"]) == 4
+        assert sum(found["forward"]) == sum(found["backward"]) == received
+        assert max(found["forward"]) == max(found["backward"]) == min(MOST, received)
+        assert max(found["alive"]) <= 1
+        for name, value in _ep.of_rank({**given, **wanted}, rank, WORLD).items():
+            if name in wanted:
+                torch.testing.assert_close(found["result"][name], value, rtol=1e-12, atol=1e-12)
+
+
+@everywhere
+def same_bits() -> list[str]:
+    """The options that change bits."""
+    wrong = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = _ep.mine(_ep.problem("random", dtype=dtype))
+        plain = _ep.backward(*layer(given, all_to_all(), rowwise), given["grad"])
+        for options in ({}, {"max_rows": 2}, {"max_rows": 5}, {"redispatch": True}, {"capacity": 15}):
+            again = _ep.backward(*layer(given, all_to_all(**options), rowwise), given["grad"])
+            wrong += [] if equal(plain, again) else [f"{options} {dtype}"]
+        given = {name: v.float() if v.is_floating_point() else v for name, v in given.items()}
+        plain = _ep.backward(*layer(given, all_to_all()), given["grad"])
+        again = _ep.backward(*layer(given, all_to_all(redispatch=True)), given["grad"])
+        wrong += [] if equal(plain, again) else ["redispatch of experts"]
+    return wrong
+
+
+def test_same_bits(ranks: list[dict]):
+    assert [found["same_bits"] for found in ranks] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "wanted"),
+    [
+        ([[0, 0], [0, 0]], 2, 1),
+        ([[3, 0], [1, 0]], 4, 1),
+        ([[3, 0], [1, 0]], 3, 2),
+        ([[3, 0], [1, 0]], 2, 3),
+        ([[10, 0], [10, 7]], 8, 3),
+        ([[10, 0], [10, 7]], 2, 10),
+    ],
+)
+def test_rounds(counts: list, most: int, wanted: int):
+    number = rounds(counts, most)
+    assert number == wanted
+    of_rounds = [parts(of_rank, number) for of_rank in counts]
+    for rank, of_rank in enumerate(counts):
+        assert [sum(part[to] for part in of_rounds[rank]) for to in range(2)] == of_rank
+    for round_ in range(number):
+        assert all(sum(of_rounds[rank][round_][to] for rank in range(2)) <= most for to in range(2))
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+@everywhere
+def kept() -> dict[str, Any]:
+    given = _ep.mine(_ep.problem("random"))
+    found: dict[str, Any] = {}
+    dispatchers = {
+        "plain": all_to_all(),
+        "capacity": all_to_all(capacity=15),
+        "all_gather": all_gather(),
+        "redispatch": all_to_all(redispatch=True),
+    }
+    for name, used in dispatchers.items():
+        with keeping() as tensors:
+            layer(given, used, lambda rows, local: rows * 2 + local.weights.sum())
+        found[f"{name} by itself"] = sum(t.numel() for t in tensors if t.is_floating_point())
+        received = []
+
+        def experts(rows: Tensor, local: moekit.Routing) -> Tensor:
+            received.append(rows.untyped_storage().data_ptr())  # noqa: B023
+            return moekit.experts(rows, local, leaves["gate_up"], leaves["down"])  # noqa: B023
+
+        leaves = _ep.leaves_of(given)
+        with keeping() as tensors:
+            layer(given, used, experts, **leaves)
+        names = {received[0]: "rows", leaves["x"].untyped_storage().data_ptr(): "tokens"}
+        wide = [t.untyped_storage().data_ptr() for t in tensors if t.dim() == 2 and t.shape[1] == HIDDEN]
+        found[f"{name} with experts"] = [names.get(place) for place in wide]
+    return found
+
+
+def test_kept(ranks: list[dict]):
+    """Of row size only what the experts keep: the rows that they were given, or the tokens that are sent again."""
+    for rank, found in enumerate(ranks):
+        for name in ("plain", "capacity", "all_gather", "redispatch"):
+            tokens = _ep.TOKENS[WORLD][rank] * HIDDEN
+            assert found["kept"][f"{name} by itself"] == (tokens if name == "redispatch" else 0)
+            assert found["kept"][f"{name} with experts"] == (["tokens"] if name == "redispatch" else ["rows"])
+
+
+@everywhere
+def reads() -> dict[str, int]:
+    """How often the host reads what a collective gave, in a forward and backward."""
+    given, read, found = _ep.mine(_ep.problem("random")), moekit.ep._ways.read, {}
+    dispatchers = {
+        "plain": all_to_all(),
+        "rounds": all_to_all(max_rows=5),
+        "capacity": all_to_all(capacity=15),
+        "all_gather": all_gather(),
+        "fixed": all_gather(tokens_per_rank=15),
+    }
+    for name, used in dispatchers.items():
+        calls: list[int] = []
+        moekit.ep._ways.read = lambda *args: calls.append(0) or read(*args)  # noqa: B023
+        _ep.together(given, used)
+        found[name] = len(calls)
+    moekit.ep._ways.read = read
+    return found
+
+
+def test_reads(ranks: list[dict]):
+    for found in ranks:
+        assert found["reads"] == {"plain": 1, "rounds": 1, "capacity": 0, "all_gather": 1, "fixed": 0}
+
+
+@everywhere
+def memory() -> list[str]:
+    """What outlives the output, or backward, with no garbage collection."""
+    given, left = _ep.mine(_ep.problem("random")), []
+    gc.collect()
+    gc.disable()
+    for options in ({}, {"max_rows": 5}, {"redispatch": True}):
+        for goes_back in (True, False):
+            x = given["x"].clone().requires_grad_()
+            inner = x * 2
+            ref = weakref.ref(inner)
+            out = layer(given, all_to_all(**options), None, x=inner)[0]
+            del inner
+            if goes_back:
+                out.sum().backward()
+                left += [] if ref() is None else [f"{options} after backward"]
+            del out
+            left += [] if ref() is None else [f"{options} {goes_back}"]
+    gc.enable()
+    return left
+
+
+def test_memory(ranks: list[dict]):
+    assert [found["memory"] for found in ranks] == [[], []]
