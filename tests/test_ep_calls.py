@@ -228,7 +228,8 @@ def _attempts() -> dict[str, Callable[[], Any]]:
         "slots": lambda: all_to_all(slot_capacity=3),
         "no slots": lambda: all_gather(tokens_per_rank=15, slot_capacity=0),
         "kind": lambda: moekit.ep.dispatcher(group, EXPERTS, 4, kind="ring"),
-        "option": lambda: moekit.ep.dispatcher(group, EXPERTS, 4, capacity=3),
+        "option": lambda: moekit.ep.dispatcher(group, EXPERTS, 4, kind="all_gather", capacity=3),
+        "alone": lambda: moekit.ep.dispatcher(None, EXPERTS, 4, capacity=3),
         "of nobody": lambda: moekit.ep.dispatcher(group, EXPERTS, 2, slots=3),
         "tuple": lambda: used.dispatch(x, (indices, weights)),
         "no weights": lambda: used.dispatch(x, moekit.Routing.from_topk(indices, num_experts=EXPERTS)),
@@ -258,8 +259,8 @@ REFUSED = {
     "slots": "ValueError: moekit.ep.AllToAll: slot_capacity=3 has no effect without capacity: slots are counted",
     "no slots": "ValueError: moekit.ep.AllGather: slot_capacity must be at least 1, got 0",
     "kind": "ValueError: moekit.ep.dispatcher: kind must be one of 'auto', 'all_to_all', 'all_gather', 'local', got 'ring'",
-    "option": "ValueError: moekit.ep.dispatcher: capacity=3 has no effect with kind='all_gather', chosen for 4 experts a "
-    "token (kind='all_to_all' has it); leave it out",
+    "option": "ValueError: moekit.ep.dispatcher: capacity=3 has no effect with kind='all_gather' (kind='all_to_all' has it)",
+    "alone": "ValueError: moekit.ep.dispatcher: capacity=3 has no effect with kind='local', chosen for 4 experts a ",
     "of nobody": "ValueError: moekit.ep.dispatcher: slots=3 has no effect with kind='all_to_all', chosen for 2 experts a ",
     "tuple": "TypeError: moekit.ep.AllToAll: routing must be a moekit.Routing",
     "no weights": "ValueError: moekit.ep.AllToAll: routing must be built with weights, got none",
@@ -357,11 +358,12 @@ def meshes() -> list[str]:
     """The dispatchers chosen for a mesh of both ranks, and for a mesh of one."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("dp", "ep"))
     made = [moekit.ep.dispatcher(mesh[name], EXPERTS, topk) for name, topk in (("ep", 2), ("ep", 4), ("dp", 4))]
-    return [type(used).__name__ for used in [*made, moekit.ep.dispatcher(None, EXPERTS, 4)]]
+    bounded = moekit.ep.dispatcher(mesh["ep"], EXPERTS, 4, max_rows=8)  # which only one kind has
+    return [type(used).__name__ for used in [*made, moekit.ep.dispatcher(None, EXPERTS, 4), bounded]]
 
 
 def test_meshes(ranks: list[dict]):
-    assert all(found["meshes"] == ["AllToAll", "AllGather", "Local", "Local"] for found in ranks)
+    assert all(found["meshes"] == ["AllToAll", "AllGather", "Local", "Local", "AllToAll"] for found in ranks)
 
 
 def test_local():

@@ -7,6 +7,7 @@ import torch
 from _interpreter import INTERPRETED
 
 import moekit
+import moekit.nn
 from moekit.ops.lora import Lora
 
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -118,3 +119,13 @@ def test_adapters_must_drop_nothing():
     lora = {name: given._replace(dropout=0.5) for name, given in layer.options["lora"].items()}
     with pytest.raises(ValueError, match="lora"):
         moekit.experts(layer.x, (layer.indices, layer.weights), layer.gate_up, layer.down, lora=lora, batch_invariant=True)
+
+
+def test_the_module_has_the_option():
+    made = moekit.nn.Experts(E, H, I, batch_invariant=True, dtype=torch.bfloat16, device=DEVICE)
+    assert "batch_invariant=True" in repr(made)
+    torch.manual_seed(0)
+    x, indices = torch.randn(200, H, device=DEVICE).bfloat16(), torch.rand(200, E, device=DEVICE).topk(K).indices
+    routing = indices, torch.full((200, K), 0.5, dtype=torch.bfloat16, device=DEVICE)
+    alone = made(x[7:8], tuple(part[7:8] for part in routing))
+    assert torch.equal(alone, made(x, routing)[7:8]) and alone.abs().max() > 0

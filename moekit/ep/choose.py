@@ -50,7 +50,7 @@ def dispatcher(
         num_experts: E, of all ranks.
         topk: K, the experts of a token.
         kind: ``"all_to_all"`` (:class:`moekit.ep.AllToAll`), ``"all_gather"`` (:class:`moekit.ep.AllGather`), ``"local"``
-            (:class:`moekit.ep.Local`), or ``"auto"``: what :func:`choose` says.
+            (:class:`moekit.ep.Local`), or ``"auto"``: what :func:`choose` says, unless only another kind has the options.
         **options: of that kind.
 
     Raises:
@@ -62,6 +62,8 @@ def dispatcher(
     if kind == "auto":
         ranks = 1 if group is None else process_group(op, group).size()
         chosen = choose(ranks, topk)
+        having_all = [other for other in KINDS if {*options} <= {*_options(other)} and (group is not None or other == "local")]
+        chosen = chosen if chosen in having_all or not having_all else having_all[0]
     for name, value in options.items():
         having = [other for other in KINDS if name in _options(other)]
         if chosen not in having:

@@ -34,6 +34,7 @@ class Experts(nn.Module):
         bias: have ``gate_up_bias`` and ``down_bias``.
         weight_after_down: as in :func:`moekit.experts`.
         save: what to keep for backward, as in :func:`moekit.experts`.
+        batch_invariant: as there: a token's output has the same bits in any batch.
         dtype: of the parameters.
         device: of the parameters.
 
@@ -67,6 +68,7 @@ class Experts(nn.Module):
         bias: bool = False,
         weight_after_down: bool = False,
         save: str = "recompute",
+        batch_invariant: bool = False,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
@@ -76,7 +78,7 @@ class Experts(nn.Module):
         self.intermediate = _check.positive(_OP, "intermediate", intermediate)
         self.options = gate_options(_OP, activation, alpha, linear_offset, clamp, layout)
         _check.one_of(_OP, "save", save, SAVES)
-        self.weight_after_down, self.save = weight_after_down, save
+        self.weight_after_down, self.save, self.batch_invariant = weight_after_down, save, batch_invariant
         width = self.intermediate * (1 if layout == "ungated" else 2)
         made = {"dtype": dtype, "device": device}
         self.gate_up = nn.Parameter(torch.empty(self.num_experts, width, self.hidden, **made))
@@ -117,8 +119,8 @@ class Experts(nn.Module):
         weights = {name: getattr(self, name) for name in WEIGHTS}
         if any(map(_check.sharded, weights.values())):
             weights = _placement().parts_of(_OP, weights, self.sharding)
-        options = {**self.options, "weight_after_down": self.weight_after_down, "save": self.save}
-        mine = functools.partial(experts, **weights, **options)
+        others = {name: getattr(self, name) for name in ("weight_after_down", "save", "batch_invariant")}
+        mine = functools.partial(experts, **weights, **self.options, **others)
         return mine(x, routing) if exchange is None else exchange(x, routing, mine)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
@@ -136,6 +138,7 @@ class Experts(nn.Module):
         said = [f"num_experts={self.num_experts}", f"hidden={self.hidden}", f"intermediate={self.intermediate}"]
         said += said_gate(self.options)
         said += ["bias=True"] * (self.down_bias is not None) + ["weight_after_down=True"] * self.weight_after_down
+        said += ["batch_invariant=True"] * self.batch_invariant
         said += [] if self.sharding is None else [f"ranks={self.sharding.mesh.size()}"]
         return ", ".join(said + ([] if self.save == "recompute" else [f"save={self.save!r}"]))
 

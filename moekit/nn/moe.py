@@ -145,7 +145,8 @@ class MoE(nn.Module):
         router = Router(hidden, num_experts + ours.get("null_experts", 0), k, **routers)
         experts, shared = Experts(num_experts, hidden, intermediate, **of_experts), None
         if shared_intermediate is not None:
-            alike = {name: value for name, value in of_experts.items() if name not in ("save", "weight_after_down")}
+            routed = ("save", "weight_after_down", "batch_invariant")
+            alike = {name: value for name, value in of_experts.items() if name not in routed}
             shared = SharedExpert(hidden, shared_intermediate, gate=bool(shared_gate), **alike)
         return cls(router, experts, shared, **ours)
 
