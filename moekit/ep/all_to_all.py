@@ -89,8 +89,8 @@ class AllToAll:
             has to run the experts: ``dispatch`` raises an error, on all ranks. What a round leaves for backward is
             recomputed there, round by round, so that rows and activations of one round exist at a time in backward, too;
             the outputs have the same bits as without a bound wherever the experts treat rows alike. Gradients of their
-            weights come once a round, and autograd adds them up: a second set of them is there for a moment, so a bound saves
-            memory only where that is less than what it keeps away.
+            weights come once a round, and autograd adds them up: for a moment there is a second set of them, so a bound
+            saves memory only where that is less than what it keeps away.
         redispatch: the received rows are not kept for backward, but exchanged again there (the tokens are kept). That is of
             what autograd keeps of the rows themselves; a copy that experts make of them is kept as ever.
 
