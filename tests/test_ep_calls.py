@@ -249,7 +249,7 @@ def _attempts() -> dict[str, Callable[[], Any]]:
 
 REFUSED = {
     "no group": "TypeError: moekit.ep.AllToAll: group must be a torch.distributed.ProcessGroup",
-    "a mesh of two": "ValueError: moekit.ep.AllGather: group must be a mesh of one dimension (mesh['ep'], say), got",
+    "a mesh of two": "ValueError: moekit.ep.AllGather: group must be of one dimension (a part of it: mesh['ep']), got 2",
     "experts": "ValueError: moekit.ep.AllToAll: num_experts must be a multiple of the 2 ranks of the group, got 7",
     "ranks": "ValueError: moekit.ep.Local: group must be of one rank, got 2 ranks",
     "both": "ValueError: moekit.ep.AllToAll: max_rows=3 has no effect with a capacity",
@@ -297,6 +297,59 @@ def test_refused(ranks: list[dict]):
         for name, (text, sent) in found["refused"].items():
             assert text.startswith(REFUSED[name]), name
             assert (sent == 0) != (name in ("rounds", "beside")), name  # all ranks find out, when sizes are known
+
+
+DIFFERENT = {
+    "hidden size": lambda given: {**given, "x": given["x"][:, :8].contiguous()},
+    "experts of a token": lambda given: {n: v[:, :2] if n in ("indices", "weights") else v for n, v in given.items()},
+    "dtype of tokens": lambda given: {**given, "x": given["x"].float()},
+    "dtype of weights": lambda given: {**given, "weights": given["weights"].bfloat16()},
+    "tokens need a gradient": lambda given: {**given, "x": given["x"].clone().requires_grad_()},
+    "weights need a gradient": lambda given: {**given, "weights": given["weights"].clone().requires_grad_()},
+}
+
+
+@everywhere
+def different() -> dict[str, str]:
+    """One rank calls with something else than the other."""
+    given, found = _ep.mine(_ep.problem("random")), {}
+    makers = (all_to_all, all_gather)
+    kinds = [(make, {}) for make in makers] + [(all_to_all, {"max_rows": 5}), (all_to_all, {"capacity": 15})]
+    kinds.append((all_gather, {"tokens_per_rank": 15}))
+    for what, change in DIFFERENT.items():
+        mine = change(given) if dist.get_rank() else given
+        routing = moekit.Routing.from_topk(mine["indices"], mine["weights"], num_experts=EXPERTS)
+        for make, options in kinds:
+            try:
+                make(**options).start(mine["x"], routing)
+                said = "nothing"
+            except ValueError as error:
+                said = str(error)
+            found[f"{what}, {make.__name__} {options}"] = said
+    return found
+
+
+def test_different(ranks: list[dict]):
+    """Both hear of it, and no message is taken for another."""
+    for found in ranks:
+        assert len(found["different"]) == 5 * len(DIFFERENT)
+        for name, said in found["different"].items():
+            assert "the ranks of a group must be given the same, got\n" in said, name
+            assert f"  {name.split(',')[0]}: " in said and "on rank 0; " in said, name
+
+
+@everywhere
+def without_this_rank() -> str:
+    mesh = dist.device_mesh.DeviceMesh("cpu", [0])
+    try:
+        return type(moekit.ep.dispatcher(mesh, EXPERTS, 2)).__name__
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_mesh_without_this_rank(ranks: list[dict]):
+    first, second = (found["without_this_rank"] for found in ranks)
+    assert first == "Local" and "group must be one that this rank (1) is in, got DeviceMesh" in second
 
 
 @everywhere

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekit.ep
 import moekit.hf
+from moekit.hf import _register
 
 transformers = pytest.importorskip("transformers")
-if importlib.util.find_spec("transformers.distributed.expert_parallel") is None:
+if _register._expert_parallel() is None:
     pytest.skip("Transformers before 5.24 has no registry of expert parallelism", allow_module_level=True)
 preload("transformers.modeling_utils", "transformers.distributed", "moekit.hf")
 
@@ -184,6 +185,7 @@ CASES = [
     *(("GptOss", implementation, "auto") for implementation in IMPLEMENTATIONS),
     *(("Qwen3Moe", implementation, "auto") for implementation in IMPLEMENTATIONS),
     *(("GptOss", implementation, options) for implementation in ("eager", "moekit") for options in [*OPTIONS][1:]),
+    ("GptOss", "grouped_mm", "capacity"),
 ]
 
 

@@ -265,10 +265,36 @@ def features() -> dict[str, Any]:
     # A rank without tokens takes part, and has a gradient for every parameter.
     other(draw(SENT[rank], HIDDEN)).sum().backward()
     assert all(p.grad is not None for p in other.parameters())
+    shared_between_layers(mesh)
     replayed_and_watched(made, other)
     states(made, other, mesh)
     found["errors"] = errors(made, other, mesh)
     return found
+
+
+class Tied(nn.Module):
+    """A layer that has the experts of another, and one that has only a weight of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = layer(), layer(), layer()
+        self.second.experts = self.first.experts
+        self.third.experts.down = self.first.experts.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(x + self.second(x + self.first(x)))
+
+
+def shared_between_layers(mesh: DeviceMesh) -> None:
+    alone, other = Tied(), Tied()
+    moekit.ep.parallelize(other, mesh)
+    x = draw(2, 5, HIDDEN)
+    alone(x).square().sum().backward()
+    other(x[dist.get_rank()]).square().sum().backward()
+    wanted = {name: p.grad for name, p in alone.named_parameters() if ".experts." in name}
+    found = {name: 2 * whole(p.grad) for name, p in other.named_parameters() if ".experts." in name}
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    assert list(found) == ["first.experts.gate_up", "first.experts.down", "third.experts.gate_up"]
 
 
 def replayed_and_watched(made: moekit.nn.MoE, other: moekit.nn.MoE) -> None:
@@ -336,7 +362,7 @@ def summed_and_clipped(made: moekit.nn.MoE, mesh: DeviceMesh) -> None:
 
 def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[str, str]:
     """What each refusal says."""
-    x, two_d = draw(4, HIDDEN), mesh_of(1, 2)
+    x, two_d, rank = draw(4, HIDDEN), mesh_of(1, 2), dist.get_rank()
     routing = other.router(x)
     placed = lambda placement: DTensor.from_local(other.experts.down.to_local(), mesh, (placement,))  # noqa: E731
     asked = {
@@ -348,6 +374,10 @@ def errors(made: moekit.nn.MoE, other: moekit.nn.MoE, mesh: DeviceMesh) -> dict[
         "dispatcher alone": lambda: moekit.nn.MoE.build(HIDDEN, 8, EXPERTS, 2, dispatcher="auto"),
         "pad": lambda: layer(capacity=2, overflow="pad", ep_mesh=mesh),
         "reduction": lambda: moekit.ep.parallelize(made, mesh, reduction="max"),
+        "same ranks": lambda: moekit.ep.parallelize(layer(), mesh, data_parallel=mesh),
+        "different models": lambda: moekit.ep.parallelize(nn.Sequential(*(layer() for _ in range(1 + rank))), mesh),
+        "different sizes": lambda: moekit.nn.MoE.build(HIDDEN, 8, EXPERTS - rank, 2, ep_mesh=mesh),
+        "norm": lambda: moekit.ep.clip_grad_norm_(other.parameters(), 1.0, float("-inf")),
         "operator": lambda: moekit.experts(x, routing, other.experts.gate_up, other.experts.down),
         "Shard(1)": lambda: moekit.ep.part(placed(Shard(1))),
         "Partial": lambda: moekit.ep.part(placed(Partial())),
@@ -375,6 +405,10 @@ SAID = {
     "dispatcher alone": "ValueError: moekit.nn.MoE: dispatcher='auto' has no effect without ep_mesh",
     "pad": "ValueError: moekit.nn.MoE: overflow='pad' has no effect under expert parallelism",
     "reduction": "ValueError: moekit.ep.parallelize: reduction must be one of 'mean', 'sum', got 'max'",
+    "same ranks": "ValueError: moekit.ep.parallelize: data_parallel must be of ranks that do not share these experts",
+    "different models": "ValueError: moekit.ep.parallelize: the ranks of a group must be given the same, got",
+    "different sizes": "ValueError: moekit.nn.MoE: the ranks of a group must be given the same, got",
+    "norm": "ValueError: moekit.ep.clip_grad_norm_: norm_type must be above 0, got -inf",
     "operator": "TypeError: moekit.experts: gate_up must be a plain tensor of float64",
     "Shard(1)": "ValueError: moekit.ep.part: weight must be Shard(0), a part of the experts, or Replicate(), all of them",
     "Partial": "ValueError: moekit.ep.part: weight must be Shard(0)",
@@ -384,6 +418,8 @@ SAID = {
     "shard twice": "TypeError: moekit.ep.shard: weight must be a plain tensor, which is sharded once, got a DTensor",
 }
 HINTS = {
+    "different models": "layers: ('0',) on rank 0; ('0', '1') on rank 1",
+    "different sizes": "experts.down: ((8, 16, 8), torch.float32) on rank 0; ((7, 16, 8), torch.float32) on rank 1",
     "operator": "moekit.ep.part(weight) is what this rank has",
     "Shard(1)": "shard whole experts",
     "Partial": "redistribute(placements=[Shard(0)])",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,29 @@ def agree(op: str, group: dist.ProcessGroup, **facts: Any) -> None:
     different = differences(ranks, [given for given, _ in found])
     if different:
         raise ValueError(f"moekit.{op}: the ranks of a group must be given the same, got\n{different}")
+
+
+class Once:
+    """:func:`agree`, the first time only: for those who never read what others say.
+
+    Args:
+        op: as there, like ``group``.
+        group: the ranks.
+    """
+
+    def __init__(self, op: str, group: dist.ProcessGroup) -> None:
+        self.op, self.group, self.done = op, group, False
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Compare them, if none were compared before."""
+        if not self.done:
+            agree(self.op, self.group, **facts)
+            self.done = True
+
+
+def mark(facts: Mapping[str, Any]) -> int:
+    """A number by which ranks see whether they have the same facts."""
+    return zlib.crc32(repr(facts).encode())
 
 
 def differences(ranks: Sequence[int], given: Sequence[Mapping[str, Any]]) -> str:

@@ -133,13 +133,13 @@ def sent(layer: Layer, ranks: int) -> dict[str, float]:
     """Bytes that a rank sends in a forward and backward of :class:`moekit.ep.AllToAll`, as :func:`moekit.ep.traffic` counts.
 
     Rows go four times: tokens, results, and the gradients of both. Weights go with the numbers of their experts (int32), and
-    their gradients come back. The sizes are two int64 a rank.
+    their gradients come back. The sizes are three int64 a rank.
     """
     pairs = rows(layer, ranks, ranks, "rank").total * layer.tokens
     return {
         "rows": 4 * pairs * layer.hidden * layer.row_bytes,
         "slots": pairs * layer.topk * (4 + 2 * layer.weight_bytes),
-        "sizes": 16.0 * (ranks - 1),
+        "sizes": 24.0 * (ranks - 1),
     }
 
 

@@ -32,7 +32,8 @@ class Overflow:
         if torch._C._current_graph_task_id() != -1:
             return  # within backward: a checkpoint does again what has been counted
         if self.total is None:
-            self.total = torch.zeros_like(dropped)
+            with torch.inference_mode(False):  # or no training step could count on
+                self.total = torch.zeros_like(dropped)
         self.total += dropped
         if dropped.device.type != "cuda":
             self._tell(int(self.total))

@@ -17,19 +17,31 @@ from moekit.ops.gemm import autocast
 from moekit.routing import Routing, require
 
 
+def one_dimensional(op: str, name: str, mesh: object) -> DeviceMesh:
+    """``mesh`` is a DeviceMesh of one dimension, with this rank in it.
+
+    Raises:
+        TypeError: no mesh. ValueError: of more dimensions, or of other ranks.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise _check.wrong_type(op, name, "a torch.distributed.DeviceMesh of one dimension", type(mesh).__name__)
+    if mesh.ndim != 1:
+        wanted = f"of one dimension (a part of it: mesh[{(mesh.mesh_dim_names or ('ep',))[-1]!r}])"
+        raise _check.fail(op, name, wanted, f"{mesh.ndim}: {mesh}")
+    if mesh.get_coordinate() is None:
+        raise _check.fail(op, name, f"one that this rank ({dist.get_rank()}) is in", mesh)
+    return mesh
+
+
 def process_group(op: str, group: Any) -> dist.ProcessGroup:
     """The group of ``group``, which may be a mesh of one dimension.
 
     Raises:
         TypeError: neither.
-        ValueError: a mesh of more dimensions.
+        ValueError: a mesh of more dimensions, or one without this rank.
     """
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            names = group.mesh_dim_names
-            wanted = "a mesh of one dimension" + (f" (mesh[{names[-1]!r}], say)" if names else "")
-            raise _check.fail(op, "group", wanted, f"one of {group.ndim}")
-        group = group.get_group()
+        group = one_dimensional(op, "group", group).get_group()
     if not isinstance(group, dist.ProcessGroup):
         wanted = "a torch.distributed.ProcessGroup that this rank is in, or a DeviceMesh of one dimension"
         raise _check.wrong_type(op, "group", wanted, type(group).__name__)
@@ -49,6 +61,20 @@ def check(op: str, num_experts: int, tokens: Tensor, routing: Routing) -> Tensor
         raise _check.fail(op, "routing", f"of the {tokens.shape[0]} tokens", routing.num_tokens)
     _check.same_device(op, tokens=tokens, routing=routing.indices)
     return autocast(tokens)[0]
+
+
+def called_with(tokens: Tensor, routing: Routing) -> dict[str, Any]:
+    """What has to be the same on all ranks whenever they dispatch; there may be any number of tokens."""
+    weights: Any = routing.weights
+    graph = torch.is_grad_enabled()
+    return {
+        "hidden size": tokens.shape[1],
+        "experts of a token": routing.topk,
+        "dtype of tokens": tokens.dtype,
+        "dtype of weights": weights.dtype,
+        "tokens need a gradient": graph and tokens.requires_grad,
+        "weights need a gradient": graph and weights.requires_grad,
+    }
 
 
 class Shares(NamedTuple):

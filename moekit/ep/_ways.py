@@ -6,13 +6,14 @@ this rank, before and after, is part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moekit.ep._agree import agree, mark
 from moekit.ep._faults import named, read
 from moekit.ep._traffic import count
 from moekit.ops.rows import move_rows, sum_rows
@@ -190,15 +191,38 @@ class Collect(NamedTuple):
 
 
 # --- sizes: what the host reads -------------------------------------------------------------------------------------
+# A mark travels with them, by which each rank sees whether all have been called alike: otherwise the messages that follow
+# would be taken for others, whose bytes are of another type or number.
 
 
-def swapped(counts: Tensor, message: Message) -> Callable[[], list]:
-    """What this rank says to each rank ``[ranks, ...]``, and what each says to it, as :func:`read` has them."""
+def swapped(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> Callable[[], list]:
+    """Begin to tell each rank its part of ``counts [ranks, n]``.
+
+    Returns:
+        What gives, when the host has waited for it, what this rank says to each rank and what each says to it, as lists.
+        It raises a ValueError on all ranks if ``facts`` are not the same on all.
+    """
     each = [1] * message.group.size()
+    counts = torch.nn.functional.pad(counts, (0, 1), value=mark(facts))
     received = message.wait(message.all_to_all(counts, each, each))
-    return read(torch.stack([counts, received]), message.op, message.group)
+    found = read(torch.stack([counts, received]), message.op, message.group)
+
+    def alike() -> list:
+        said, heard = found()
+        _alike(message, facts, [of_rank[-1] for of_rank in heard])
+        return [said, heard]
+
+    return alike
 
 
-def gathered(counts: Tensor, message: Message) -> Callable[[], list]:
-    """What every rank says, ``[ranks, *counts.shape]``, as :func:`read` has it."""
-    return read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)
+def gathered(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> list:
+    """What every rank says, ``[ranks, *counts.shape]`` as a list: a host read; errors as of :func:`swapped`."""
+    counts = torch.nn.functional.pad(counts, (0, 1), value=mark(facts))
+    found = read(message.wait(message.all_gather(counts.unsqueeze(0))), message.op, message.group)()
+    _alike(message, facts, [of_rank[-1] if counts.dim() == 1 else of_rank[0][-1] for of_rank in found])
+    return found
+
+
+def _alike(message: Message, facts: Mapping[str, Any], marks: Sequence[int]) -> None:
+    if len({*marks}) > 1:  # as every rank sees
+        agree(message.op, message.group, **facts)

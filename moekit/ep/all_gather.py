@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
-from moekit.ep._agree import agree
+from moekit.ep._agree import Once, agree
 from moekit.ep._eager import eager
-from moekit.ep._ranks import Shares, check, numbered, slots_beyond, within
+from moekit.ep._ranks import Shares, called_with, check, numbered, slots_beyond, within
 from moekit.ep._started import Handle, Started, combine, send
 from moekit.ep._ways import Message, Spread, gathered
 from moekit.routing import Routing
@@ -58,6 +58,7 @@ class AllGather:
         self.shares = Shares.of(_OP, group, num_experts)
         self.tokens_per_rank = None if tokens_per_rank is None else _check.positive(_OP, "tokens_per_rank", tokens_per_rank)
         self.slot_capacity = within(_OP, slot_capacity, tokens_per_rank, "tokens_per_rank")
+        self._first = Once(_OP, self.shares.group)
         options = {"tokens_per_rank": tokens_per_rank, "slot_capacity": slot_capacity}
         agree(_OP, self.shares.group, experts=num_experts, **options)
         self._slot_overflow = slots_beyond(self.shares, self.slot_capacity)
@@ -84,18 +85,19 @@ class AllGather:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
         weights: Any = routing.weights
-        padded, num_slots = self._sizes(routing)
+        padded, num_slots = self._sizes(tokens, routing)
         way = partial(Spread, tokens=routing.num_tokens, padded=padded)
         numbers, overflow = numbered(routing), self._slot_overflow
         return send(self.shares, way, tokens, weights, numbers, num_slots=num_slots, overflow=overflow)
 
-    def _sizes(self, routing: Routing) -> tuple[int, int | None]:
+    def _sizes(self, tokens: Tensor, routing: Routing) -> tuple[int, int | None]:
         """The rows of a rank, and how many of all slots are of this one, at most, if that is known."""
-        given = self.tokens_per_rank
+        given, facts = self.tokens_per_rank, called_with(tokens, routing)
         if given is None:
             counts = torch.nn.functional.pad(self.shares.slots(routing), (0, 1), value=routing.num_tokens)
-            said = gathered(counts, Message("sizes", _OP, self.shares.group))()
-            return max(tokens for *_, tokens in said), sum(of_rank[self.shares.group.rank()] for of_rank in said)
+            said = gathered(counts, Message("sizes", _OP, self.shares.group), facts)
+            return max(rows for *_, rows, _ in said), sum(of_rank[self.shares.group.rank()] for of_rank in said)
         if routing.num_tokens > given:
             raise _check.fail(_OP, "tokens", f"at most tokens_per_rank ({given})", routing.num_tokens)
+        self._first.agree(facts)
         return given, self.slot_capacity

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
 from moekit.ep._again import Again
-from moekit.ep._agree import agree
+from moekit.ep._agree import Once, agree
 from moekit.ep._eager import eager
 from moekit.ep._exchange import packed
 from moekit.ep._overflow import Overflow
-from moekit.ep._ranks import Shares, check, numbered, slots_beyond, within
+from moekit.ep._ranks import Shares, called_with, check, numbered, slots_beyond, within
 from moekit.ep._rounds import Rounds, parts, rounds
 from moekit.ep._started import Handle, Started, combine, send
 from moekit.ep._ways import Message, Picked, Tables, Uneven, gathered, swapped
@@ -118,6 +118,7 @@ class AllToAll:
         self.max_rows = None if max_rows is None else _check.positive(_OP, "max_rows", max_rows, at_least=ranks)
         self.slot_capacity = within(_OP, slot_capacity, capacity, "capacity")
         self.redispatch = redispatch
+        self._first = Once(_OP, self.shares.group)
         options = {"capacity": capacity, "slot_capacity": slot_capacity, "max_rows": max_rows, "redispatch": redispatch}
         agree(_OP, self.shares.group, experts=num_experts, **options)
         self._overflow = Overflow(_OP, "the capacity", f"pairs (token, rank) of rank {self.shares.group.rank()}")
@@ -145,29 +146,29 @@ class AllToAll:
     def start(self, tokens: Tensor, routing: Routing) -> Started | Rounds:
         """Begin a dispatch."""
         tokens = check(_OP, self.shares.num_experts, tokens, routing)
-        given = Given(tokens, routing.weights, numbered(routing))
+        given, facts = Given(tokens, routing.weights, numbered(routing)), called_with(tokens, routing)
         if self.capacity is not None:
+            self._first.agree(facts)
             dropped, tables = self.shares.to_ranks_within(routing.indices, self.capacity)
             self._overflow.add(dropped)
             each = [self.capacity] * self.shares.ranks
             return self._send(given, tables, Sizes(each, each, self.slot_capacity))
         rows, tables = self.shares.to_ranks(routing.indices)
-        counts = torch.stack([rows, self.shares.slots(routing)], 1)
+        counts, message = torch.stack([rows, self.shares.slots(routing)], 1), Message("sizes", _OP, self.shares.group)
         if self.max_rows is not None:
-            return self._bounded(given, tables, counts, self.max_rows)
-        found = swapped(counts, Message("sizes", _OP, self.shares.group))
+            return self._bounded(given, tables, counts, gathered(counts, message, facts), self.max_rows)
+        found = swapped(counts, message, facts)
         # While sizes are on their way to the host, rows are put in place for any sizes; those that there are come first.
         arranged = given.arranged(tables)
         said, heard = found()
-        sizes = Sizes([rows for rows, _ in said], [rows for rows, _ in heard], sum(slots for _, slots in heard))
+        sizes = Sizes([rows for rows, *_ in said], [rows for rows, *_ in heard], sum(slots for _, slots, _ in heard))
         slots, rows = (part[: sum(sizes.send)] for part in arranged)
         return self._send(given, _prefix(tables, sizes), sizes, (slots, rows))
 
-    def _bounded(self, given: Given, tables: Tables, counts: Tensor, max_rows: int) -> Started | Rounds:
-        """With a bound on rows: all ranks need to know what each of them receives."""
-        group = self.shares.group
-        matrix, me = gathered(counts, Message("sizes", _OP, group))(), group.rank()
-        rows = [[rows for rows, _ in of_rank] for of_rank in matrix]
+    def _bounded(self, given: Given, tables: Tables, counts: Tensor, matrix: list, max_rows: int) -> Started | Rounds:
+        """With a bound on rows, for which each rank knows ``matrix``: what all say to all."""
+        me = self.shares.group.rank()
+        rows = [[rows for rows, *_ in of_rank] for of_rank in matrix]
         sizes = Sizes(rows[me], [of_rank[me] for of_rank in rows], sum(of_rank[me][1] for of_rank in matrix))
         tables, number = _prefix(tables, sizes), rounds(rows, max_rows)
         if number == 1:

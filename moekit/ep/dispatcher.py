@@ -28,7 +28,8 @@ class Dispatcher(Protocol):
 
     Whoever implements the two methods can be given to :class:`moekit.nn.MoE` and :func:`moekit.ep.run`. Both must be
     differentiable. Each must be called by all ranks, also by one without tokens, and so must backward: tokens and weights
-    need a gradient on all ranks or on none.
+    need a gradient on all ranks or on none. What else has to be the same on all, the width and dtype of tokens, K and the
+    dtype of weights, those of this package compare with every message of sizes, or once where sizes are given.
     """
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:

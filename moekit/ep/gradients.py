@@ -53,6 +53,8 @@ class Reduction:
         if data_parallel is not None and (not isinstance(data_parallel, DeviceMesh) or data_parallel.ndim != 1):
             wanted = "a DeviceMesh of one dimension (mesh['dp']) or None"
             raise _check.wrong_type(op, "data_parallel", wanted, data_parallel)
+        if data_parallel is not None and len({*mesh.mesh.tolist()} & {*data_parallel.mesh.tolist()}) > 1:
+            raise _check.fail(op, "data_parallel", f"of ranks that do not share these experts ({mesh})", data_parallel)
         return Reduction(mesh, data_parallel, reduction == "mean")
 
     @property
@@ -104,18 +106,20 @@ def clip_grad_norm_(
     Args:
         parameters: tensors with or without ``.grad``, DTensors among them.
         max_norm: what the total norm is reduced to, if above.
-        norm_type: p of the norm; ``inf`` is the largest.
+        norm_type: p of the norm, above 0; ``inf`` is the largest.
         error_if_nonfinite: look at the norm, and raise if it is none.
 
     Returns:
         the total norm before, a 0-d float32 (float64) tensor, the same on all ranks.
 
     Raises:
-        ValueError: a gradient that is an incomplete sum.
+        ValueError: a gradient that is an incomplete sum, or a ``norm_type`` that is not above 0.
         RuntimeError: the total norm is not finite, and ``error_if_nonfinite``.
     """
     found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     norm_type, max_norm = float(norm_type), float(max_norm)
+    if not norm_type > 0:
+        raise _check.fail("ep.clip_grad_norm_", "norm_type", "above 0", norm_type)
     sharded_over: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter in found:  # of all, with a gradient or not: every rank has to find the same groups
         grads = sharded_over.setdefault(_sharding_groups(parameter), [])

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from moekit import _check
 from moekit.ep import placement
 from moekit.ep._agree import agree
+from moekit.ep._ranks import one_dimensional
 from moekit.ep.choose import dispatcher as dispatcher_of
 from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.gradients import Reduction
-from moekit.ep.placement import Sharding, one_dimensional
+from moekit.ep.placement import Sharding
 from moekit.nn.moe import MoE
 from moekit.packed import PackedExperts
 
@@ -62,8 +63,8 @@ def parallelize(
 
     Call it before the optimiser is made, and before DDP or ``fully_shard``. Other parameters stay as they are. DDP around
     the model, or around a part of it, is told to leave the experts alone; around more than the model, it refuses them.
-    Nothing is sent but by ``broadcast_from``: each rank keeps its slice of what it has, so that ranks need not have drawn
-    the same numbers for the experts.
+    No weight is sent but by ``broadcast_from``: each rank keeps its slice of what it has, so that the ranks of ``mesh`` need
+    not have drawn the same numbers for the experts. (Those of ``data_parallel`` do: their copies are never compared.)
 
     Args:
         model: with a layer at least, none of which is parallel already.
@@ -83,24 +84,26 @@ def parallelize(
 
     Raises:
         ValueError: no such layer, one that is parallel already, experts that are no multiple of the ranks, an option that
-            would have no effect. Nothing has been changed then.
+            would have no effect; models that differ between ranks, on all of them. Nothing has been changed then.
         TypeError: things of other kinds.
     """
     if not isinstance(model, nn.Module):
         raise _check.wrong_type(_OP, "model", "a torch.nn.Module", type(model).__name__)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    group = one_dimensional(_OP, "mesh", mesh).get_group()
+    reduced = Reduction.of(_OP, mesh, data_parallel, reduction)
+    agree(_OP, group, layers=tuple(layers), reduction=reduction, options=options, **_facts(layers))
     if not layers:
         wanted = "one with moekit.nn.MoE layers (for models of Transformers: moekit.hf)"
         raise _check.fail(_OP, "model", wanted, f"a {type(model).__name__} without any")
-    one_dimensional(_OP, "mesh", mesh)
-    reduced = Reduction.of(_OP, mesh, data_parallel, reduction)
     for name, layer in layers.items():
         _check_layer(_OP, name or "model", layer, mesh)
     made = [_dispatcher(mesh, layer, dispatcher, options) for layer in layers.values()]
     if broadcast_from is not None:
         _broadcast(model, [(mesh, broadcast_from), *([] if data_parallel is None else [(data_parallel, 0)])])
+    placement.shard_together([layer.experts for layer in layers.values()], Sharding(mesh, reduced))
     for layer, one in zip(layers.values(), made, strict=True):
-        _shard(layer, Sharding(mesh, reduced), one)
+        layer.dispatcher = one
     names = hide_from_ddp(model)
     experts = sum(layer.experts.num_experts for layer in layers.values())
     kinds = tuple(dict.fromkeys(type(one).__name__ for one in made))
@@ -137,9 +140,21 @@ def hide_from_ddp(model: nn.Module) -> tuple[str, ...]:
 
 def shard_layer(op: str, layer: MoE, mesh: DeviceMesh, dispatcher: str | Dispatcher) -> None:
     """What ``MoE(ep_mesh=mesh)`` does."""
-    one_dimensional(op, "ep_mesh", mesh)
+    agree(op, one_dimensional(op, "ep_mesh", mesh).get_group(), **_facts({"": layer}))
     _check_layer(op, "experts", layer, mesh)
-    _shard(layer, Sharding(mesh, Reduction(mesh)), _dispatcher(mesh, layer, dispatcher, {}))
+    layer.dispatcher = _dispatcher(mesh, layer, dispatcher, {})
+    placement.shard_together([layer.experts], Sharding(mesh, Reduction(mesh)))
+
+
+def _facts(layers: dict[str, MoE]) -> dict[str, Any]:
+    """What has to be the same on all ranks."""
+    facts: dict[str, Any] = {}
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        facts |= {f"{prefix}k": layer.router.k, f"{prefix}router.options": layer.router.options}
+        facts |= {f"{prefix}experts.options": layer.experts.options}
+        facts |= {prefix + key: (tuple(value.shape), value.dtype) for key, value in layer.state_dict().items()}
+    return facts
 
 
 def _check_layer(op: str, name: str, layer: MoE, mesh: DeviceMesh) -> None:
@@ -154,19 +169,12 @@ def _check_layer(op: str, name: str, layer: MoE, mesh: DeviceMesh) -> None:
 
 def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: dict[str, Any]) -> Dispatcher:
     if isinstance(kind, str):
-        shapes = {name: (tuple(value.shape), value.dtype) for name, value in layer.state_dict().items()}
-        agree(_OP, mesh.get_group(), experts=layer.experts.num_experts, k=layer.router.k, **shapes)
         return dispatcher_of(mesh, layer.experts.num_experts, layer.router.k, kind, **options)
     if options:
         raise _check.unused(_OP, ", ".join(options), "...", "with a dispatcher that is made")
     if not isinstance(kind, Dispatcher):
         raise _check.wrong_type(_OP, "dispatcher", "a moekit.ep.Dispatcher, or the name of a kind", type(kind).__name__)
     return kind
-
-
-def _shard(layer: MoE, sharding: Sharding, dispatcher: Dispatcher) -> None:
-    placement.shard_parameters(layer.experts, sharding.mesh)
-    layer.experts.sharding, layer.dispatcher = sharding, dispatcher
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ way from one to the other is here, and with it what happens to the gradient on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moekit import _check
+from moekit.ep._ranks import one_dimensional
 from moekit.ep.gradients import Reduction
 
 _SHARD_HOW = "moekit.ep.shard(weight, mesh['ep'])"
@@ -36,16 +37,6 @@ class Sharding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
         return self  # a copy of a layer has the same ranks
-
-
-def one_dimensional(op: str, name: str, mesh: object) -> DeviceMesh:
-    """``mesh`` is a DeviceMesh of one dimension."""
-    if not isinstance(mesh, DeviceMesh):
-        raise _check.wrong_type(op, name, "a torch.distributed.DeviceMesh of one dimension", type(mesh).__name__)
-    if mesh.ndim != 1:
-        wanted = f"of one dimension (a part of it: mesh[{(mesh.mesh_dim_names or ('ep',))[-1]!r}])"
-        raise _check.fail(op, name, wanted, f"{mesh.ndim}: {mesh}")
-    return mesh
 
 
 @torch.no_grad()
@@ -86,14 +77,22 @@ def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
         ValueError: a parameter whose first dimension is no multiple of the ranks. TypeError: one that is sharded already.
             Nothing has been changed then.
     """
-    made: list[tuple[nn.Module, str, Any]] = [
-        (owner, name, shard(parameter, mesh))
-        for owner in module.modules()
-        for name, parameter in owner.named_parameters(recurse=False)
-    ]
+    shard_together([module], Sharding(mesh, Reduction(mesh)))
+
+
+def shard_together(modules: Sequence[nn.Module], sharding: Sharding) -> None:
+    """Shard the parameters of several modules; one that they share, or that has two names, is still one."""
+    parts: dict[int, Any] = {}
+    made: list[tuple[nn.Module, str, Any]] = []
+    for owner in nn.ModuleList(modules).modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in parts:
+                parts[id(parameter)] = shard(parameter, sharding.mesh)
+            made.append((owner, name, parts[id(parameter)]))
     for owner, name, part in made:
         owner.register_parameter(name, part)
-    setattr(module, "sharding", Sharding(mesh, Reduction(mesh)))  # noqa: B010 - an attribute that modules do not declare
+    for module in modules:
+        setattr(module, "sharding", sharding)  # noqa: B010 - an attribute that modules do not declare
 
 
 def part(weight: Tensor, *, data_parallel: DeviceMesh | None = None, reduction: str = "mean") -> Tensor:

@@ -88,7 +88,8 @@ class TokenDispatcher:
 
         Returns:
             ``(rows_RD, counts_e, metadata)``: the rows of this rank's experts, expert by expert, how many each has
-            ``[e] int64``, and what :meth:`combine` needs.
+            ``[e] int64``, and what :meth:`combine` needs. With a ``capacity`` there may be more rows than counted: zeros, at
+            the end.
         """
         routing = Routing.from_topk(topk_expert_ids_TK, topk_scores_TK, num_experts=self.num_experts)
         rows, local, handle = self._wired().dispatch(x_TD, routing)

@@ -16,6 +16,9 @@ for backward is set with ``moekit.hf.register(save="fp8")``. FP8 checkpoints run
 LoRA of PEFT on experts (``target_parameters``) reaches :func:`moekit.experts` as its two factors, beside dense weights and
 packed ones: :mod:`moekit.hf.peft`.
 
+With ``DistributedConfig(ep_size=..., ep_implementation="moekit")`` moekit brings the tokens to experts on other ranks,
+whatever implementation they have: :mod:`moekit.hf.ep`.
+
 :func:`fix_aux_loss` makes a model's auxiliary loss one of what its routers chose; ``moekit.hf.routers.spec_of`` reads a
 router as arguments of :func:`moekit.route`.
 """

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from moekit import _check
 from moekit.hf import gates, peft
 from moekit.hf.experts import experts_forward
@@ -76,7 +78,9 @@ def _interfaces() -> tuple[Any, Any]:
 
 
 def _expert_parallel() -> Any:
-    """The interface of expert parallelism; None in a release that has none."""
+    """The interface of expert parallelism; None in a release that has none, or without ``torch.distributed``."""
+    if not torch.distributed.is_available():
+        return None
     try:
         from transformers.distributed import expert_parallel
     except ImportError:
