@@ -28,7 +28,7 @@ def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @_kept
 def table(format: str, device: torch.device) -> Tensor:
     """The values of the 16 codes of ``nf4`` or ``mxfp4``: float32."""
-    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, device=device)
+    return torch.tensor(NF4_TABLE if format == "nf4" else E2M1_TABLE, dtype=torch.float32, device=device)
 
 
 @_kept
@@ -51,7 +51,7 @@ def dynamic_table(device: torch.device) -> Tensor:
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         parts.append(10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2))
     positive = torch.cat(parts)
-    zero, one = torch.zeros(1, device="cpu"), torch.ones(1, device="cpu")
+    zero, one = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device="cpu")
     return torch.cat([-positive.flip(0), zero, positive, one]).to(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,9 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Guard:
-    """Allocations between two pages that cannot be touched; they live until :meth:`release`.
+    """Allocations between two pages that cannot be touched, each of which lives as long as a tensor of it.
+
+    Who keeps a tensor may use it: code under test that fills a cache keeps some. Its address is not safe by itself.
 
     Args:
         fill: the byte that fresh memory holds, so that what is never written shows.
@@ -31,7 +34,6 @@ class Guard:
 
     def __init__(self, fill: int, at_end: Iterator[bool] | None = None) -> None:
         self._fill, self._at_end = fill, at_end if at_end is not None else itertools.repeat(True)
-        self._mapped: list[tuple[int, int]] = []
 
     def tensor(self, shape: Any, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor; one without elements is an ordinary one."""
@@ -42,10 +44,10 @@ class Guard:
         base = _libc.mmap(None, inner + 2 * _PAGE, _NONE, _PRIVATE_ANONYMOUS, -1, 0)
         if base in (None, ctypes.c_void_p(-1).value) or _libc.mprotect(base + _PAGE, inner, _READ_WRITE):
             raise MemoryError(f"no {inner} bytes between guard pages")
-        self._mapped.append((base, inner + 2 * _PAGE))
         ctypes.memset(base + _PAGE, self._fill, inner)
         start = base + _PAGE + (inner - count if next(self._at_end) else 0)
-        buffer = (ctypes.c_char * count).from_address(start)
+        buffer = (ctypes.c_char * count).from_address(start)  # which the tensor holds on to
+        weakref.finalize(buffer, _libc.munmap, base, inner + 2 * _PAGE).atexit = False
         return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape)
 
     def copy(self, value: Tensor) -> Tensor:
@@ -55,12 +57,6 @@ class Guard:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
         target = torch.as_strided(self.tensor((extent,), value.dtype), value.shape, value.stride())
         return target.copy_(value)
-
-    def release(self) -> None:
-        """Give all of it back; no tensor of it may be used any more."""
-        for base, size in self._mapped:
-            _libc.munmap(base, size)
-        self._mapped.clear()
 
 
 _EMPTY = torch.empty

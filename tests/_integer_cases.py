@@ -251,13 +251,13 @@ def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
 def _(m: Make) -> dict[str, Any]:
     inputs, constants = _expert_inputs(m)
     save = m._rng.choice(("nothing", "recompute", "fp8", "all"))
-    return {**inputs, **constants, "weight_after_down": m._rng.random() < 0.5, "save": save}
+    return {**inputs, **constants, "weight_after_down": m._rng.random() < 0.5, "save": save, "batch_invariant": False}
 
 
 @target("ops.experts_backward", "order inverse offsets")
 def _(m: Make) -> dict[str, Any]:
     inputs, constants = _expert_inputs(m)
-    constants |= {"weight_after_down": False, "save": "recompute"}
+    constants |= {"weight_after_down": False, "save": "recompute", "batch_invariant": False}
     with moekit.backend("torch"):
         _, *kept = OPS.experts(*inputs.values(), *constants.values())
     kept = [t.float().nan_to_num(0, 0, 0).to(t.dtype) for t in kept]  # rows of no expert hold anything

@@ -128,7 +128,7 @@ def _patch_operands() -> None:
         builder = self.builder
         alone = not x.type.sizes
         handle = builder.create_splat(type, x.handle) if alone else builder.create_broadcast(x.handle, sizes)
-        return self.make_tensor(handle, type)
+        return self.tensor(handle, type)
 
     def broadcasted(self, lhs, rhs):
         ours, theirs = lhs.type.sizes, rhs.type.sizes

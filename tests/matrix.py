@@ -1,5 +1,8 @@
 """Run the suite's core with the oldest and newest releases of what moekit builds on: ``make matrix``.
 
+``python tests/matrix.py --triton`` runs the tests of kernels instead, interpreted and compiled without a GPU, with releases
+of Triton: each in a folder of its own, ``.venv/matrix/triton-3.6.0``, before the packages of this interpreter.
+
 Every combination gets an environment of its own, made once: ``.venv/matrix/torch-2.10.0-transformers-5.12.0``, say, with
 the pins of ``constraints.txt`` for all else. ``python tests/matrix.py [PART OF A NAME ...]`` runs only those; a run of all
 of them writes the table into ``docs/versions.md``. The exit status is 1 if a test failed or an environment was not made.
@@ -32,6 +35,8 @@ COMBINATIONS = (("2.10.0", "5.12.0"), ("2.13.0", "5.12.0"), ("2.13.0", "5.24.0")
 # The interpreter of the triton that comes with torch 2.10 does not run on today's NumPy.
 INTERPRETED = "gpu_kernels_stay_inside"
 LEFT_OUT = ("triton", "demo", "packaging", "benchmarks", "mutants", "layering", "cli", "fuzz", "differential")
+# What torch 2.11's CUDA builds bring, and the newest; the interpreter of 3.6 needs an older NumPy.
+TRITONS = {"3.6.0": "numpy<2.4", "3.9.0": "numpy"}
 VERSIONS = """
 import importlib.metadata, json, sys
 names = ("torch", "transformers", "numba", "numpy")
@@ -123,6 +128,17 @@ def shown(rows: list[Row]) -> str:
     return "\n".join([*lines, *(["", *failures] if failures else [])])
 
 
+def with_triton(folder: Path, release: str, files: list[str]) -> int:
+    """pytest's exit status on the kernels' tests with a release of Triton; what they print is shown."""
+    if not (folder / "triton").exists():
+        install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+        subprocess.run([*install, "--target", str(folder), f"triton=={release}", TRITONS[release]], check=True)
+    paths = [str(folder), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder / "cache")}
+    files = files or [str(file) for file in sorted((ROOT / "tests").glob("test_triton_*.py"))]
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], cwd=ROOT, env=environment).returncode
+
+
 def named(combination: tuple[str, str]) -> str:
     return "torch-{}-transformers-{}".format(*combination)
 
@@ -131,8 +147,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="PART OF A NAME")
     parser.add_argument("--envs", type=Path, default=ROOT / ".venv" / "matrix", help="where the environments are kept")
+    parser.add_argument("--triton", action="store_true", help="the kernels' tests, with the releases of Triton")
     parser.add_argument("--tests", nargs="*", help="files, in place of the core; the page is not written")
     options = parser.parse_args()
+    if options.triton:
+        chosen = [release for release in TRITONS if all(part in f"triton-{release}" for part in options.names)]
+        status = [with_triton(options.envs / f"triton-{release}", release, options.tests or []) for release in chosen]
+        return int(any(status))
     measured = []
     for combination in COMBINATIONS:
         name = named(combination)

@@ -39,6 +39,7 @@ SELECTION = (
     "tests/test_lora.py::test_dropout_is_seeded_and_the_same_in_backward",
     "tests/test_lora.py::test_merge",
     "tests/test_packed.py::test_nf4_at_the_middle_between_two_values",
+    "tests/test_experts_invariant.py::test_float64_and_the_reference[torch]",
     "tests/test_ep_scale.py::test_needed_is_what_counting_gives",
     "tests/test_ep_faults.py::test_a_table_of_what_differs",
     "tests/test_ep_faults.py::test_who_has_not_reported_in",
@@ -142,6 +143,11 @@ def constant(wrong: dict[float, float]) -> Callable[[Any], Any]:
     return lambda value: next((bad for right, bad in wrong.items() if math.isclose(value, right)), value)
 
 
+def _plain() -> Any:
+    """The products that follow the number of rows."""
+    return importlib.import_module("moekit.ops.products").PLAIN
+
+
 # --- what to break --------------------------------------------------------------------------------------------------
 
 _TANH_CUBIC = 0.044715 * 2 * math.sqrt(2 / math.pi)
@@ -191,6 +197,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "B's gradient is one of what was not dropped": method(
         "lower", lambda run, self, rows, offsets: run(self._replace(seed=None), rows, offsets)
     ),
+    "the batch chooses the products": attribute("ops.experts_parts", "INVARIANT", lambda invariant: _plain()),
     "nibbles are swapped": attribute("ops.unpack", "_pairs", lambda pairs: lambda *args: pairs(*args).flip(1)),
     "a scale is of the next block": attribute(
         "ops.unpack", "float_scales", lambda scales: lambda *args: scales(*args).roll(1, 1)

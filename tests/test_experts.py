@@ -277,6 +277,41 @@ def test_30_two_backwards_agree_and_leave_everything_alone():
     second = torch.autograd.grad(out.square().sum(), list(leaves.values()))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(before[n], v) for n, v in leaves.items())
+    with pytest.raises(RuntimeError, match="second time"):
+        out.square().sum().backward()
+
+
+def peak_bytes(step) -> int:
+    """The most that is allocated at a time within a step, by the profiler's notes of the allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("save", ["recompute", "fp8", "all"])
+@moekit.backend("auto")  # the reference's gate makes float32 copies of all rows
+def test_what_has_served_goes_before_the_end_of_backward(save):
+    tokens, topk, hidden, inner, experts = 512, 4, 128, 32, 4
+    rows = tokens * topk
+    shapes = {"x": (tokens, hidden), "gate_up": (experts, 2 * inner, hidden), "down": (experts, hidden, inner)}
+    leaves = {
+        name: draw(place, *shape, dtype=torch.float32).requires_grad_() for place, (name, shape) in enumerate(shapes.items())
+    }
+    weights, indices = torch.rand(tokens, experts).topk(topk, -1)
+    grad = torch.ones(tokens, hidden)
+
+    def step() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+        moekit.experts(leaves["x"], (indices, weights), leaves["gate_up"], leaves["down"], save=save).backward(grad)
+
+    step()
+    # The output, the gradient of x, one [R, H], one [R, 2I] and one [R, I]; and what does not grow with rows that are wide.
+    bound = 4 * (2 * tokens * hidden + rows * (hidden + 2 * inner + inner)) + 64 * rows + 4 * 3 * experts * hidden * inner
+    assert peak_bytes(step) <= bound + (4 * rows * hidden if save == "all" else 0)
 
 
 def saved_bytes(run, inputs: dict[str, Tensor | None]) -> dict[int, int]:
@@ -363,7 +398,7 @@ def test_opcheck(save):
     routing = Routing.from_topk(choose(), num_experts=E)
     gate, dense = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated"), ("", "", [0] * 4, False, False, [], [])
     tables = (routing.order, routing.inverse, routing.offsets, *[None] * 7)
-    arguments = (*leaves, *[None] * 4, *tables, *gate, False, *dense, False, save)
+    arguments = (*leaves, *[None] * 4, *tables, *gate, False, *dense, False, save, False)
     # The last check adds up every output, which PyTorch cannot do in float8.
     opcheck(torch.ops.moekit.experts, arguments, OPCHECKS[: 3 if save == "fp8" else 4])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _guarded import Guard
 from _integer_cases import NO_INTEGERS, NONSENSE, OPS, PAIRS, TARGETS
 from fuzz_integers import run_on_cpu
 
@@ -64,6 +65,17 @@ def test_guards_notice_both_sides():
     for offset, code in ((28, 0), (32, -signal.SIGSEGV), (-4, -signal.SIGSEGV)):
         command = [sys.executable, "-c", script, str(offset)]
         assert subprocess.run(command, cwd=Path(__file__).parent, capture_output=True).returncode == code
+
+
+def test_guarded_memory_lives_as_long_as_a_tensor_of_it():
+    """What is tested may keep a tensor, in a cache say, beyond the test."""
+    kept = Guard(0xFF).tensor((5000,), torch.uint8)[1:]
+    others = [Guard(0).tensor((5000,), torch.uint8) for _ in range(8)]
+    assert (kept == 0xFF).all() and not torch.stack(others).any()
+    page = f"{kept.data_ptr() // 4096 * 4096:x}-"
+    assert page in Path("/proc/self/maps").read_text()
+    del kept
+    assert page not in Path("/proc/self/maps").read_text()
 
 
 # --- the messages ---------------------------------------------------------------------------------------------------

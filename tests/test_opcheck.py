@@ -61,7 +61,7 @@ def test_experts_backward(format, rank):
     tables = (routing.order, routing.inverse, routing.offsets)
     gate = ("sigmoid", 1.0, 0.0, 0.0, None, True, "concatenated")
     lora = [float(rank), 0.5, 0.25] if rank else []
-    constants = (*gate, False, format, format, [1, 64] * 2, False, False, lora, lora, False, "recompute")
+    constants = (*gate, False, format, format, [1, 64] * 2, False, False, lora, lora, False, "recompute", False)
     inputs = (
         weights,
         gate_up,

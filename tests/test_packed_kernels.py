@@ -276,4 +276,3 @@ def test_nothing_outside_is_touched(name, shape, at_end):
         for back in (False, True):
             rows, offsets = (guard.copy(tensor) for tensor in case(torch.bfloat16, plain, back, rows=ENDS[-1]))
             assert_product(packed.packed_rows(rows, stored, offsets, None, back), rows, plain, offsets, back)
-    guard.release()

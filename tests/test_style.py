@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of lengths holds: functions of at most 60 lines, files of at most 500, but for those named."""
+"""What CONTRIBUTING.md says of lengths and dtypes holds: 60 lines a function, 500 a file, but for those that are named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import moekit
 
 ROOT = Path(moekit.__file__).parent
 FILE, FUNCTION = 500, 60
+FACTORIES = {f"torch.{name}" for name in ("empty", "zeros", "ones", "full", "rand", "randn", "linspace")}
 
 # The most lines that each may have, and no exception is kept that is not needed.
 LONGER = {
@@ -39,3 +40,14 @@ def test_functions_fit_a_screen_and_files_a_reading():
     longer = {name: lines for name, lines in found.items() if lines > (FUNCTION if ":" in name else FILE)}
     assert {name: lines for name, lines in longer.items() if lines > LONGER.get(name, 0)} == {}
     assert set(LONGER) <= set(longer) and len(found) > 300
+
+
+def test_factories_say_their_dtype():
+    """The default one is whatever the program has set, and kernels write float32 to the addresses they are given."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in FACTORIES and not {"dtype", None} & {keyword.arg for keyword in node.keywords}:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not found

@@ -52,6 +52,9 @@ PRODUCTS = [
     ("sm_90", "grouped_rows bf16 R=131072 r=16 back"),
     ("sm_90", "packed_rows mxfp4 bf16 R/E=8 r=16"),
     ("sm_100", "grouped_rows bf16 R=4096 r=64"),
+    ("sm_90", "gathered_glu bf16 R=131072 silu kept"),
+    ("sm_90", "gathered_glu fp16 R=4096 back clamp after bias"),
+    ("sm_100", "gathered_rows bf16 R=131072 back"),
     ("gfx942", "grouped_slice bf16 R=131072 r=16"),
 ]
 
@@ -77,6 +80,28 @@ def test_machine_code_of_products(cases, arch, name):
 
 def test_every_operator_is_compiled(cases):
     assert {case.op for case in cases.values()} == set(KERNELS)
+
+
+def test_every_launch_says_whether_products_and_additions_are_fused(cases):
+    """Releases of Triton differ in what they do unasked, and bits would with them."""
+    with offline.catch_launches(offline.TARGETS[ARCH]) as launches:
+        for case in cases.values():
+            KERNELS[case.op](*case.args)
+    silent = {launch.kernel.__name__ for launch in launches if "enable_fp_fusion" not in launch.options}
+    assert len(launches) >= len(cases) and not silent
+
+
+def test_fused_products_and_additions_are_in_the_code(cases, monkeypatch):
+    """The option reaches the compiler, whatever the environment says that the default is."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with offline.catch_launches(offline.TARGETS[ARCH]) as launches:
+        KERNELS["glu_backward"](*cases["glu backward concatenated bf16 silu, I=768"].args)
+    for fused in (True, False):
+        options = launches[0].options | {"enable_fp_fusion": fused}
+        source = offline.ASTSource(launches[0].kernel, *offline._specialise(launches[0]))
+        compiled = offline.triton.compile(source, target=offline.TARGETS[ARCH], options=options)
+        assert ("fma.rn.f32" in compiled.asm["ptx"]) == fused
+    assert launches[0].options["enable_fp_fusion"]
 
 
 def test_a_fault_is_seen():

@@ -42,7 +42,7 @@ def cut(monkeypatch):
         if GPU:
             return
         monkeypatch.setattr(_launch, "arch", lambda device: _launch.Arch(arch, 32))
-        monkeypatch.setattr(gemm, "_processors", lambda device: 2)
+        monkeypatch.setattr(gemm, "processors", lambda device: 2)
         small = Blocks(16, 32, 32, 4, 2, 1)
         described = small._replace(flat=True) if arch == "9" else None
         monkeypatch.setattr(_policy, "described", lambda shape, dtype, *_, **__: described if dtype.itemsize == 2 else None)

@@ -18,7 +18,7 @@ SUITES = (
     "glu glu_operators moe_utils_activations",
     "rows rows_autograd sort_chunks",
     "tables routing topk scores",
-    "moe_utils_permute moe_utils_permute_autograd experts experts_inputs opcheck",
+    "moe_utils_permute moe_utils_permute_autograd experts experts_inputs experts_invariant opcheck",
 )
 
 

@@ -103,7 +103,7 @@ def _output_file(out: Path) -> Path:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DemoError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

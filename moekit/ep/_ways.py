@@ -195,24 +195,23 @@ class Collect(NamedTuple):
 # would be taken for others, whose bytes are of another type or number.
 
 
-def swapped(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> Callable[[], list]:
-    """Begin to tell each rank its part of ``counts [ranks, n]``.
+def swapped(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> Callable[[], tuple[list, list]]:
+    """What this rank says to each rank ``[ranks, n]``, and what each says to it, as lists, once the result is called.
 
-    Returns:
-        What gives, when the host has waited for it, what this rank says to each rank and what each says to it, as lists.
-        It raises a ValueError on all ranks if ``facts`` are not the same on all.
+    Raises:
+        ValueError: then, on all ranks, if ``facts`` are not the same on all.
     """
     each = [1] * message.group.size()
     counts = torch.nn.functional.pad(counts, (0, 1), value=mark(facts))
     received = message.wait(message.all_to_all(counts, each, each))
     found = read(torch.stack([counts, received]), message.op, message.group)
 
-    def alike() -> list:
+    def look() -> tuple[list, list]:
         said, heard = found()
         _alike(message, facts, [of_rank[-1] for of_rank in heard])
-        return [said, heard]
+        return said, heard
 
-    return alike
+    return look
 
 
 def gathered(counts: Tensor, message: Message, facts: Mapping[str, Any]) -> list:

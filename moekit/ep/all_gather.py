@@ -57,8 +57,8 @@ class AllGather:
     ) -> None:
         self.shares = Shares.of(_OP, group, num_experts)
         self.tokens_per_rank = None if tokens_per_rank is None else _check.positive(_OP, "tokens_per_rank", tokens_per_rank)
-        self.slot_capacity = within(_OP, slot_capacity, tokens_per_rank, "tokens_per_rank")
         self._first = Once(_OP, self.shares.group)
+        self.slot_capacity = within(_OP, slot_capacity, tokens_per_rank, "tokens_per_rank")
         options = {"tokens_per_rank": tokens_per_rank, "slot_capacity": slot_capacity}
         agree(_OP, self.shares.group, experts=num_experts, **options)
         self._slot_overflow = slots_beyond(self.shares, self.slot_capacity)

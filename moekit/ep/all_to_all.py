@@ -89,7 +89,7 @@ class AllToAll:
             has to run the experts: ``dispatch`` raises an error, on all ranks. What a round leaves for backward is
             recomputed there, round by round, so that rows and activations of one round exist at a time in backward, too;
             the outputs have the same bits as without a bound wherever the experts treat rows alike. Gradients of their
-            weights come once a round, and autograd adds them up: for a moment there is a second set of them, so a bound
+            weights come once a round, and autograd adds them up: a second set of them is there for a moment, so a bound
             saves memory only where that is less than what it keeps away.
         redispatch: the received rows are not kept for backward, but exchanged again there (the tokens are kept). That is of
             what autograd keeps of the rows themselves; a copy that experts make of them is kept as ever.
@@ -118,9 +118,9 @@ class AllToAll:
         self.max_rows = None if max_rows is None else _check.positive(_OP, "max_rows", max_rows, at_least=ranks)
         self.slot_capacity = within(_OP, slot_capacity, capacity, "capacity")
         self.redispatch = redispatch
-        self._first = Once(_OP, self.shares.group)
         options = {"capacity": capacity, "slot_capacity": slot_capacity, "max_rows": max_rows, "redispatch": redispatch}
         agree(_OP, self.shares.group, experts=num_experts, **options)
+        self._first = Once(_OP, self.shares.group)
         self._overflow = Overflow(_OP, "the capacity", f"pairs (token, rank) of rank {self.shares.group.rank()}")
         self._slot_overflow = slots_beyond(self.shares, self.slot_capacity)
 
@@ -154,10 +154,10 @@ class AllToAll:
             each = [self.capacity] * self.shares.ranks
             return self._send(given, tables, Sizes(each, each, self.slot_capacity))
         rows, tables = self.shares.to_ranks(routing.indices)
-        counts, message = torch.stack([rows, self.shares.slots(routing)], 1), Message("sizes", _OP, self.shares.group)
+        counts = torch.stack([rows, self.shares.slots(routing)], 1)
         if self.max_rows is not None:
-            return self._bounded(given, tables, counts, gathered(counts, message, facts), self.max_rows)
-        found = swapped(counts, message, facts)
+            return self._bounded(given, tables, counts, self.max_rows, facts)
+        found = swapped(counts, Message("sizes", _OP, self.shares.group), facts)
         # While sizes are on their way to the host, rows are put in place for any sizes; those that there are come first.
         arranged = given.arranged(tables)
         said, heard = found()
@@ -165,9 +165,12 @@ class AllToAll:
         slots, rows = (part[: sum(sizes.send)] for part in arranged)
         return self._send(given, _prefix(tables, sizes), sizes, (slots, rows))
 
-    def _bounded(self, given: Given, tables: Tables, counts: Tensor, matrix: list, max_rows: int) -> Started | Rounds:
-        """With a bound on rows, for which each rank knows ``matrix``: what all say to all."""
-        me = self.shares.group.rank()
+    def _bounded(
+        self, given: Given, tables: Tables, counts: Tensor, max_rows: int, facts: dict[str, Any]
+    ) -> Started | Rounds:
+        """With a bound on rows: all ranks need to know what each of them receives."""
+        group = self.shares.group
+        matrix, me = gathered(counts, Message("sizes", _OP, group), facts), group.rank()
         rows = [[rows for rows, *_ in of_rank] for of_rank in matrix]
         sizes = Sizes(rows[me], [of_rank[me] for of_rank in rows], sum(of_rank[me][1] for of_rank in matrix))
         tables, number = _prefix(tables, sizes), rounds(rows, max_rows)

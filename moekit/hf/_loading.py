@@ -139,7 +139,7 @@ def _read_packed(quantizer: Any) -> list:
 
 
 def _ends(format: str) -> list[str]:
-    return list(pack(torch.zeros(1, 64, 64), format, double_quant=format == "nf4").state_dict(""))
+    return list(pack(torch.zeros(1, 64, 64, dtype=torch.float32), format, double_quant=format == "nf4").state_dict(""))
 
 
 # --- block-FP8 ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Options(NamedTuple):
         wanted: Any = tuple(block) if isinstance(block, list) else block
         sides = FORMATS[format].block("hf.pack", 128, 128, wanted) if wanted is not None else (128, 128)
         made = Options(format, bool(double_quant), wanted)
-        pack(torch.empty(1, 128, sides[1], device="meta"), **made._asdict())
+        pack(torch.empty(1, 128, sides[1], dtype=torch.float32, device="meta"), **made._asdict())
         return made
 
     def pack(self, weight: Tensor, turned: bool) -> PackedExperts:

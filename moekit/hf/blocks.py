@@ -236,7 +236,7 @@ def _map_of(spec: Any, router: Any, others: tuple, flat: bool) -> tuple[Tensor, 
     bias = None if holder._parameters.get("bias") is None else _own(holder, "bias")
     trial = _with_other_numbers(router, torch.Generator().manual_seed(0))
     tried: Any = trial if own else getattr(trial, linears[0])
-    probe = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    probe = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     with torch.no_grad():
         logits = spec.logits(trial, (probe if flat else probe.unsqueeze(0), *others), {}).double()
     product = probe.double() @ tried.weight.double().T
@@ -249,7 +249,7 @@ def _map_of(spec: Any, router: Any, others: tuple, flat: bool) -> tuple[Tensor, 
 def _with_other_numbers(module: Any, generator: torch.Generator) -> Any:
     """A module like this one with float32 parameters drawn on the CPU; the module itself is left alone."""
     drawn = {
-        name: None if value is None else torch.randn(value.shape, generator=generator)
+        name: None if value is None else torch.randn(value.shape, generator=generator, dtype=torch.float32)
         for name, value in module._parameters.items()
     }
     children = {name: child and _with_other_numbers(child, generator) for name, child in module._modules.items()}

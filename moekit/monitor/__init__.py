@@ -187,7 +187,7 @@ class Monitor:
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _layers(self, evaluation: bool) -> dict[str, dict[str, float]]:
-        nothing = torch.zeros(3, dtype=torch.int64), torch.zeros(2)
+        nothing = torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.float32)
         return {name: figures(*(found or nothing)) for name, found in self._since_read(evaluation).items()}
 
     def _since_read(self, evaluation: bool) -> dict[str, list[Tensor]]:

@@ -127,7 +127,7 @@ class Router(nn.Module):
             "overflow": overflow,
         }
         # Options that do not fit are an error here and now, in the words of the function that looks at them.
-        route(torch.zeros(0, self.num_experts, device="cpu"), self.k, **self.options)
+        route(torch.zeros(0, self.num_experts, dtype=torch.float32, device="cpu"), self.k, **self.options)
         self.jitter = None if jitter is None else _share(jitter)
         self.given: Tensor | None = None
         self.indices: Tensor | None = None

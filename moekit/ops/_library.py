@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from moekit import _backend
 
 _LIBRARY = torch.library.Library("moekit", "DEF")
+_C: Any = torch._C  # of which type checkers know a part
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _FLOPS: dict[Any, Callable] = {}
 
@@ -135,6 +137,25 @@ def _with_autograd(
 
 in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform of ``torch.func`` is at work."""
+
+
+def runs_plainly(*tensors: Tensor) -> bool:
+    """Whether what is called now computes, and nothing but that: no compiler, transform, mode or trace looks on.
+
+    In the backward of batched gradients (``is_grads_batched``) only the tensors say that there is a transform.
+    """
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
+    return not watched and not _within_levels() and not any(map(is_legacy_batchedtensor, tensors))
+
+
+def owns_what_it_saves() -> bool:
+    """Whether a node may keep tensors by itself, and not in autograd's care: nobody has asked to see what is saved."""
+    return runs_plainly() and _C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def goes_again() -> bool:
+    """Whether the backward that is at work may be run again (``retain_graph``)."""
+    return _C._autograd._get_current_graph_task_keep_graph()
 
 
 def transformed() -> bool:

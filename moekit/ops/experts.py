@@ -46,6 +46,7 @@ def experts(
     lora: Mapping[str, Lora | Sequence[Lora]] | None = None,
     weight_after_down: bool = False,
     save: str = "recompute",
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The expert MLP of a Mixture-of-Experts layer.
 
@@ -70,6 +71,9 @@ def experts(
         weight_after_down: multiply by the routing weight after the down projection instead of before.
         save: what to keep for backward. ``recompute``: the projection's output; ``fp8``: that in float8 e4m3 with a
             scale a row; ``all``: the gathered rows and the activation as well, for speed.
+        batch_invariant: give a token's output, and the gradients of it and of its routing weights, the same bits alone, in
+            any batch and in any order of the tokens: products in fixed tiles, each sum in one order. Gradients of weights,
+            which are sums over the batch, are as ever; forward-mode differentiation has nothing of it.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states`` (of autocast, where it is on). A token with no expert gets zeros.
@@ -92,15 +96,8 @@ def experts(
     gate_up, down = (given if cast is None else cast for given, cast in zip((gate_up, down), dense, strict=True))
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     routing = _as_routing(routing, gate_up.shape[0])
-    _check.same_device(
-        op,
-        hidden_states=hidden_states,
-        gate_up=gate_up,
-        down=down,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        routing=routing.order,
-    )
+    named = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    _check.same_device(op, hidden_states=hidden_states, **named, routing=routing.order)
     if routing.num_tokens != hidden_states.shape[0]:
         wanted = f"of {hidden_states.shape[0]} tokens, as hidden_states"
         raise _check.fail(op, "routing", wanted, f"{routing.num_tokens} tokens")
@@ -113,11 +110,22 @@ def experts(
         *(hidden_states, routing.weights, weights[0].tensor, weights[1].tensor, gate_up_bias, down_bias),
         *(factors[0].A, factors[0].B, factors[1].A, factors[1].B),
     )
+    if batch_invariant and any(found.drop for found in factors):
+        raise _check.fail(op, "lora", "of adapters that drop nothing, if batch_invariant", "a dropout")
     if not _library.needs_grad(*inputs):
         save = "nothing"
     found = (routing.order, routing.inverse, routing.offsets, *weights[0].scales, *weights[1].scales, _seeds(*factors))
     stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], *(w.turned for w in weights)]
-    constants = (*spec, transposed, *stored, factors[0].numbers, factors[1].numbers, weight_after_down, save)
+    constants = (
+        *spec,
+        transposed,
+        *stored,
+        factors[0].numbers,
+        factors[1].numbers,
+        weight_after_down,
+        save,
+        batch_invariant,
+    )
     return operator(*inputs, *found, *constants)[0]
 
 

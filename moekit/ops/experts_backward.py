@@ -1,8 +1,10 @@
 """The operator ``moekit::experts_backward``: the gradients of the expert MLP.
 
-The gathered rows are gathered again and the activation is computed again by the backward of the gate. The gradient of a
-routing weight is a dot product over the activation (``g . (a W) = (g W^T) . a``), so the down projection's output is
-never needed. Of what is as large as all rows no more exists at a time than one ``[R, H]`` and one ``[R, 2I]``.
+Rows of tokens and of their gradients are fetched by the products that need them, which bring them together only where they
+cannot do otherwise, and the activation is computed again by the backward of the gate. The gradient of a routing weight is a
+dot product over the activation (``g . (a W) = (g W^T) . a``), so the down projection's output is never needed. What is of
+row size goes as soon as it has served, what the forward kept included, where it is nobody else's: beside the gradients of
+the weights no more exists at a time than one ``[R, H]``, one ``[R, 2I]`` and one ``[R, I]``.
 """
 
 from __future__ import annotations
@@ -17,47 +19,64 @@ from torch import Tensor
 from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
-from moekit.ops.products import DIFFERENTIABLE, PLAIN, Products
+from moekit.ops.gathered import Gathered
+from moekit.ops.products import DIFFERENTIABLE, Products
 from moekit.ops.projection import Projection
 
 _KEPT = ("projected", "scale", "kept_rows", "kept_act", "low")
 
 
-def _reference(grad: Tensor, *args: Any, products: Products = PLAIN) -> tuple:
+def _reference(grad: Tensor, *args: Any, products: Products | None = None) -> tuple:
     """Gradients as :class:`Wanted` has them (the last argument says which); those that it leaves out are empty."""
-    given, kept = Arguments(*args[:NUM_ARGUMENTS]), args[NUM_ARGUMENTS : NUM_ARGUMENTS + len(_KEPT)]
-    options, wanted = Options.of(args[NUM_ARGUMENTS + len(_KEPT) : -1]), Wanted(*args[-1])
+    given, kept = Arguments(*args[:NUM_ARGUMENTS]), list(args[NUM_ARGUMENTS : NUM_ARGUMENTS + len(_KEPT)])
+    return gradients(grad, given, kept, args[NUM_ARGUMENTS + len(_KEPT) : -1], args[-1], products)
+
+
+def gradients(
+    grad: Tensor,
+    given: Arguments,
+    kept: list[Tensor],
+    constants: tuple,
+    wanted: list[bool],
+    products: Products | None = None,
+) -> tuple:
+    """What the operator computes. ``kept`` is emptied: its tensors go when they have served, if nobody else has them."""
+    options, want = Options.of(constants), Wanted(*wanted)
     projected, scale, kept_rows, act, low = kept
-    order = given.order
-    if projected.numel() and projected.shape[0] != order.shape[0]:
-        raise _check.fail("experts_backward", "order", f"of {projected.shape[0]} rows, as projected", list(order.shape))
+    kept.clear()
+    if projected.numel() and projected.shape[0] != given.order.shape[0]:
+        rows_wanted = f"of {projected.shape[0]} rows, as projected"
+        raise _check.fail("experts_backward", "order", rows_wanted, list(given.order.shape))
+    products = products or options.products()
     routed = Rows.of(given, products)
     offsets = routed.offsets
     gate_up, down = options.projections(given, products)
-    result = Wanted(*(grad.new_empty(0) for _ in wanted))
-    g = rows.move_rows(grad, *routed.tables)
-    high = down.raised(g, offsets) if wanted.before_gate else None
-    kept_gate = (projected, scale, act)
-    d_projected, d_weights, d_bias, act = _through_gate(g, high, down, given, kept_gate, routed, options, wanted)
-    # What is of row size goes as soon as it has served.
-    result = _of_down(result, wanted, down, options, g, act, high, offsets)
-    del act
-    high = gate_up.raised(d_projected, offsets) if wanted.projected else None
-    if wanted.x:
-        moved = gate_up.backward(d_projected, offsets, high, out=g)
+    result = Wanted(*(grad.new_empty(0) for _ in want))
+    g = Gathered(grad, routed.tables)
+    if down.A is not None:  # which need it three times
+        g = g.together()
+    high_down = down.raised(g, offsets) if want.before_gate else None
+    d_projected, d_weights, d_bias, act = _through_gate(
+        g, high_down, down, given, (projected, scale, act), routed, options, want
+    )
+    del projected, scale
+    high = gate_up.raised(d_projected, offsets) if want.projected else None
+    if want.x:
+        moved = gate_up.backward(d_projected, offsets, high)
         result = result._replace(x=rows.sum_rows(moved, None, *routed.tables))
         del moved
-    del g
-    result = _of_gate_up(result, wanted, gate_up, options, given, routed, kept_rows, d_projected, low, high)
-    if wanted.gate_up_bias:
+    result = _of_gate_up(result, want, gate_up, options, given, routed, kept_rows, d_projected, low, high)
+    del kept_rows, d_projected, low, high
+    result = _of_down(result, want, down, options, g, act, high_down, offsets)
+    if want.gate_up_bias:
         result = result._replace(gate_up_bias=d_bias)
-    if wanted.weights:
+    if want.weights:
         result = result._replace(weights=tables.take(d_weights, given.inverse))
-    return tuple(_of_down_bias(result, wanted, grad, given, routed))
+    return tuple(_of_down_bias(result, want, grad, given, routed, products))
 
 
 def _through_gate(
-    g: Tensor,
+    g: Tensor | Gathered,
     high: Tensor | None,
     down: Projection,
     given: Arguments,
@@ -84,7 +103,7 @@ def _of_down(
     wanted: Wanted,
     down: Projection,
     options: Options,
-    g: Tensor,
+    g: Tensor | Gathered,
     act: Tensor,
     high: Tensor | None,
     offsets: Tensor,
@@ -119,7 +138,7 @@ def _of_gate_up(
         result = result._replace(gate_up_b=outer(d_projected, low, offsets))
     if not (wanted.gate_up or wanted.gate_up_a):
         return result
-    gathered = kept_rows if kept_rows.numel() or given.x is None else rows.move_rows(given.x, *routed.tables)
+    gathered = kept_rows if kept_rows.numel() or given.x is None else Gathered(given.x, routed.tables)
     if wanted.gate_up:
         result = result._replace(gate_up=outer(*options.stored(gathered, d_projected), offsets))
     if wanted.gate_up_a and high is not None:
@@ -127,7 +146,9 @@ def _of_gate_up(
     return result
 
 
-def _of_down_bias(result: Wanted, wanted: Wanted, grad: Tensor, given: Arguments, routed: Rows) -> Wanted:
+def _of_down_bias(
+    result: Wanted, wanted: Wanted, grad: Tensor, given: Arguments, routed: Rows, products: Products
+) -> Wanted:
     """The gradient of the down bias, and what it adds to that of the routing weights."""
     bias = given.down_bias
     if bias is None:
@@ -136,7 +157,7 @@ def _of_down_bias(result: Wanted, wanted: Wanted, grad: Tensor, given: Arguments
     if wanted.down_bias:
         result = result._replace(down_bias=(routed.matrix(wide).mT @ grad.to(wide)).to(bias.dtype))
     if wanted.weights:
-        along = grad.to(wide) @ bias.to(wide).mT  # [T, E]
+        along = products.dense(grad.to(wide), bias.to(wide).mT)  # [T, E]
         of_slot = tables.take(tables.take(along, routed.slots()), routed.inverse)
         result = result._replace(weights=(result.weights + of_slot).to(given.weights.dtype))
     return result

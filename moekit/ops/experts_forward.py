@@ -12,49 +12,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit import _backend
 from moekit.ops import _library, glu, rows
+from moekit.ops.experts_backward import gradients
 from moekit.ops.experts_backward import operator as experts_backward
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
-from moekit.ops.products import DIFFERENTIABLE, PLAIN, Products
+from moekit.ops.products import DIFFERENTIABLE, Products
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _reference(*args: Any, products: Products = PLAIN) -> Outputs:
+def _reference(*args: Any, products: Products | None = None) -> Outputs:
     """``(out, projected, scale, gathered, activation, low)``: the output and what is kept, empty where it is not."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
+    products = products or options.products()
     routed = Rows.of(given, products)
     gate_up, down = options.projections(given, products)
     x, offsets = given.x, routed.offsets
-    gathered = rows.move_rows(x, *routed.tables)
-    projected, low = gate_up.forward(gathered, offsets)
     before = None if options.weight_after_down else routed.weights
-    scale = x.new_empty(0)
-    if options.save == "fp8":
-        act, projected, scale = glu.forward_fp8(projected, before, given.gate_up_bias, offsets, *options.spec)
+    keep_all, scale, low, gathered = options.save == "all", x.new_empty(0), None, x.new_empty(0)
+    fused = _in_one(x, routed, before, given, options) if products is not DIFFERENTIABLE else None
+    if fused is not None:
+        projected, act = fused
     else:
-        act = glu.forward(projected, before, given.gate_up_bias, offsets, *options.spec)
-    keep_all = options.save == "all"
-    result, _ = down.forward(act, offsets, out=None if keep_all else gathered)
+        gathered = rows.move_rows(x, *routed.tables)
+        projected, low = gate_up.forward(gathered, offsets)
+        gathered = gathered if keep_all else x.new_empty(0)
+        gate = (before, given.gate_up_bias, offsets, *options.spec)
+        if options.save == "fp8":
+            act, projected, scale = glu.forward_fp8(projected, *gate)
+        else:
+            act = glu.forward(projected, *gate)
+    result, _ = down.forward(act, offsets)
     after = routed.weights if options.weight_after_down else None
     out = rows.sum_rows(result, after, *routed.tables)
     if given.down_bias is not None:
-        out = _with_down_bias(out, given, routed)
-    nothing = x.new_empty(0)
+        out = _with_down_bias(out, given, routed, products)
     return (
         out,
-        nothing if options.save == "nothing" else projected,
+        x.new_empty(0) if options.save == "nothing" else projected,
         scale,
-        gathered if keep_all else x.new_empty(0),
+        gathered,
         act if keep_all and not options.weight_after_down else x.new_empty(0),
         x.new_empty(0) if low is None or options.save == "nothing" else low,
     )
 
 
-def _with_down_bias(out: Tensor, given: Arguments, routed: Rows) -> Tensor:
+def _in_one(
+    x: Tensor, routed: Rows, weights: Tensor | None, given: Arguments, options: Options
+) -> tuple[Tensor, Tensor] | None:
+    """The projection, if it is kept, and the activation, where a kernel fetches rows, multiplies and applies the gate."""
+    kernel = _backend.kernel("gathered_glu", x)
+    plain = options.save in ("nothing", "recompute") and not options.gate_up_format and given.gate_up_a is None
+    if kernel is None or not plain:
+        return None
+    keep, matrices = options.save == "recompute", options.weight(0, given)
+    choices = (keep, options.batch_invariant, *options.spec)
+    found = kernel(x, routed.tables[0], matrices, routed.offsets, weights, given.gate_up_bias, *choices)
+    return None if found is NotImplemented else found
+
+
+def _with_down_bias(out: Tensor, given: Arguments, routed: Rows, products: Products) -> Tensor:
     bias: Any = given.down_bias
     wide = torch.promote_types(torch.promote_types(given.weights.dtype, bias.dtype), torch.float32)
-    return (out + routed.matrix(wide) @ bias.to(wide)).to(out.dtype)
+    return (out + products.dense(routed.matrix(wide), bias.to(wide))).to(out.dtype)
 
 
 def _fake(*args: Any) -> Outputs:
@@ -84,14 +105,20 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
     # What is packed is the module's own and never changes: it is not kept, but referred to.
     ctx.packed, ctx.constants = Options.of(constants).packed(given), constants
     saved = given._replace(x=given.x if wanted.x or gathers else None, **dict.fromkeys(ctx.packed))
-    ctx.save_for_backward(*saved, *kept)
+    # What is kept is nobody else's, so the backward may let go of it before its end: unless hooks take care of it.
+    ctx.kept = list(kept) if _library.owns_what_it_saves() else []
+    ctx.save_for_backward(*saved, *([] if ctx.kept else kept))
 
 
 def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
-    saved = ctx.saved_tensors
-    given = Arguments(*saved[:NUM_ARGUMENTS])._replace(**ctx.packed)
+    saved = list(ctx.saved_tensors)
+    given, kept = Arguments(*saved[:NUM_ARGUMENTS])._replace(**ctx.packed), ctx.kept or saved[NUM_ARGUMENTS:]
+    del saved
     wanted = list(needs[: len(Wanted._fields)])
-    grads = experts_backward(grad, *given, *saved[NUM_ARGUMENTS:], *ctx.constants, wanted)
+    if not _library.runs_plainly(grad) or torch.is_grad_enabled():  # the latter for a backward of the backward
+        grads = experts_backward(grad, *given, *kept, *ctx.constants, wanted)
+    else:
+        grads = gradients(grad, given, list(kept) if _library.goes_again() else kept, ctx.constants, wanted)
     found = (g if want else None for g, want in zip(grads, wanted, strict=True))
     return (*found, *[None] * (len(needs) - len(wanted)))
 

@@ -11,7 +11,7 @@ from moekit import _backend, _check
 from moekit.ops import glu, tables
 from moekit.ops._segments import expert_of_row, sum_by_index
 from moekit.ops.gemm import within
-from moekit.ops.products import PLAIN, Products
+from moekit.ops.products import DIFFERENTIABLE, INVARIANT, PLAIN, Products
 from moekit.ops.projection import Projection
 from moekit.ops.unpack import FOUR_BITS, Stored
 
@@ -24,7 +24,8 @@ ARGUMENTS = f"Tensor x, {_WEIGHTS}, {_FACTORS}, {_TABLES}, {_SCALES}, Tensor? se
 _STORAGE = (  # torch.jit.trace takes no lists of strings or bools
     "bool transposed, str gate_up_format, str down_format, int[] blocks, bool gate_up_turned, bool down_turned"
 )
-CONSTANTS = f"{glu.CONSTANTS}, {_STORAGE}, float[] gate_up_lora, float[] down_lora, bool weight_after_down, str save"
+_CHOICES = "bool weight_after_down, str save, bool batch_invariant"
+CONSTANTS = f"{glu.CONSTANTS}, {_STORAGE}, float[] gate_up_lora, float[] down_lora, {_CHOICES}"
 
 
 class Arguments(NamedTuple):
@@ -111,6 +112,7 @@ class Options(NamedTuple):
     down_lora: list[float]
     weight_after_down: bool
     save: str
+    batch_invariant: bool
 
     @staticmethod
     def of(constants: tuple) -> Options:
@@ -130,6 +132,10 @@ class Options(NamedTuple):
     def constants(self) -> tuple:
         """As the operators' arguments."""
         return (*self.spec, *self[1:])
+
+    def products(self) -> Products:
+        """Those that are no operators."""
+        return INVARIANT if self.batch_invariant else PLAIN
 
     def projections(self, given: Arguments, products: Products) -> tuple[Projection, Projection]:
         """The two weights with their adapters."""
@@ -172,7 +178,7 @@ class Options(NamedTuple):
         ]
         return {name: getattr(given, name) for name in names}
 
-    def stored(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def stored(self, inputs: Any, outputs: Any) -> tuple[Any, Any]:
         """The factors of a weight's gradient, in the order in which the weight is stored."""
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
@@ -191,7 +197,7 @@ class Rows(NamedTuple):
         order, inverse, offsets = given.order, given.inverse, given.offsets
         _check.tensor_dim("experts", "inverse", inverse, 2)
         _check.rows_end("experts", order, offsets)
-        kernel = _backend.kernel("row_order", order) if products is PLAIN else None
+        kernel = _backend.kernel("row_order", order) if products is not DIFFERENTIABLE else None
         found = NotImplemented if kernel is None else kernel(order, given.weights, offsets, *inverse.shape)
         if found is NotImplemented:
             token, starts = tables.row_tables(order, *inverse.shape)

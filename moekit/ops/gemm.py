@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
+from moekit.ops.gathered import Gathered, block_of, together
 
 _ALIGNMENT = 16  # bytes
+_FEW = 4  # rows an expert, as many as there are kernels for on a CPU
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_rows(
-    rows: Tensor,
+    rows: Tensor | Gathered,
     matrices: Tensor,
     offsets: Tensor,
     out: Tensor | None = None,
@@ -32,7 +34,7 @@ def grouped_rows(
     """Multiply each expert's rows by its matrix; with ``low``, add those of ``low`` by its factors.
 
     Args:
-        rows: ``[R, K]``, expert by expert.
+        rows: ``[R, K]``, expert by expert; or where they are to be found.
         matrices: ``[E, K, N]``, in the dtype of ``rows``, any strides.
         offsets: ``[E]`` int32, cumulative row ends.
         out: ``[R, N]`` that may be written into, or None.
@@ -43,6 +45,12 @@ def grouped_rows(
         ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
     """
     check_offsets(offsets, matrices.shape[0])
+    if isinstance(rows, Gathered):
+        if low is None and out is None:
+            found = _gathered_rows(rows, matrices, offsets)
+            if found is not None:
+                return found
+        rows = rows.together()
     check_depth(rows, matrices.shape[1])
     kernel = _backend.kernel("grouped_rows", rows)
     product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out, low, factors)
@@ -62,27 +70,48 @@ def grouped_rows(
     return product if product.shape[1] == width else product[:, :width].contiguous()
 
 
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _gathered_rows(rows: Gathered, matrices: Tensor, offsets: Tensor) -> Tensor | None:
+    """The product of rows as they are found, where none of them is brought together with those of another expert.
+
+    None for what is better off with all of them: few rows, and a GPU whose kernels cannot do without.
+    """
+    tokens, num_rows = rows.tokens, rows.index.shape[0]
+    kernel = _backend.kernel("gathered_rows", tokens)
+    product = NotImplemented if kernel is None else kernel(tokens, rows.index, matrices, offsets)
+    if product is not NotImplemented:
+        return product
+    if not looped(tokens) or num_rows <= _FEW * matrices.shape[0]:
+        return None
+    check_depth(tokens, matrices.shape[1])
+    out = tokens.new_empty(num_rows, matrices.shape[2])
+    for expert, block in blocks(offsets, num_rows):
+        torch.mm(rows.block(block), matrices[expert], out=out[block])
+    return out
+
+
+def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Tensor) -> Tensor:
     """The products ``left[block].T @ right[block]`` of each expert's rows: the gradient of its matrix.
 
     Args:
-        left: ``[R, M]``.
+        left: ``[R, M]``; either side may also say where its rows are to be found.
         right: ``[R, N]``, in the same dtype.
         offsets: ``[E]`` int32, cumulative row ends.
 
     Returns:
         ``[E, M, N]``; zero for an expert without rows.
     """
-    num_experts, height, width = offsets.shape[0], left.shape[1], right.shape[1]
-    if looped(left):
-        out = left.new_empty(num_experts, height, width)
+    wide_left, wide_right = (x.tokens if isinstance(x, Gathered) else x for x in (left, right))
+    num_experts, height, width = offsets.shape[0], wide_left.shape[1], wide_right.shape[1]
+    if looped(wide_left):
+        out = wide_left.new_empty(num_experts, height, width)
         filled = set()
-        for expert, block in blocks(offsets, left.shape[0]):
-            torch.mm(left[block].T, right[block], out=out[expert])
+        for expert, block in blocks(offsets, (left.index if isinstance(left, Gathered) else left).shape[0]):
+            torch.mm(block_of(left, block).T, block_of(right, block), out=out[expert])
             filled.add(expert)
         for expert in set(range(num_experts)) - filled:
             out[expert].zero_()
         return out
+    left, right = together(left), together(right)
     if not num_experts:
         return left.new_empty(0, height, width)
     product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)

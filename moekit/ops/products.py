@@ -1,35 +1,45 @@
-"""The products that the experts are made of: as plain functions, or as operators with derivatives."""
+"""The products that the experts are made of: as plain functions, with bits for each row alone, or with derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from moekit.ops import gemm, grouped_linear
+from moekit.ops import gemm, grouped_linear, invariant
+from moekit.ops.gathered import Gathered, together
 from moekit.ops.packed_products import packed_rows
 from moekit.ops.unpack import Stored
 
 
 class Products(NamedTuple):
-    """:func:`~moekit.ops.gemm.grouped_rows` and what goes with it; of those that write into an ``out`` not all do."""
+    """:func:`~moekit.ops.gemm.grouped_rows` and what goes with it; of those that write into an ``out`` not all do.
+
+    ``dense`` multiplies two plain matrices.
+    """
 
     rows: Callable[..., Tensor]
     outer: Callable[..., Tensor]
     add: Callable[..., Tensor]
     packed: Callable[..., Tensor]
+    dense: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 
 
 def _rows(
-    rows: Tensor,
+    rows: Tensor | Gathered,
     matrices: Tensor,
     offsets: Tensor,
     out: Tensor | None = None,
     low: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
-    return _add(grouped_linear.linear_op(rows, matrices, offsets), low, factors, offsets)
+    return _add(grouped_linear.linear_op(together(rows), matrices, offsets), low, factors, offsets)
+
+
+def _outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Tensor) -> Tensor:
+    return grouped_linear.outer_op(together(left), together(right), offsets)
 
 
 def _packed(
@@ -53,4 +63,5 @@ def _add(out: Tensor, low: Tensor | None, factors: Tensor | None, offsets: Tenso
 
 
 PLAIN = Products(gemm.grouped_rows, gemm.grouped_outer, gemm.grouped_add, packed_rows)
-DIFFERENTIABLE = Products(_rows, grouped_linear.outer_op, _add, _packed)
+INVARIANT = Products(invariant.rows_product, gemm.grouped_outer, invariant.add, invariant.packed_product, invariant.dense)
+DIFFERENTIABLE = Products(_rows, _outer, _add, _packed)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.ops.gathered import Gathered, together
 from moekit.ops.products import Products
 from moekit.ops.unpack import Stored
 
@@ -59,13 +60,13 @@ class Projection(NamedTuple):
             parts.append(self.products.rows(taken, self.A[:, adapter.ranks].mT, offsets) * adapter.scale)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def backward(self, grad: Tensor, offsets: Tensor, high: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def backward(self, grad: Tensor | Gathered, offsets: Tensor, high: Tensor | None) -> Tensor:
         """The gradient of ``rows``: ``grad W + dropout(high A)`` with :meth:`raised`'s ``high``."""
         if high is None or self.A is None:
-            return self._multiply(grad, offsets, out, back=True)
+            return self._multiply(grad, offsets, None, back=True)
         if not any(adapter.dropout for adapter in self.adapters()):
-            return self._multiply(grad, offsets, out, high, self.A, back=True)
-        result = self._multiply(grad, offsets, out, back=True)
+            return self._multiply(grad, offsets, None, high, self.A, back=True)
+        result = self._multiply(grad, offsets, None, back=True)
         for adapter in self.adapters():
             mine, factors = high[:, adapter.ranks], self.A[:, adapter.ranks]
             if adapter.dropout:
@@ -74,7 +75,7 @@ class Projection(NamedTuple):
                 result = self.products.add(result, mine, factors, offsets)
         return result
 
-    def raised(self, grad: Tensor, offsets: Tensor) -> Tensor | None:
+    def raised(self, grad: Tensor | Gathered, offsets: Tensor) -> Tensor | None:
         """``scale * grad B``, the gradient of ``dropout(rows) A^T``, ``[R, r]``; None without adapters."""
         if self.B is None:
             return None
@@ -82,13 +83,17 @@ class Projection(NamedTuple):
         scaled = [high[:, adapter.ranks] * adapter.scale for adapter in self.adapters()]
         return scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
 
-    def gradient_of_a(self, rows: Tensor, high: Tensor, offsets: Tensor) -> Tensor:
+    def gradient_of_a(self, rows: Tensor | Gathered, high: Tensor, offsets: Tensor) -> Tensor:
         """The gradient of ``A``."""
         found = [
-            self.products.outer(high[:, adapter.ranks].contiguous(), self.dropped(rows, adapter), offsets)
+            self.products.outer(high[:, adapter.ranks].contiguous(), self._taken(rows, adapter), offsets)
             for adapter in self.adapters()
         ]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def _taken(self, rows: Tensor | Gathered, adapter: _Adapter) -> Tensor | Gathered:
+        """What an adapter multiplies of ``rows``: where it drops nothing they need not be brought together."""
+        return self.dropped(together(rows), adapter) if adapter.dropout else rows
 
     def dropped(self, rows: Tensor, adapter: _Adapter) -> Tensor:
         """``rows`` with elements dropped and the others divided by what remains: the same ones at every call."""
@@ -100,7 +105,7 @@ class Projection(NamedTuple):
 
     def _multiply(
         self,
-        rows: Tensor,
+        rows: Tensor | Gathered,
         offsets: Tensor,
         out: Tensor | None,
         low: Tensor | None = None,
@@ -110,5 +115,5 @@ class Projection(NamedTuple):
     ) -> Tensor:
         """By the weight, plus ``low`` by its factors: one sum where a kernel can."""
         if isinstance(self.weight, Stored):
-            return self.products.packed(rows, self.weight, offsets, out, low, factors, back=back != self.turned)
+            return self.products.packed(together(rows), self.weight, offsets, out, low, factors, back=back != self.turned)
         return self.products.rows(rows, self.weight.mT if back else self.weight, offsets, out, low, factors)

@@ -44,7 +44,7 @@ def merge(
     found = adapters("weight", lora, (num_experts, outputs, inputs), torch.empty(0, dtype=wide, device=weight.device))
     if found.A is None or found.B is None:
         return weight, 0.0
-    sums = _Sums(seen, found.A, found.B * _scales(found, weight.device), wide)
+    sums = _Sums(seen, found.A, found.B * _scales(found, found.B), wide)
     if isinstance(seen, PackedExperts):
         old, double_quant = seen.stored(), len(seen.stored().scales) > 1
         stored = pack_each(sums.stored, old.shape, old.format, old.block, old.device, double_quant=double_quant)
@@ -56,10 +56,11 @@ def merge(
     return new.mT if transposed else new, sums.lost_in(new)
 
 
-def _scales(found: Adapters, device: torch.device) -> Tensor:
+def _scales(found: Adapters, like: Tensor) -> Tensor:
     """The scale of each rank."""
     triples = zip(*[iter(found.numbers)] * 3, strict=True)
-    return torch.tensor([scale for rank, scale, _ in triples for _ in range(int(rank))], device=device)
+    each = [scale for rank, scale, _ in triples for _ in range(int(rank))]
+    return torch.tensor(each, dtype=like.dtype, device=like.device)
 
 
 class _Sums(NamedTuple):

@@ -103,7 +103,7 @@ def stored(entries: Entries) -> tuple[Stored, torch.dtype]:
         if state.get("nested_blocksize") != NESTED_BLOCK:
             raise _check.fail(op, "nested_blocksize", f"{NESTED_BLOCK}", state.get("nested_blocksize"))
         _check_table(entries, ".nested_quant_map", dynamic_table(torch.device("cpu")))
-        scales += [entries.take(".nested_absmax"), torch.tensor(float(state["nested_offset"]), device=device)]
+        scales += [entries.take(".nested_absmax"), torch.tensor(state["nested_offset"], dtype=torch.float32, device=device)]
     return Stored(codes, scales, "nf4", block_), dtype or torch.bfloat16
 
 

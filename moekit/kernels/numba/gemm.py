@@ -43,15 +43,19 @@ def grouped_rows(
     out: Tensor | None = None,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_rows`, to which are left: many rows an expert, updates, no dense side."""
+    """See :func:`moekit.ops.gemm.grouped_rows`, to which are left: many rows an expert, updates, no dense side.
+
+    A row's sums are its own, so many rows are not left if they are to have the bits that few have (``invariant``).
+    """
     if low is not None or factors is not None:
         return NotImplemented
     element = element_of(rows.dtype)
     num_experts, width, features = matrices.shape
     if element == NONE or matrices.dtype is not rows.dtype:
         return NotImplemented
-    if not fits(rows, offsets, out, num_experts, width) or not few(rows, offsets, _FEW):
+    if not fits(rows, offsets, out, num_experts, width) or not (invariant or few(rows, offsets, _FEW)):
         return NotImplemented
     expert_step, input_step, feature_step = (step * SIZES[element] for step in matrices.stride())
     if input_step == SIZES[element]:

@@ -114,7 +114,7 @@ def _forward(
     )  # fmt: skip
     if not keep:
         return out if _ran(kernel, rows, y.nbytes + out.nbytes, *args) else NotImplemented
-    kept, scales = torch.empty(y.shape, dtype=torch.float8_e4m3fn), torch.empty(rows)
+    kept, scales = torch.empty(y.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, dtype=torch.float32)
     keeping = _glu_kernels.store_fp8_kernel(element)
     kept_args = (y.data_ptr(), kept.data_ptr(), scales.data_ptr(), features)
     block = max(1, _CACHED_BYTES // max(1, features * SIZES[element]))
@@ -165,7 +165,7 @@ def glu_backward(
 
     dy = torch.empty(y.shape if want_y else 0, dtype=dtype)
     want_weights = want_weights and weights is not None
-    dweights = torch.empty(rows) if want_weights else torch.empty(0, dtype=grad.dtype)
+    dweights = torch.empty(rows, dtype=torch.float32) if want_weights else torch.empty(0, dtype=grad.dtype)
     again = torch.empty((rows, width) if want_out else 0, dtype=dtype)
     want_bias = want_bias and bias is not None
     dbias, bias_sum = _bias_gradient(bias, ready, rows, offsets) if want_bias else (grad.new_empty(0), _glu_kernels.NO_SUM)
@@ -195,15 +195,15 @@ def glu_backward(
 def _bias_gradient(bias: Tensor | None, ready: Tensor | None, rows: int, offsets: Tensor | None) -> tuple[Tensor, int]:
     """Where a kernel writes the bias gradient: its rows as they are, or a float32 sum for each block of rows."""
     if bias is None or ready is None:
-        return torch.empty(0), _glu_kernels.NO_SUM
+        return torch.empty(0, dtype=torch.float32), _glu_kernels.NO_SUM
     if bias.dim() == 2 and offsets is None:
         return torch.empty(ready.shape, dtype=ready.dtype), _glu_kernels.KEEP_ROWS
     blocks = -(-rows // _glu_kernels.BLOCK) + (1 if offsets is None else len(offsets))
-    return torch.empty((blocks, bias.shape[-1])), _glu_kernels.SUM_ROWS
+    return torch.empty((blocks, bias.shape[-1]), dtype=torch.float32), _glu_kernels.SUM_ROWS
 
 
 def _sum_blocks(sums: Tensor, bias: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
-    out = torch.empty(bias.shape)
+    out = torch.empty(bias.shape, dtype=torch.float32)
     experts, features = 1 if offsets is None else len(offsets), bias.shape[-1]
     kernel = _glu_kernels.sum_blocks_kernel()
     run(kernel, experts, sums.nbytes, sums.data_ptr(), address(offsets), rows, features, out.data_ptr())

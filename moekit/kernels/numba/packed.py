@@ -73,15 +73,19 @@ def packed_rows(
     back: bool = False,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.packed_products.packed_rows`, to which many rows an expert and updates are left."""
+    """See :func:`moekit.ops.packed_products.packed_rows`, to which many rows an expert and updates are left.
+
+    With ``invariant`` many rows are not, as in :func:`moekit.kernels.numba.gemm.grouped_rows`.
+    """
     if low is not None or factors is not None:
         return NotImplemented
     num_experts, height, width = stored.shape
     if element_of(rows.dtype) == NONE or not fits(rows, offsets, out, num_experts, height if back else width):
         return NotImplemented
     limit = _FEW if rows.dtype is not torch.bfloat16 else _FEW_BF16_FP8 if stored.format == "fp8" else _FEW_BF16
-    packed = _seen(stored, rows.dtype) if few(rows, offsets, limit) else None
+    packed = _seen(stored, rows.dtype) if invariant or few(rows, offsets, limit) else None
     down = stored.block[0]
     together = down == 1 or down >= height or down % FEATURES == 0  # the rows of a tile have scales of their own, or one
     if packed is None or packed.width != width or not together:

@@ -52,7 +52,7 @@ def topk_router(
     logits, expert_bias = dense(logits), dense(expert_bias, torch.float32)
     tokens, experts = logits.shape
     weights = torch.empty((tokens, k), dtype=logits.dtype)
-    indices, link = torch.empty((tokens, k), dtype=torch.int64), torch.empty(experts)
+    indices, link = torch.empty((tokens, k), dtype=torch.int64), torch.empty(experts, dtype=torch.float32)
     scoring, biased = _scoring(score_function, pre_softmax), expert_bias is not None
     # Every score keeps the order of the logits, and adds ties where it saturates.
     by_logits = by_logits or scoring == kernels.SOFTMAX or not (biased or num_groups)
@@ -85,7 +85,7 @@ def weigh_experts(
         logits.data_ptr(), indices.data_ptr(), experts, slots, *_factors(epsilon, scaling_factor),
         weights.data_ptr(), ctypes.addressof(wrong),
     )  # fmt: skip
-    return NotImplemented if wrong.value else (weights, torch.zeros(experts))
+    return NotImplemented if wrong.value else (weights, torch.zeros(experts, dtype=torch.float32))
 
 
 def _optional(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -101,7 +101,7 @@ def score_sums(logits: Tensor, link: Tensor, score_function: str, padding_mask: 
     logits, padding_mask = dense(logits), dense(padding_mask)
     tokens, experts = logits.shape
     blocks = -(-tokens // kernels.SUMMED)
-    sums = torch.empty((blocks, experts))
+    sums = torch.empty((blocks, experts), dtype=torch.float32)
     run(
         kernels.score_sums_kernel(element, _scoring(score_function, False)), blocks, logits.nbytes * _EFFORT,
         logits.data_ptr(), address(padding_mask), tokens, experts, sums.data_ptr(),

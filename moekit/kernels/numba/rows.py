@@ -113,7 +113,7 @@ def unpermute_backward(
         return NotImplemented
     arguments, _, difference = tables
     drows = torch.empty(rows.shape, dtype=rows.dtype) if want_rows else torch.empty(0, dtype=grad.dtype)
-    dweights = torch.empty(num_rows) if want_weights else torch.empty(0, dtype=grad.dtype)
+    dweights = torch.empty(num_rows, dtype=torch.float32) if want_weights else torch.empty(0, dtype=grad.dtype)
     grad, rows, scaled = dense(grad), dense(rows), _by_row(weights, token_rows, num_rows)
     kernel = _row_kernels.unpermute_backward_kernel(element, grad_element, bool(want_rows), bool(want_weights))
     run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import decode, entries, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
+from moekit.kernels.triton import decode, entries, gathered, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -30,6 +30,8 @@ KERNELS: dict[str, Callable] = {
     "weigh_experts": topk.weigh_experts,
     "unpack": unpack.unpack,
     "grouped_rows": gemm.grouped_rows,
+    "gathered_rows": gathered.gathered_rows,
+    "gathered_glu": gathered.gathered_glu,
     "grouped_slice": gemm.grouped_slice,
     "grouped_add": gemm.grouped_add,
     "packed_rows": gemm.packed_rows,

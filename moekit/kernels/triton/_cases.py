@@ -213,6 +213,27 @@ def _all_products() -> Iterator[Case]:
             yield case("packed_rows", what, x, stored, offsets, None, back, *update, shown=name == "bf16" and not rank)
 
 
+def _all_gathered() -> Iterator[Case]:
+    """Where the copy engine fetches matrices: on others there is nothing to compile."""
+    gates = {
+        "silu": (*_SILU, 0.0, None, False, "concatenated"),
+        "clamp after bias": (*_QUICK, 1.0, 7.0, True, "interleaved"),
+        "relu2": (*_RELU2, 0.0, None, False, "ungated"),
+    }
+    for (name, dtype), rows, back in itertools.product(_DTYPES.items(), (_R, 4096), (False, True)):
+        if name == "fp32":
+            continue
+        tokens, weight, offsets = _meta(rows // _K, _H, dtype=dtype), _meta(_E, 2 * _I, _H, dtype=dtype), _integers(_E)
+        matrices = weight.transpose(1, 2).contiguous() if back else weight.mT
+        what = f"{name} R={rows}" + (" back" if back else "")
+        args = (tokens, _integers(rows), matrices, offsets)
+        yield Case(f"gathered_rows {what}", "gathered_rows", args, aligned=False)
+        for (label, gate), keep in itertools.product(gates.items(), (False, True)):
+            bias = _meta(_E, 2 * _I) if "bias" in label else None
+            given = (*args, _meta(rows), bias, keep, False, *gate)
+            yield Case(f"gathered_glu {what} {label}" + " kept" * keep, "gathered_glu", given, aligned=False)
+
+
 def _all_decoding() -> Iterator[Case]:
     """With one row an expert and with four: sums, and matrix instructions."""
     forms = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
@@ -226,5 +247,5 @@ def _all_decoding() -> Iterator[Case]:
 
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
     """All of them, or those that ``select`` takes."""
-    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_decoding):
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_gathered, _all_decoding):
         yield from filter(select, family())

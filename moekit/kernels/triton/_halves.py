@@ -106,6 +106,13 @@ def finish_pair(
     gate_bias, up_bias = 0.0, 0.0
     if bias is not None:
         gate_bias, up_bias = load_pair(bias, row, stride, start, width, inside, LAYOUT, BLOCK_C)
+    return bounded_pair(gate, up, gate_bias, up_bias, clamp, bias is not None, CLAMP)
+
+
+@triton.jit
+def bounded_pair(gate, up, gate_bias, up_bias, clamp, BIASED: tl.constexpr, CLAMP: tl.constexpr):
+    """:func:`finish_pair` with the bias at hand."""
+    if BIASED:
         if CLAMP != "before_bias":
             gate += gate_bias
             up += up_bias
@@ -115,7 +122,7 @@ def finish_pair(
         gate = tl.where(gate > clamp, clamp, gate)
         up = tl.where(up > clamp, clamp, tl.where(up < -clamp, -clamp, up))
     if CLAMP == "before_bias":
-        if bias is not None:
+        if BIASED:
             gate += gate_bias
             up += up_bias
     return gate, up, gate_inside, up_inside

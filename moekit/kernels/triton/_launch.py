@@ -67,9 +67,14 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None = None, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty."""
+    """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty.
+
+    Whether a product and an addition may become one instruction, which rounds once, is said at every launch: releases of
+    Triton differ in what they do unasked. They may where a kernel does not say otherwise.
+    """
     if 0 in grid:
         return
+    constants.setdefault("enable_fp_fusion", True)
     constants["num_warps"] = 4 if config is None else config.warps
     if config is not None and config.registers is not None and torch.version.hip is None:
         constants["maxnreg"] = config.registers

@@ -43,12 +43,18 @@ class Shape(NamedTuple):
         """On average."""
         return self.num_rows / max(self.num_experts, 1)
 
+    def of_any_rows(self, rows_an_expert: int = 1024) -> Shape:
+        """The same with that many rows an expert: cut by it, a product is cut alike whatever rows there are."""
+        return self._replace(num_rows=rows_an_expert * self.num_experts)
+
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
+_MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has before or behind a product
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
 _STEPS = (16, 48, 320)
+FEW = _STEPS[1]
 _STEPS_OF = {"nf4": (16, 48, 192)}  # whose table takes longest to look up
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
@@ -80,6 +86,21 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     else:
         cut = Blocks(128, 256, 64, 8, 4 if updated else 3, 1, flat=True)
     return cut._replace(flat=cut.flat and not updated)
+
+
+def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> Blocks | None:
+    """Of rows that threads fetch one by one, by matrices that the copy engine does; ``gate`` is what comes behind it.
+
+    An error function does not fit into the registers, nor what is not "plain" (a bias, a clamp) if there is one loop.
+    Products are 4% slower by it: more than the copy of the rows takes, if there is much to multiply for each number of them.
+    """
+    if arch not in _DESCRIBED or dtype not in _HALVES or shape.width <= 64 or gate == "gelu":
+        return None
+    if shape.depth * shape.width > _MOST_PER_MOVE * (shape.depth + shape.width):
+        return None
+    if shape.rows_an_expert <= 128:
+        return Blocks(64, 128, 128, 4, 4, 1, flat=True)
+    return Blocks(128, 256, 64, 8, 3, 1, flat=gate in ("", "plain"))
 
 
 def plain(dtype: torch.dtype) -> Blocks:

@@ -73,7 +73,11 @@ def low_rank(
 
 
 @triton.jit
-def store(out, value, row, column, end, width, stride_out):
-    """Write those rows of a tile that are its expert's, rounded once."""
-    place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
-    tl.store(place, value.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width)[None, :])
+def store(out, value, top, column, end, width, stride_out):
+    """Write those rows of a tile, from ``top`` on, that are its expert's, rounded once.
+
+    Only the address of the first row is long: those of all elements would take a quarter of the registers.
+    """
+    row = tl.arange(0, value.shape[0])
+    place = (out + top.to(tl.int64) * stride_out) + (row[:, None] * stride_out + column[None, :])
+    tl.store(place, value.to(out.dtype.element_ty), mask=(row < end - top)[:, None] & (column < width)[None, :])

@@ -61,7 +61,7 @@ def _described_kernel(
                 total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
                 stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
             )  # fmt: skip
-        store(out, total, row, column, end, width, stride_out)
+        store(out, total, top, column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
@@ -120,7 +120,7 @@ def _fetched_kernel(
                 total = tl.dot(tl.trans(w) if BACK else w, tl.trans(x), total, input_precision="ieee")
             else:
                 total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
-        store(out, tl.trans(total) if TURNED else total, top + tl.arange(0, BLOCK_M), column, end, width, stride_out)
+        store(out, tl.trans(total) if TURNED else total, top, column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -142,7 +142,7 @@ def _add_kernel(
             before, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
             stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
         )  # fmt: skip
-        store(out, total, row, column, end, width, stride_out)
+        store(out, total, top, column, end, width, stride_out)
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -178,19 +178,20 @@ def _update(low: Tensor | None, factors: Tensor | None) -> _Update:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; of one that is not there, as many as an H100 has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _grid(cut: Blocks, shape: Shape, device: torch.device) -> tuple[int]:
+def grid(cut: Blocks, shape: Shape, device: torch.device) -> tuple[int]:
     """Programs: no more than there can be tiles, as every expert with rows may have a block that is not full."""
     experts = min(shape.num_experts, shape.num_rows)
     blocks = experts + (shape.num_rows - experts) // cut.rows
-    return (min(blocks * _launch.blocks(shape.width, cut.columns), cut.programs * _processors(device)),)
+    return (min(blocks * _launch.blocks(shape.width, cut.columns), cut.programs * processors(device)),)
 
 
-def _sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
+def sizes(cut: Blocks, num_experts: int) -> dict[str, int]:
+    """The constants that say how a product is cut."""
     return {
         "BLOCK_M": cut.rows,
         "BLOCK_N": cut.columns,
@@ -228,13 +229,13 @@ def _fetched(
     rows = _launch.rows_of(rows)
     tensors, strides, constants, back = weights
     _launch.launch(
-        _fetched_kernel, _grid(cut, shape, out.device),
+        _fetched_kernel, grid(cut, shape, out.device),
         rows, *tensors, *update, offsets.contiguous(), out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         rows.stride(0), out.stride(0), *strides, *update.sizes,
         **constants, BACK=back, TURNED=cut.turned, **update.parts, BLOCK_K=cut.depth,
         EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
-        **_sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
+        **sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
     )  # fmt: skip
     return out
 
@@ -249,7 +250,7 @@ def _described(
 
 def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any, bool]:
     """What tells the copy engine where rows and matrices are, and whether the matrices are stored as they are seen."""
-    back = _describes(matrices)
+    back = describes(matrices)
     box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
     described = TensorDescriptor.from_tensor(matrices if back else matrices.mT, box)
     return TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]), described, back
@@ -264,13 +265,13 @@ def _multiplying(
     """
     shape, device, offsets = _shape(rows, matrices), out.device, offsets.contiguous()
     described_rows, described, back = _descriptors(rows, matrices, cut)
-    sizes = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
-    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **_sizes(cut, shape.num_experts)}
+    numbers = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
+    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **sizes(cut, shape.num_experts)}
 
     def multiply(first: int, count: int, factors: Tensor | None) -> None:
         _launch.launch(
-            _described_kernel, _grid(cut, shape._replace(num_experts=count), device),
-            offsets, described_rows, described, update.low, factors, out, shape.num_rows, first, count, *sizes,
+            _described_kernel, grid(cut, shape._replace(num_experts=count), device),
+            offsets, described_rows, described, update.low, factors, out, shape.num_rows, first, count, *numbers,
             **constants, config=cut,
         )  # fmt: skip
 
@@ -281,14 +282,15 @@ def _shape(rows: Tensor, matrices: Tensor) -> Shape:
     return Shape(rows.shape[0], *matrices.shape)
 
 
-def _describes(x: Tensor) -> bool:
+def describes(x: Tensor) -> bool:
     """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
     steps = [stride * x.itemsize for stride in x.stride()[:-1]]
     return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
-def _describable(rows: Tensor, matrices: Tensor) -> bool:
-    return _describes(rows) and (_describes(matrices) or _describes(matrices.mT))
+def describable(rows: Tensor, matrices: Tensor) -> bool:
+    """Whether descriptors can be made of both, the matrices stored either way."""
+    return describes(rows) and (describes(matrices) or describes(matrices.mT))
 
 
 def grouped_rows(
@@ -298,14 +300,23 @@ def grouped_rows(
     out: Tensor | None = None,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster."""
-    arch, updated = _launch.arch(rows.device).name, low is not None
-    cut = _policy.described(_shape(rows, matrices), rows.dtype, arch, updated=updated)
-    if cut is None or not _fits(rows, offsets, low, factors, matrices, out) or not _describable(rows, matrices):
+    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster.
+
+    With ``invariant`` the number of rows decides on nothing, and PyTorch's product, by which it does, is not resorted to.
+    """
+    arch, updated, shape = _launch.arch(rows.device).name, low is not None, _shape(rows, matrices)
+    cut = _policy.described(shape.of_any_rows() if invariant else shape, rows.dtype, arch, updated=updated)
+    fetched = cut is None or not describable(rows, matrices)
+    if (fetched and not invariant) or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
-    out = _room(rows, matrices.shape[2], out)
-    return NotImplemented if out is None else _described(rows, matrices, offsets, 0, out, cut, _update(low, factors))
+    out, update = _room(rows, matrices.shape[2], out), _update(low, factors)
+    if out is None:
+        return NotImplemented
+    if fetched:
+        return _fetched(rows, _dense(matrices), offsets, 0, shape, out, _policy.plain(rows.dtype), update)
+    return _described(rows, matrices, offsets, 0, out, cut, update)
 
 
 def grouped_slice(
@@ -322,7 +333,7 @@ def grouped_slice(
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
-    if cut is not None and _describable(rows, matrices):
+    if cut is not None and describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
     return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
 
@@ -344,15 +355,20 @@ def packed_rows(
     back: bool,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster."""
-    if not back and low is None:
+    """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster.
+
+    With ``invariant`` weights are unpacked in registers whatever the number of rows, and in tiles of one size.
+    """
+    if not back and low is None and not invariant:
         few = decode.packed_rows_few(rows, stored, offsets, out)
         if few is not NotImplemented:
             return few
     num_experts, height, width = stored.shape
     shape = Shape(rows.shape[0], num_experts, *((height, width) if back else (width, height)))
-    cut = _policy.packed(shape, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
+    cut_for = shape.of_any_rows(_policy.FEW) if invariant else shape
+    cut = _policy.packed(cut_for, stored.format, rows.dtype, _launch.arch(rows.device).name, back=back)
     if cut is None or not _fits(rows, offsets, low, factors, out) or not _packed.reads(stored):
         return NotImplemented
     out = _room(rows, shape.width, out)
@@ -381,7 +397,7 @@ def packed_slices(
     matrices = workspace if back else workspace.mT
     shape = _shape(rows, matrices)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
-    if cut is None or not _describable(rows, matrices):
+    if cut is None or not describable(rows, matrices):
         return NotImplemented
     update = _update(low, factors)
     unpack, multiply = unpacking(stored, workspace), _multiplying(rows, matrices, offsets, out, cut, update)
@@ -399,9 +415,9 @@ def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> A
     if update.low is None:
         return out
     _launch.launch(
-        _add_kernel, _grid(cut, shape, out.device),
+        _add_kernel, grid(cut, shape, out.device),
         *update, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.width,
         _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes,
-        **update.parts, **_sizes(cut, shape.num_experts), config=cut,
+        **update.parts, **sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
     return out

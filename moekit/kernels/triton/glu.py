@@ -89,7 +89,7 @@ def _storable(x, inverse):
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
-_LAYOUTS = {"concatenated": "concatenated", "interleaved": "interleaved", "ungated": "ungated"}
+LAYOUTS = {"concatenated": "concatenated", "interleaved": "interleaved", "ungated": "ungated"}
 
 
 def describe(
@@ -108,7 +108,7 @@ def describe(
     strides = (y.stride(0), 0 if bias is None else row_stride(bias))
     return {
         "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
-        "LAYOUT": _check.known("the triton kernels", "layout", layout, _LAYOUTS),
+        "LAYOUT": _check.known("the triton kernels", "layout", layout, LAYOUTS),
         "CLAMP": where,
         "BIAS": kind,
         "MULTIPLE": _launch.multiple(width, *strides),

@@ -255,6 +255,8 @@ def unpermute_backward(
     grad, rows = _launch.rows_of(grad), _launch.rows_of(rows)
     num_tokens, (num_rows, width) = grad.shape[0], rows.shape
     config = _launch.tile("unpermute_backward", rows.device, rows.dtype)
+    if rows.dtype is torch.float32:  # with no limit the assembler of Triton 3.6 spills to stay at 32
+        config = config._replace(registers=96)
     most = _rows_at_once(num_tokens, token_rows.shape[0])
     block_k, block_c = _launch.shape_tile(rows.device, width, config, min_rows=most)
     # A row that fills fewer threads takes fewer, so that each still reads 16 bytes at a time.

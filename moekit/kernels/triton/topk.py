@@ -288,7 +288,8 @@ def topk_router(
     groups, score, biased = num_groups or 1, _score(score_function, pre_softmax), expert_bias is not None
     weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=logits.device)
     indices = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
-    link = torch.empty(num_experts, device=logits.device) if num_tokens else torch.zeros(num_experts, device=logits.device)
+    make = torch.empty if num_tokens else torch.zeros  # where there is a token a kernel writes it
+    link = make(num_experts, dtype=torch.float32, device=logits.device)
     block_g, block_s = _launch.power_of_two(groups), _launch.power_of_two(num_experts // groups)
     tile = max(_ENTRIES // (block_g * block_s), 1)
     _launch.launch(
@@ -331,7 +332,7 @@ def weigh_experts(
         _scaling(scaling_factor),
         K=k, SCORE=_score(score_function, pre_softmax), TILE=tile, BLOCK_E=block_e, BLOCK_K=_launch.power_of_two(k),
     )  # fmt: skip
-    return weights, torch.zeros(num_experts, device=logits.device)
+    return weights, torch.zeros(num_experts, dtype=torch.float32, device=logits.device)
 
 
 def _optional(value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -348,7 +349,7 @@ def score_sums(logits: Tensor, link: Tensor, score_function: str, padding_mask: 
     block_e = _launch.power_of_two(num_experts)
     tile = max(_ENTRIES // block_e, 1)
     programs = _launch.blocks(num_tokens, tile * _TILES)
-    sums = torch.empty(programs, num_experts, device=logits.device)
+    sums = torch.empty(programs, num_experts, dtype=torch.float32, device=logits.device)
     _launch.launch(
         _score_sums_kernel, (programs,),
         logits, _launch.dense(padding_mask), sums, num_tokens, num_experts, logits.stride(0),

@@ -1,0 +1,230 @@
+"""The expert MLP on one GPU: this state of moekit, an older one, and peers, in one process.
+
+    python benchmarks/gpu_experts.py --out DIR [--old PACKAGE] [--shapes qwen3 small ...]
+
+Same inputs and routing for all, medians of interleaved timings by CUDA events around a few calls in a row (which includes
+the host, where it is the slower one) and around a replayed graph (which does not); peak memory of a training step above its
+parameters and inputs; small batches without gradients against reading the weights of the experts that have rows.
+
+``--old`` is a package of an older state under another name: ``moekit`` and all mentions of it renamed, so that both can be
+imported. Writes ``gpu_experts.json``, and with an old
+state ``gpu_experts.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES = {  # tokens, hidden, intermediate, experts, experts a token
+    "qwen3": (16384, 2048, 768, 128, 8),
+    "qwen3-8k": (8192, 2048, 768, 128, 8),
+    "small": (24576, 1536, 256, 128, 8),
+    "olmoe": (16384, 2048, 1024, 64, 8),
+    "gpt-oss": (16384, 2880, 2880, 32, 4),
+    "mixtral": (16384, 4096, 14336, 8, 2),
+    "fine": (32768, 4096, 1024, 128, 8),
+}
+SMALL_BATCHES = (1, 8, 64, 256)
+ROUNDS, CALLS = 7, 4
+
+
+def inputs(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Leaves, indices and the output's gradient."""
+    tokens, hidden, inner, experts, topk = shape
+    torch.manual_seed(0)
+    drawn = {"x": (tokens, hidden), "gate_up": (experts, 2 * inner, hidden), "down": (experts, hidden, inner)}
+    leaves = {name: torch.randn(*size, device="cuda", dtype=torch.bfloat16) for name, size in drawn.items()}
+    for name in ("gate_up", "down"):
+        leaves[name] *= 0.02
+    weights, indices = torch.softmax(torch.randn(tokens, experts, device="cuda"), -1).topk(topk, -1)
+    leaves["weights"] = (weights / weights.sum(-1, keepdim=True)).bfloat16()
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    return leaves | {"indices": indices, "grad": torch.randn_like(leaves["x"])}
+
+
+def contenders(old: str | None) -> dict[str, Callable[..., torch.Tensor]]:
+    """Functions of the inputs, by name."""
+
+    def of(package: str, **options: Any) -> Callable[..., torch.Tensor]:
+        experts = importlib.import_module(package).experts
+        return lambda d: experts(d["x"], (d["indices"], d["weights"]), d["gate_up"], d["down"], **options)
+
+    found = {"moekit": of("moekit"), "moekit fp8": of("moekit", save="fp8")}
+    found["moekit batch-invariant"] = of("moekit", batch_invariant=True)
+    return found | ({"old": of(old)} if old else {})
+
+
+def forward(run: Callable, data: dict) -> Callable[[], None]:
+    def call() -> None:
+        with torch.no_grad():
+            run(data)
+
+    return call
+
+
+def step(run: Callable, data: dict) -> Callable[[], None]:
+    leaves = [data[name] for name in ("x", "gate_up", "down", "weights")]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        run(data).backward(data["grad"])
+
+    return call
+
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The same as a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def milliseconds(calls: dict[str, Callable], count: int = CALLS) -> dict[str, float]:
+    """Medians of interleaved runs of ``count`` calls."""
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(count):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / count)
+    return {name: round(statistics.median(found), 4) for name, found in times.items()}
+
+
+def peak(call: Callable[[], None], data: dict) -> int:
+    """MiB that a training step takes at most, above what is there before it."""
+    call()
+    for name in ("x", "gate_up", "down", "weights"):
+        data[name].grad = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def training(name: str, old: str | None) -> dict[str, Any]:
+    """Times and peaks at one shape."""
+    data = inputs(SHAPES[name])
+    runs = contenders(old)
+    calls = {who: step(run, data) for who, run in runs.items()}
+    found: dict[str, Any] = {"peak MiB": {who: peak(call, data) for who, call in calls.items()}}
+    quick = {who: forward(run, data) for who, run in runs.items() if who != "moekit fp8"}
+    found["forward"], found["forward + backward"] = milliseconds(quick), milliseconds(calls)
+    for leaf in ("x", "gate_up", "down", "weights"):
+        data[leaf].grad = None
+    timed = [who for who in ("moekit", "old") if who in runs]
+    found["forward, graph"] = milliseconds({who: captured(quick[who]) for who in timed})
+    found["forward + backward, graph"] = milliseconds({who: captured(calls[who]) for who in timed})
+    return found
+
+
+def small_batches(old: str | None, copy: float) -> dict[str, Any]:
+    """Microseconds of a layer in a graph that goes through two sets of weights, and what reading these takes."""
+    found: dict[str, Any] = {}
+    _, hidden, inner, experts, topk = SHAPES["qwen3"]
+    for tokens in SMALL_BATCHES:
+        sets = [inputs((tokens, hidden, inner, experts, topk)) for _ in range(2)]
+
+        def both(run: Callable, sets: list = sets) -> Callable[[], None]:
+            def call() -> None:
+                with torch.no_grad():
+                    for data in sets:
+                        run(data)
+
+            return call
+
+        runs = {who: captured(both(run)) for who, run in contenders(old).items() if who != "moekit fp8"}
+        touched = sum(len(data["indices"].unique()) for data in sets) / 2
+        times = {who: round(time * 500, 1) for who, time in milliseconds(runs, 10).items()}
+        found[str(tokens)] = {"experts": touched, "reading": round(touched * 6 * hidden * inner / copy / 1e3, 1), **times}
+    return found
+
+
+def ceilings() -> tuple[float, float]:
+    """TFLOP/s of a dense bf16 product, and GB/s of a copy, read and written."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(2**31, device="cuda", dtype=torch.uint8).fill_(1)
+    target = torch.empty_like(source)
+    found = milliseconds({"product": lambda: a @ a, "copy": lambda: target.copy_(source)})
+    return 2 * 8192**3 / found["product"] / 1e9, 2 * source.numel() / found["copy"] / 1e6
+
+
+def draw_chart(results: dict[str, Any], path: Path) -> None:
+    """Bars: how many times as fast as the old state the graphs are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8))
+    for axes, what in zip(panels, ("forward", "forward + backward"), strict=True):
+        times = {name: found[f"{what}, graph"] for name, found in results["shapes"].items()}
+        ratios = {name: time["old"] / time["moekit"] for name, time in times.items()}
+        bars = axes.bar(list(ratios), list(ratios.values()))
+        axes.bar_label(bars, fmt="%.2f")
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set_title(f"{what}: times as fast as the old state")
+        axes.tick_params(axis="x", rotation=30)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--old", help="the package of an older state, under another name")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    options = parser.parse_args()
+    product, copy = ceilings()
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dense TFLOP/s": round(product),
+        "copy GB/s": round(copy),
+        "shapes": {},
+    }
+    print(results, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        (options.out / "gpu_experts.json").write_text(json.dumps(results, indent=1))
+
+    results["small batches"] = small_batches(options.old, copy)
+    print(json.dumps(results["small batches"]), flush=True)
+    for name in options.shapes:
+        results["shapes"][name] = training(name, options.old)
+        print(name, json.dumps(results["shapes"][name]), flush=True)
+        torch.cuda.empty_cache()
+        write()
+    if options.old:
+        draw_chart(results, options.out / "gpu_experts.png")
+
+
+if __name__ == "__main__":
+    main()
