@@ -318,9 +318,9 @@ def measured_on_a_rank() -> dict[str, dict[str, Any]]:
     }
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("ep", "tp"))
     found = {}
-    for name in ("moekit", "all_to_all"):
+    for name, options in {"moekit": {"kind": "all_to_all"}, "all_to_all": {}}.items():
         module = experts_of("Qwen3Moe", "moekit", dist.get_rank(), dist.get_world_size(), inner=48, **WIDE)
-        implementation = interface()[name](module, mesh["ep"], mesh["tp"])
+        implementation = interface()[name](module, mesh["ep"], mesh["tp"], **options)
         x, weights = given["x"].clone().requires_grad_(), given["weights"].clone().requires_grad_()
         with Sent() as sent, moekit.ep.traffic() as seen:
             with kept(module) as saved:

@@ -76,6 +76,7 @@ class Exchange:
         after: Sequence[Tensor] = (),
         beside: Beside | None = None,
     ) -> None:
+        # The tables of a way are held here, not by autograd: what is kept of results would be sent again under a checkpoint.
         self.way, self.along, self.arranged, self.beside = way, along, arranged, beside
         self.backend = _backend.current()  # also of backward, wherever that is
         # What travels is not among autograd's tensors, for its shape is another on the way back.
