@@ -84,7 +84,8 @@ def computable(op: str, name: str, value: Tensor) -> None:
     if type(value) not in _PLAIN:
         tensor(op, name, value)
         if not transparent(value):
-            hint = "moekit.ep.part(weight) is what this rank has" if sharded(value) else "unwrap or dequantise it first"
+            part = "moekit.ep.part(weight) is what this rank has, weight.full_tensor() the whole"
+            hint = part if sharded(value) else "unwrap or dequantise it first"
             got = f"a {type(value).__name__} of dtype {value.dtype}; {hint}"
             raise wrong_type(op, name, f"a plain tensor of {names_of(FLOATS)}", got)
     if value.dtype not in FLOATS:

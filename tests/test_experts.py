@@ -410,7 +410,9 @@ def test_the_output_is_its_own():
 
 
 def test_compiles_whole_for_any_number_of_tokens():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a second to import
+
+    counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(lambda i, **inputs: ours(i)(**inputs), fullgraph=True, backend=counter)
     for rows in (T, 7, 9, 5):
         inputs = {n: v for n, v in make(dtype=torch.float32).items() if v is not None}

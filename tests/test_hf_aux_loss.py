@@ -305,6 +305,7 @@ def test_a_forward_that_accelerate_wraps():
     model = make("MiniMaxM2")
     theirs = model(**batch()).aux_loss
     fix_aux_loss(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer's, of a test before
     try:
         wrapped = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
         output = wrapped(**batch())

@@ -62,8 +62,9 @@ def dispatcher(
     if kind == "auto":
         ranks = 1 if group is None else process_group(op, group).size()
         chosen = choose(ranks, topk)
-        having_all = [other for other in KINDS if {*options} <= {*_options(other)} and (group is not None or other == "local")]
-        chosen = chosen if chosen in having_all or not having_all else having_all[0]
+        taking = [other for other in KINDS if {*options} <= {*_options(other)}]
+        if chosen not in taking and taking and group is not None:
+            chosen = taking[0]
     for name, value in options.items():
         having = [other for other in KINDS if name in _options(other)]
         if chosen not in having:
