@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 # Files of half a minute and more, in this order and before all others: what either process takes up last is short.
 SLOWEST = (
     "triton_suites",
+    "ep_hf",
     "differential",
     "numba_kernels",
     "glu",
@@ -25,6 +26,11 @@ SLOWEST = (
     "golden",
     "compile",
     "demo",
+    "ep",
+    "ep_layer",
+    "ep_calls",
+    "ep_checkpoint",
+    "ep_faults",
 )
 
 
