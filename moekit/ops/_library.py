@@ -142,10 +142,15 @@ in_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def runs_plainly(*tensors: Tensor) -> bool:
     """Whether what is called now computes, and nothing but that: no compiler, transform, mode or trace looks on.
 
-    In the backward of batched gradients (``is_grads_batched``) only the tensors say that there is a transform.
+    In the backward of batched gradients (``is_grads_batched``) only the tensors say that there is a transform, and with
+    shapes alone (on ``meta``, in a subclass) only they say that there is nothing to compute.
     """
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
-    return not watched and not _within_levels() and not any(map(is_legacy_batchedtensor, tensors))
+    return not watched and not _within_levels() and all(map(_holds_numbers, tensors))
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.device.type != "meta" and not is_legacy_batchedtensor(tensor)
 
 
 def owns_what_it_saves() -> bool:
