@@ -120,7 +120,14 @@ def in_groups() -> tuple[str, float]:
         if rank in ranks:
             mine = group, acts if rank == ranks[-1] else (nothing,) * 3
     group, acts = mine
+    message(lambda: early(group))
     return step(group, *acts)
+
+
+def early(group: dist.ProcessGroup) -> None:
+    """An error that all get over, and whose reports say nothing of the next."""
+    with named("test", group):
+        raise RuntimeError("early")
 
 
 def test_others_name_the_rank_that_does_not_answer(tmp_path: Path):

@@ -27,8 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 _SHARE_TO_ASK, _LEAST_TO_ASK, _MOST_TO_ASK = 0.05, 1.0, 5.0  # of the timeout, and seconds, until a rank counts as gone
+_FIRST = "moekit/first"  # the key of the first report
 
 _hosts: dict[int, str] = {}  # by rank of the default group, as far as known
+_reported: set[str] = set()  # the groups in whose stores this rank has reported in, by name
 
 
 def remember_hosts(hosts: Mapping[int, str]) -> None:
@@ -46,6 +48,17 @@ def named(op: str, group: dist.ProcessGroup) -> Iterator[None]:
     except RuntimeError as error:
         me = _who([dist.get_global_rank(group, group.rank())])
         raise RuntimeError(f"moekit.{op}: failed on {me}; {Inquiry(op, group, error).result()}: {error}") from error
+    if _reported:
+        _withdraw(group)
+
+
+def _withdraw(group: dist.ProcessGroup) -> None:
+    """Take reports back: the group works again, and the next failure is another."""
+    if group.group_name in _reported:
+        _reported.discard(group.group_name)
+        store: Any = group.get_group_store()
+        store.delete_key(_key(dist.get_global_rank(group, group.rank())))
+        store.delete_key(_FIRST)
 
 
 def read(values: Tensor, op: str, group: dist.ProcessGroup) -> Callable[[], list[Any]]:
@@ -100,6 +113,7 @@ class Inquiry(threading.Thread):
     def __init__(self, op: str, group: dist.ProcessGroup, error: BaseException) -> None:
         super().__init__(name="moekit.ep", daemon=True)
         self.store: Any = group.get_group_store()
+        _reported.add(group.group_name)
         self.ranks = dist.get_process_group_ranks(group)
         self.mine = self.ranks[group.rank()]
         self.report = f"{_who([self.mine])}, in moekit.{op}: {str(error).splitlines()[0]}"
@@ -116,7 +130,7 @@ class Inquiry(threading.Thread):
         """Ask."""
         try:
             store = self.store.clone()  # a connection of its own: another thread may be waiting on the group's
-            first = store.compare_set("moekit/first", "", self.report).decode()
+            first = store.compare_set(_FIRST, "", self.report).decode()
             store.set(_key(self.mine), self.report)
             missing = _wait_for(store, self.ranks, self.seconds)
         except RuntimeError:
