@@ -55,7 +55,6 @@ _HALVES = (torch.bfloat16, torch.float16)
 # for each block of rows.
 _STEPS = (16, 48, 320)
 FEW = _STEPS[1]
-_STEPS_OF = {"nf4": (16, 48, 192)}  # whose table takes longest to look up
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
     Blocks(32, 64, 64, 4, 4, 6, registers=255),
@@ -65,8 +64,6 @@ _LEAN = (
 _SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
 # By architecture, format and direction. What spills a register is not among them, faster or not.
 _MEASURED = {
-    ("9", "nf4", False): (_SMALL, Blocks(64, 128, 64, 4, 4, 3), _SHALLOW),
-    ("9", "nf4", True): (_SMALL, _WIDE, _SHALLOW),
     **{("9", "mxfp4", b): (Blocks(32, 64, 128, 4, 4, 6), _WIDE, Blocks(128, 128, 64, 4, 3, 2)) for b in (False, True)},
     **{("9", f, False): (Blocks(32, 128, 128, 4, 3, 4), _WIDE, Blocks(128, 256, 64, 8, 3, 1)) for f in ("fp8", "int8")},
     **{("9", f, True): (_SMALL, _WIDE, _SHALLOW) for f in ("fp8", "int8")},
@@ -110,13 +107,14 @@ def plain(dtype: torch.dtype) -> Blocks:
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
-    rows, steps = shape.rows_an_expert, _STEPS_OF.get(form, _STEPS)
-    if rows > steps[-1]:
+    rows = shape.rows_an_expert
+    # nf4's table is looked up by a gather, which in a pipelined product gave other bits from run to run on an H200.
+    if rows > _STEPS[-1] or (form == "nf4" and arch.isdecimal()):
         return None
     if dtype not in _HALVES:
         return plain(dtype)
     cuts = _MEASURED.get((arch, form, back), _LEAN)
-    return next(cut for step, cut in zip(steps, cuts, strict=True) if rows <= step)._replace(turned=True)
+    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
 
 
 def low_rank(dtype: torch.dtype) -> Blocks:
