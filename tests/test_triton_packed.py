@@ -259,3 +259,32 @@ def test_what_is_left_to_slices(cut):
     assert KERNELS["packed_rows"](few.repeat(200, 1), packed, offsets, None, False) is NotImplemented, "many rows"
     assert KERNELS["unpack"](odd, 0, 2, torch.bfloat16, None) is NotImplemented
     assert KERNELS["unpack"](packed, 0, 2, torch.float64, None) is NotImplemented
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: whether threads race shows in large products alone")
+@pytest.mark.parametrize("tokens", [4, 256, 2048, 4096, 16384])
+@pytest.mark.parametrize("form", ["", "nf4", "mxfp4", "fp8", "int8"])
+def test_a_step_has_the_same_bits_every_time(form, tokens):
+    """The layer of Qwen3-30B-A3B with adapters, on either side of every number of rows at which the kernels change."""
+    experts_, hidden, inner, rank = (128, 2048, 768, 16) if GPU else (4, 64, 32, 2)
+    torch.manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) * 0.1
+
+    weights = drawn(experts_, 2 * inner, hidden), drawn(experts_, hidden, inner)
+    weights = tuple(moekit.pack(weight, form) for weight in weights) if form else weights
+    x, p = drawn(tokens, hidden).requires_grad_(), torch.rand(tokens, 8, device=DEVICE).requires_grad_()
+    indices = torch.rand(tokens, experts_, device=DEVICE).topk(min(8, experts_)).indices
+    factors = drawn(experts_, rank, hidden), drawn(experts_, 2 * inner, rank), drawn(experts_, rank, inner)
+    factors = [factor.requires_grad_() for factor in (*factors, drawn(experts_, hidden, rank))]
+    lora = {"gate_up": moekit.Lora(*factors[:2]), "down": moekit.Lora(*factors[2:])}
+
+    def step():
+        out = moekit.experts(x, (indices, p[:, : indices.shape[1]]), *weights, lora=lora)
+        return [out, *torch.autograd.grad(out, [x, p, *factors], torch.ones_like(out))]
+
+    first = step()
+    assert all(value.abs().max() > 0 for value in first)
+    for _ in range(4):
+        assert all(map(torch.equal, step(), first))
