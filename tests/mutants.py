@@ -239,7 +239,7 @@ MUTANTS_OF_RANKS: dict[str, Callable[[], None]] = {
     "every round is kept for backward": attribute(
         "ep._rounds", "checkpoint", lambda checkpoint: lambda run, *args, **options: run(*args)
     ),
-    "received rows are kept, redispatch or not": attribute("ep.all_to_all", "Again", lambda again: lambda *args: None),
+    "received rows are kept, redispatch or not": attribute("ep.all_to_all", "Redispatch", lambda again: lambda *args: None),
     "a part of a token from another rank is forgotten": attribute(
         "ep._ways",
         "Collect",

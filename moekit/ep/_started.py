@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ep._again import Again
 from moekit.ep._eager import eager
 from moekit.ep._exchange import Exchange
 from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares
+from moekit.ep._redispatch import Redispatch
 from moekit.ep._ways import Message, Way
 from moekit.routing import Routing
 
@@ -30,14 +30,14 @@ class Handle:
         shape: ``[N, H]``, of the rows.
         way: that of results.
         ties: of the exchanges that brought the rows; None: it was used.
-        again: what brings the rows again in backward, or None.
+        redispatch: what brings the rows again in backward, or None.
     """
 
     op: str
     shape: torch.Size
     way: Way
     ties: tuple[Tensor, ...] | None
-    again: Again | None
+    redispatch: Redispatch | None
 
     @eager
     def take_back(self, rows: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Handle:
         ties, self.ties = self.ties, None
         if ties is None:
             raise _check.fail(self.op, "handle", "of a dispatch that has not been combined", "one that was used")
-        return Exchange(rows, self.way, after=ties, beside=self.again).wait().rows
+        return Exchange(rows, self.way, after=ties, beside=self.redispatch).wait().rows
 
 
 def combine(op: str, rows: Tensor, handle: object) -> Tensor:
@@ -66,7 +66,7 @@ class Started:
     rows: Exchange
     num_slots: int | None
     overflow: Overflow | None
-    again: Again | None
+    redispatch: Redispatch | None
 
     @eager
     def finish(self) -> tuple[Tensor, Routing, Handle]:
@@ -75,13 +75,13 @@ class Started:
         numbers: Any = slots.along
         local = self.shares.local(numbers, slots.rows, self.num_slots, self.overflow)
         rows = self.rows.wait()
-        handle = Handle(self.shares.op, rows.rows.shape, self.rows.way.back(), (slots.tie, rows.tie), self.again)
+        handle = Handle(self.shares.op, rows.rows.shape, self.rows.way.back(), (slots.tie, rows.tie), self.redispatch)
         return rows.rows, local, handle
 
     def through(self, experts: Experts) -> Tensor:
         """The experts' results, ``[T, H]``."""
         rows, local, handle = self.finish()
-        out = experts(rows, local) if self.again is None else self.again.run(experts, rows, local)
+        out = experts(rows, local) if self.redispatch is None else self.redispatch.run(experts, rows, local)
         del rows, local
         return handle.take_back(out)
 
@@ -96,7 +96,7 @@ def send(
     arranged: tuple[Tensor | None, Tensor | None] = (None, None),
     num_slots: int | None = None,
     overflow: Overflow | None = None,
-    again: Again | None = None,
+    redispatch: Redispatch | None = None,
 ) -> Started:
     """Begin to send.
 
@@ -109,8 +109,8 @@ def send(
         arranged: slots and rows as :class:`Exchange` has them.
         num_slots: how many of the slots that arrive are of this rank, if that is known.
         overflow: as :meth:`moekit.ep._ranks.Shares.local` has it.
-        again: as :class:`Handle` has it.
+        redispatch: as :class:`Handle` has it.
     """
     of_slots, of_rows = (way(Message(what, shares.op, shares.group)) for what in ("slots", "rows"))
     slots = Exchange(weights, of_slots, along=numbers, arranged=arranged[0])
-    return Started(shares, slots, Exchange(rows, of_rows, arranged=arranged[1]), num_slots, overflow, again)
+    return Started(shares, slots, Exchange(rows, of_rows, arranged=arranged[1]), num_slots, overflow, redispatch)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moekit import _check
-from moekit.ep._again import Again
 from moekit.ep._agree import Once, agree
 from moekit.ep._eager import eager
 from moekit.ep._exchange import packed
 from moekit.ep._overflow import Overflow
 from moekit.ep._ranks import Shares, called_with, check, numbered, slots_beyond, within
+from moekit.ep._redispatch import Redispatch
 from moekit.ep._rounds import Rounds, parts, rounds
 from moekit.ep._started import Handle, Started, combine, send
 from moekit.ep._ways import Message, Picked, Tables, Uneven, gathered, swapped
@@ -183,9 +183,9 @@ class AllToAll:
         def way(message: Message) -> Picked:
             return Picked(Uneven(message, sizes.send, sizes.receive), tables)
 
-        again = None
+        redispatch = None
         if self.redispatch and torch.is_grad_enabled():
-            again = Again(given.tokens, way(Message("rows", _OP, self.shares.group)))
+            redispatch = Redispatch(given.tokens, way(Message("rows", _OP, self.shares.group)))
         return send(
             self.shares,
             way,
@@ -193,7 +193,7 @@ class AllToAll:
             arranged=arranged,
             num_slots=sizes.slots,
             overflow=self._slot_overflow,
-            again=again,
+            redispatch=redispatch,
         )
 
 

@@ -21,7 +21,7 @@ class _Place(NamedTuple):
     offset: int | torch.SymInt
 
 
-class Again:
+class Redispatch:
     """The received rows, to be had a second time.
 
     They travel beside the gradients of the results, so every rank takes part, also one that has kept nothing of them; and
