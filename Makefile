@@ -28,9 +28,9 @@ help:
 demo: .venv/ready-demo
 	$(BIN)/moekit demo $(ARGS)
 
-# By file, because a file's tests share the kernels that they compile.
+# By file, because a file's tests share the kernels that they compile; one more than two cores, as tests of ranks also wait.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
