@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import warnings
@@ -43,6 +44,25 @@ def on_ranks(work: Callable[..., Any], world: int, folder: Path, *args: Any, tim
         _rank, args=(work, world, str(folder), timeout, args), nprocs=world, start_method="forkserver"
     )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+class Everywhere:
+    """Functions of a module that all ranks run, in one start; the tests of their names look at what they gave.
+
+    Used as a decorator, under the name ``everywhere``, by which the ranks find it.
+    """
+
+    def __init__(self) -> None:
+        self.works: list[Callable[[], Any]] = []
+
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        self.works.append(work)
+        return work
+
+
+def run_everywhere(module: str) -> dict[str, Any]:
+    """What each of them gives, by its name."""
+    return {work.__name__: work() for work in importlib.import_module(module).everywhere.works}
 
 
 def _rank(rank: int, work: Callable[..., Any], world: int, folder: str, timeout: float, args: tuple) -> None:

@@ -14,7 +14,7 @@ import _ep
 import pytest
 import torch
 from _ep import EXPERTS, HIDDEN, all_gather, all_to_all, equal, keeping, layer, rowwise
-from _ranks import on_ranks
+from _ranks import Everywhere, on_ranks, run_everywhere
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,25 +23,15 @@ import moekit.ep
 from moekit.ep._rounds import parts, rounds
 
 WORLD = 2
-RANKS: list[Callable[[], Any]] = []
+everywhere = Everywhere()
 
 
 VIEWS = ("detach", "new_empty", "slice", "unsqueeze", "view")  # and what else starts nothing
 
 
-def on_a_rank() -> dict[str, Any]:
-    return {work.__name__: work() for work in RANKS}
-
-
-def everywhere(work: Callable[[], Any]) -> Callable[[], Any]:
-    """All of these run in one start of the ranks; the test of the same name looks at what they gave."""
-    RANKS.append(work)
-    return work
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return on_ranks(on_a_rank, WORLD, tmp_path_factory.mktemp("ranks"))
+    return on_ranks(run_everywhere, WORLD, tmp_path_factory.mktemp("ranks"), __name__)
 
 
 # --- capacity -------------------------------------------------------------------------------------------------------

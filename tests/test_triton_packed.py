@@ -249,6 +249,36 @@ def test_products_slice_by_slice(name, rank, back, cut):
     assert_products(out, rows, weights if back else weights.mT, ENDS, update, torch.full_like(out, 7))
 
 
+@pytest.mark.parametrize("kernel", ["packed_slices", "grouped_slice", "grouped_rows"])
+def test_tiles_for_bits_of_any_batch(kernel, cut, monkeypatch):
+    """They are chosen alike whatever rows there are, and a row has the same bits among fewer."""
+    cut("9")
+    choose, asked = _policy.described, []
+
+    def noted(shape, *args, **options):
+        asked.append(shape.rows_an_expert)
+        return choose(shape, *args, **options)
+
+    monkeypatch.setattr(_policy, "described", noted)
+    packed = stored("nf4", len(ENDS), 64, 192)
+    weights = reference(packed, torch.bfloat16).mT
+    rows, _, _offsets, _ = case(torch.bfloat16, 192, 64)
+    found = []
+    for first in (0, 24):  # the last expert with rows, among all and alone
+        ends = [max(end - first, 0) for end in ENDS]
+        out = torch.zeros(ROWS - first, 64, dtype=torch.bfloat16, device=DEVICE)
+        x, o = on(rows[first:], torch.tensor(ends, dtype=torch.int32))
+        given = {
+            "packed_slices": (x, packed, o, out, False, [(0, 3), (3, 6)], None, None, True),
+            "grouped_slice": (x, weights, o, 0, out, None, None, True),
+            "grouped_rows": (x, weights, o, out, None, None, True),
+        }[kernel]
+        assert KERNELS[kernel](*given) is not NotImplemented
+        found.append(out[24 - first : 33 - first])
+    assert torch.equal(*found) and found[0].abs().max() > 0
+    assert {*asked} == {1024}
+
+
 def test_what_is_left_to_slices(cut):
     cut("8")
     packed, odd = stored("int8", 2, 32, 64), stored("nf4", 2, 64, 32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
+from moekit.ops._segments import expert_of_row
 from moekit.ops.gathered import Gathered, block_of, together
 
 _ALIGNMENT = 16  # bytes
@@ -30,6 +31,8 @@ def grouped_rows(
     out: Tensor | None = None,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by its matrix; with ``low``, add those of ``low`` by its factors.
 
@@ -40,24 +43,31 @@ def grouped_rows(
         out: ``[R, N]`` that may be written into, or None.
         low: ``[R, r]`` of a small rank r, in the same dtype, or None. Where a kernel can, both products are one sum.
         factors: ``[E, r, N]``, with ``low``.
+        invariant: a row's result has the same bits whatever other rows there are, and wherever it stands. A library chooses
+            tiles, and with them the order of a sum, by the number of rows; kernels then take the same for any number: on a
+            GPU a tile of fixed sizes, on a CPU sums that no other row takes part in. Without a kernel (float64, the
+            ``torch`` backend) each row is a product of its own.
 
     Returns:
         ``[R, N]``; rows at or past ``offsets[-1]`` hold anything.
     """
     check_offsets(offsets, matrices.shape[0])
     if isinstance(rows, Gathered):
-        if low is None and out is None:
+        if low is None and out is None and not invariant:
             found = _gathered_rows(rows, matrices, offsets)
             if found is not None:
                 return found
         rows = rows.together()
     check_depth(rows, matrices.shape[1])
     kernel = _backend.kernel("grouped_rows", rows)
-    product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out, low, factors)
+    product = NotImplemented if kernel is None else kernel(rows, matrices, offsets, out, low, factors, invariant)
     if product is not NotImplemented:
         return product
     if low is not None and factors is not None:
-        return grouped_add(grouped_rows(rows, matrices, offsets, out), low, factors, offsets)
+        product = grouped_rows(rows, matrices, offsets, out, invariant=invariant)
+        return grouped_add(product, low, factors, offsets, invariant=invariant)
+    if invariant:
+        return row_by_row(rows, matrices, offsets, rows.new_empty(len(rows), matrices.shape[2]) if out is None else out)
     if looped(rows):
         out = rows.new_empty(rows.shape[0], matrices.shape[2]) if out is None else out
         for expert, block in blocks(offsets, rows.shape[0]):
@@ -118,7 +128,7 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
 
 
-def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
+def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor, *, invariant: bool = False) -> Tensor:
     """Add to each expert's rows of ``out`` what :func:`grouped_rows` makes of those of ``low``; returns ``out``.
 
     Args:
@@ -126,8 +136,11 @@ def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> T
         low: ``[R, r]`` of a small rank r, in the same dtype.
         factors: ``[E, r, N]``.
         offsets: ``[E]`` int32, cumulative row ends.
+        invariant: as there.
     """
     check_offsets(offsets, factors.shape[0])
+    if invariant:
+        return out.add_(grouped_rows(low, factors, offsets, invariant=True))
     kernel = _backend.kernel("grouped_add", out)
     if kernel is not None and kernel(out, low, factors, offsets) is not NotImplemented:
         return out
@@ -146,25 +159,43 @@ def grouped_slice(
     out: Tensor,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> None:
     """:func:`grouped_rows` for the experts ``first`` and following, as many as there are ``matrices``, into ``out``.
 
     PyTorch's product begins with the first row: without a kernel, the rows before ``first`` are multiplied by zeros.
     """
     kernel = _backend.kernel("grouped_slice", rows)
-    if kernel is not None and kernel(rows, matrices, offsets, first, out, low, factors) is not NotImplemented:
+    if kernel is not None and kernel(rows, matrices, offsets, first, out, low, factors, invariant) is not NotImplemented:
         return
     stop = first + matrices.shape[0]
     ends = offsets[first:stop] if first == 0 else offsets[first - 1 : stop]
     if first:
         matrices = _after_zeros(matrices)
         factors = None if factors is None else _after_zeros(factors)
-    product = grouped_rows(rows, matrices, ends.contiguous(), None, low, factors)
+    product = grouped_rows(rows, matrices, ends.contiguous(), None, low, factors, invariant=invariant)
     row = torch.arange(rows.shape[0], device=rows.device)
     mine = row < offsets[stop - 1]
     if first:
         mine &= row >= offsets[first - 1]
     torch.where(mine.unsqueeze(1), product, out, out=out)
+
+
+def row_by_row(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    """Each row from the same place in memory: what a library computes may depend on how its operands are aligned."""
+    row, result = rows.new_empty(1, rows.shape[1]), out.new_empty(1, out.shape[1])
+    if rows.device.type == "cpu":
+        owners = (
+            (number, matrices[e]) for e, block in blocks(offsets, len(rows)) for number in range(block.start, block.stop)
+        )
+    else:  # where it would be a sync to ask which expert that is
+        expert = expert_of_row(within(offsets, len(rows)), len(rows)).clamp(max=len(matrices) - 1)
+        owners = ((r, matrices.index_select(0, expert[r : r + 1])[0]) for r in range(len(rows) if len(matrices) else 0))
+    for number, matrix in owners:
+        row.copy_(rows[number])
+        out[number] = torch.mm(row, matrix, out=result)[0]
+    return out
 
 
 def _after_zeros(matrices: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def packed_rows(
     factors: Tensor | None = None,
     *,
     back: bool = False,
+    invariant: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by its packed weight ``W [out, in]``; with ``low``, add those of ``low`` by its factors.
 
@@ -38,6 +39,7 @@ def packed_rows(
         low: ``[R, r]`` of a small rank r, in the dtype of ``rows``, or None. Where a kernel can, both products are one sum.
         factors: ``[E, r, out]`` (``[E, r, in]`` if ``back``), with ``low``.
         back: multiply by ``W`` instead of by its transpose.
+        invariant: as of :func:`moekit.ops.gemm.grouped_rows`.
 
     Returns:
         ``[R, out]`` (``[R, in]`` if ``back``) in the dtype of ``rows``; rows at or past ``offsets[-1]`` hold anything.
@@ -45,17 +47,18 @@ def packed_rows(
     gemm.check_offsets(offsets, stored.shape[0])
     gemm.check_depth(rows, stored.shape[1 if back else 2])
     kernel = _backend.kernel("packed_rows", rows)
-    product = NotImplemented if kernel is None else kernel(rows, stored, offsets, out, back, low, factors)
+    product = NotImplemented if kernel is None else kernel(rows, stored, offsets, out, back, low, factors, invariant)
     if product is not NotImplemented:
         return product
     if out is None:
         out = rows.new_empty(rows.shape[0], stored.shape[2 if back else 1])
     if not gemm.looped(rows):
-        _slice_by_slice(rows, stored, offsets, out, back, low, factors)
+        _slice_by_slice(rows, stored, offsets, out, back, low, factors, invariant)
     elif low is not None and factors is not None:
-        gemm.grouped_add(packed_rows(rows, stored, offsets, out, back=back), low, factors, offsets)
+        product = packed_rows(rows, stored, offsets, out, back=back, invariant=invariant)
+        gemm.grouped_add(product, low, factors, offsets, invariant=invariant)
     else:
-        _expert_by_expert(rows, stored, offsets, out, back)
+        _expert_by_expert(rows, stored, offsets, out, back, invariant)
     return out
 
 
@@ -64,11 +67,15 @@ def three(scales: list[Tensor]) -> list[Tensor | None]:
     return [*scales, *[None] * (3 - len(scales))]
 
 
-def _expert_by_expert(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor, back: bool) -> None:
+def _expert_by_expert(rows: Tensor, stored: Stored, offsets: Tensor, out: Tensor, back: bool, invariant: bool) -> None:
     workspace = rows.new_empty(1, *stored.shape[1:])
     for expert, block in gemm.blocks(offsets, rows.shape[0]):
         weight = unpack(stored, expert, expert + 1, rows.dtype, workspace)[0]
-        torch.mm(rows[block], weight if back else weight.T, out=out[block])
+        matrix, end = weight if back else weight.T, offsets.new_tensor([block.stop - block.start])
+        if invariant:
+            gemm.row_by_row(rows[block], matrix.unsqueeze(0), end, out[block])
+        else:
+            torch.mm(rows[block], matrix, out=out[block])
 
 
 def _slice_by_slice(
@@ -79,17 +86,19 @@ def _slice_by_slice(
     back: bool,
     low: Tensor | None,
     factors: Tensor | None,
+    invariant: bool,
 ) -> None:
     num_experts, height, width = stored.shape
     parts = slices(num_experts, height * width * rows.element_size())
     kernel = _backend.kernel("packed_slices", rows)
-    if parts and kernel is not None and kernel(rows, stored, offsets, out, back, parts, low, factors) is not NotImplemented:
+    given = (rows, stored, offsets, out, back, parts, low, factors, invariant)
+    if parts and kernel is not None and kernel(*given) is not NotImplemented:
         return
     workspace = rows.new_empty(max((stop - first for first, stop in parts), default=0), height, width)
     for first, stop in parts:
         weight = unpack(stored, first, stop, rows.dtype, workspace[: stop - first])
         mine = None if factors is None else factors[first:stop]
-        gemm.grouped_slice(rows, weight if back else weight.mT, offsets, first, out, low, mine)
+        gemm.grouped_slice(rows, weight if back else weight.mT, offsets, first, out, low, mine, invariant=invariant)
 
 
 def slices(num_experts: int, size: int) -> list[tuple[int, int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekit.ops import gemm, grouped_linear, invariant
+from moekit.ops import gemm, grouped_linear
 from moekit.ops.gathered import Gathered, together
 from moekit.ops.packed_products import packed_rows
 from moekit.ops.unpack import Stored
@@ -62,6 +63,18 @@ def _add(out: Tensor, low: Tensor | None, factors: Tensor | None, offsets: Tenso
     return out + grouped_linear.linear_op(low, factors, offsets)
 
 
+def _dense(left: Tensor, right: Tensor) -> Tensor:
+    """One expert has all rows."""
+    whole = torch.full((1,), left.shape[0], dtype=torch.int32, device=left.device)
+    return gemm.grouped_rows(left, right.unsqueeze(0), whole, invariant=True)
+
+
 PLAIN = Products(gemm.grouped_rows, gemm.grouped_outer, gemm.grouped_add, packed_rows)
-INVARIANT = Products(invariant.rows_product, gemm.grouped_outer, invariant.add, invariant.packed_product, invariant.dense)
+INVARIANT = Products(
+    functools.partial(gemm.grouped_rows, invariant=True),
+    gemm.grouped_outer,
+    functools.partial(gemm.grouped_add, invariant=True),
+    functools.partial(packed_rows, invariant=True),
+    _dense,
+)
 DIFFERENTIABLE = Products(_rows, _outer, _add, _packed)

@@ -327,12 +327,14 @@ def grouped_slice(
     out: Tensor,
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
     """The rows of experts ``first`` to ``first + n`` by matrices ``[n, K, N]``, into their rows of ``out [R, N]`` alone."""
     if not _fits(rows, offsets, low, factors, matrices, out) or _room(rows, matrices.shape[2], out) is None:
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
-    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
+    cut_for = shape.of_any_rows() if invariant else shape
+    cut = _policy.described(cut_for, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
     if cut is not None and describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
     return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
@@ -359,7 +361,7 @@ def packed_rows(
 ) -> Any:
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster.
 
-    With ``invariant`` weights are unpacked in registers whatever the number of rows, and in tiles of one size.
+    With ``invariant`` weights are unpacked in registers whatever the number of rows, and in tiles of one size, if at all.
     """
     if not back and low is None and not invariant:
         few = decode.packed_rows_few(rows, stored, offsets, out)
@@ -388,6 +390,7 @@ def packed_slices(
     slices: list[tuple[int, int]],
     low: Tensor | None = None,
     factors: Tensor | None = None,
+    invariant: bool = False,
 ) -> Any:
     """Slices of experts unpacked into one workspace, each multiplied before the next: one preparation for all of them."""
     (_, height, width), longest = stored.shape, max(stop - first for first, stop in slices)
@@ -395,7 +398,7 @@ def packed_slices(
         return NotImplemented
     workspace = rows.new_empty(longest, height, width)
     matrices = workspace if back else workspace.mT
-    shape = _shape(rows, matrices)
+    shape = _shape(rows, matrices).of_any_rows() if invariant else _shape(rows, matrices)
     cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
     if cut is None or not describable(rows, matrices):
         return NotImplemented
