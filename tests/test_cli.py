@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import moekit
 from moekit import _backend
-from moekit.cli import app
+from moekit.cli.app import app
 
 
 def test_doctor_names_versions_and_backends():

@@ -21,7 +21,7 @@ from _ranks import on_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moekit import cli
+from moekit.cli.app import app
 from moekit.demo import DemoError, data
 from moekit.demo import run as demo_run
 from moekit.demo.compare import largest_difference, layer_input, saved_for_backward, step_together
@@ -76,7 +76,7 @@ def trained(corpus):
 
 
 def invoke(*args):
-    return CliRunner().invoke(cli.app, ["demo", *map(str, args)])
+    return CliRunner().invoke(app, ["demo", *map(str, args)])
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -519,16 +519,16 @@ def test_shipped_settings_are_valid():
 
 
 def test_help_loads_no_heavy_module():
-    script = "import sys, moekit.cli; print({'torch', 'matplotlib', 'moekit.demo.run'} & set(sys.modules))"
+    script = "import sys, moekit.cli.app; print({'torch', 'matplotlib', 'moekit.demo.run'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 def test_waiting_threads_give_way():
     script = (
-        "import os, sys, moekit.cli\n"
+        "import os, sys, moekit.cli.app\n"
         "from typer.testing import CliRunner\n"
-        "CliRunner().invoke(moekit.cli.app, ['demo', '--device', 'nonsense'])\n"
+        "CliRunner().invoke(moekit.cli.app.app, ['demo', '--device', 'nonsense'])\n"
         "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}

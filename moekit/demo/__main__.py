@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from moekit.cli import app
+from moekit.cli.app import app
 
 app(["demo", *sys.argv[1:]], prog_name="moekit")
