@@ -1,10 +1,11 @@
 """The expert MLP on one GPU: this state of moekit, an older one, and peers, in one process.
 
-    python benchmarks/gpu_experts.py --out DIR [--old PACKAGE] [--shapes qwen3 small ...]
+    python benchmarks/gpu_experts.py --out DIR [--old PACKAGE] [--shapes qwen3 small ...] [--peers ScatterMoE Liger ...]
 
 Same inputs and routing for all, medians of interleaved timings by CUDA events around a few calls in a row (which includes
 the host, where it is the slower one) and around a replayed graph (which does not); peak memory of a training step above its
-parameters and inputs; small batches without gradients against reading the weights of the experts that have rows.
+parameters and inputs; small batches without gradients against reading the weights of the experts that have rows. Results
+of all are compared first: who is off, or cannot run, is named with the reason in place of times.
 
 ``--old`` is a package of an older state under another name: ``moekit`` and all mentions of it renamed, so that both can be
 imported. Writes ``gpu_experts.json``, and with an old
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _experts_peers import PEERS
 
 SHAPES = {  # tokens, hidden, intermediate, experts, experts a token
     "qwen3": (16384, 2048, 768, 128, 8),
@@ -34,6 +36,7 @@ SHAPES = {  # tokens, hidden, intermediate, experts, experts a token
 }
 SMALL_BATCHES = (1, 8, 64, 256)
 ROUNDS, CALLS = 7, 4
+MOST_OFF = 0.03  # relative, by norm: a few roundings of bfloat16
 
 
 def inputs(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -70,12 +73,14 @@ def forward(run: Callable, data: dict) -> Callable[[], None]:
     return call
 
 
-def step(run: Callable, data: dict) -> Callable[[], None]:
-    leaves = [data[name] for name in ("x", "gate_up", "down", "weights")]
+def drop_gradients(data: dict) -> None:
+    for leaf in (*(data[name] for name in ("x", "gate_up", "down", "weights")), *data.get("scattermoe", ())):
+        leaf.grad = None
 
+
+def step(run: Callable, data: dict) -> Callable[[], None]:
     def call() -> None:
-        for leaf in leaves:
-            leaf.grad = None
+        drop_gradients(data)
         run(data).backward(data["grad"])
 
     return call
@@ -117,8 +122,7 @@ def milliseconds(calls: dict[str, Callable], count: int = CALLS) -> dict[str, fl
 def peak(call: Callable[[], None], data: dict) -> int:
     """MiB that a training step takes at most, above what is there before it."""
     call()
-    for name in ("x", "gate_up", "down", "weights"):
-        data[name].grad = None
+    drop_gradients(data)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -128,16 +132,43 @@ def peak(call: Callable[[], None], data: dict) -> int:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def training(name: str, old: str | None) -> dict[str, Any]:
+def join(runs: dict[str, Callable], peers: list[str], data: dict) -> dict[str, str]:
+    """Add the peers that give moekit's output and gradient of the tokens to ``runs``; why the others do not."""
+    wanted, left = outcome(runs["moekit"], data), {}
+    for peer in peers:
+        try:
+            run = PEERS[peer](data)
+            off = max(float((a - b).norm() / b.norm()) for a, b in zip(outcome(run, data), wanted, strict=True))
+        except Exception as error:  # whatever a peer raises is for the table
+            left[peer] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        if off < MOST_OFF:
+            runs[peer] = run
+        else:
+            left[peer] = f"off by {off:.1e}"
+    return left
+
+
+def outcome(run: Callable, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the gradient of the tokens."""
+    data["x"].grad = None
+    out = run(data)
+    out.backward(data["grad"])
+    return out.detach().float(), data["x"].grad.float()
+
+
+def training(name: str, old: str | None, peers: list[str]) -> dict[str, Any]:
     """Times and peaks at one shape."""
     data = inputs(SHAPES[name])
     runs = contenders(old)
+    left = join(runs, peers, data)
     calls = {who: step(run, data) for who, run in runs.items()}
     found: dict[str, Any] = {"peak MiB": {who: peak(call, data) for who, call in calls.items()}}
+    if left:
+        found["left out"] = left
     quick = {who: forward(run, data) for who, run in runs.items() if who != "moekit fp8"}
     found["forward"], found["forward + backward"] = milliseconds(quick), milliseconds(calls)
-    for leaf in ("x", "gate_up", "down", "weights"):
-        data[leaf].grad = None
+    drop_gradients(data)
     timed = [who for who in ("moekit", "old") if who in runs]
     found["forward, graph"] = milliseconds({who: captured(quick[who]) for who in timed})
     found["forward + backward, graph"] = milliseconds({who: captured(calls[who]) for who in timed})
@@ -200,6 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--old", help="the package of an older state, under another name")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="SonicMoE takes minutes to set up")
     options = parser.parse_args()
     product, copy = ceilings()
     results: dict[str, Any] = {
@@ -218,7 +250,7 @@ def main() -> None:
     results["small batches"] = small_batches(options.old, copy)
     print(json.dumps(results["small batches"]), flush=True)
     for name in options.shapes:
-        results["shapes"][name] = training(name, options.old)
+        results["shapes"][name] = training(name, options.old, options.peers)
         print(name, json.dumps(results["shapes"][name]), flush=True)
         torch.cuda.empty_cache()
         write()
