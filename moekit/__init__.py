@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moekit._backend import available, backend, debug
+    from moekit._pages import keep_pages
     from moekit.choices import Choices
     from moekit.ops.aux_loss import aux_loss
     from moekit.ops.balance import balance_loss, sequence_balance_loss
@@ -43,6 +44,7 @@ _HOME = {
     "get_capacity": "moekit.ops.losses",
     "glu": "moekit.ops.glu",
     "grouped_linear": "moekit.ops.grouped_linear",
+    "keep_pages": "moekit._pages",
     "load_balancing_loss": "moekit.ops.losses",
     "merge": "moekit.packed",
     "pack": "moekit.packed",
@@ -70,6 +72,7 @@ __all__ = [
     "get_capacity",
     "glu",
     "grouped_linear",
+    "keep_pages",
     "load_balancing_loss",
     "merge",
     "pack",

@@ -16,6 +16,7 @@ LAYERS = {
     "moekit._check": 0,
     "moekit._backend": 0,  # finds the kernels by name, at the call
     "moekit._codes": 0,
+    "moekit._pages": 0,
     "moekit.kernels": 1,
     "moekit.ops": 2,
     "moekit.routing": 2,  # what the operators on rows take: built by ops.tables
