@@ -205,7 +205,7 @@ def _all_products() -> Iterator[Case]:
         if name != "fp32":  # what the copy engine does not fetch
             out, slices = _meta(_R, height, dtype=dtype), [(0, experts // 2), (experts // 2, experts)]
             yield case("packed_slices", f"{form} {name}", _meta(_R, width, dtype=dtype), stored, offsets, out, False, slices)
-        for rows, rank, back in itertools.product((8, 32, 128), (0, 16), (False, True)):
+        for rows, rank, back in itertools.product((8, 32, 96), (0, 16), (False, True)):
             depth, outputs = (height, width) if back else (width, height)
             x, low = _meta(rows * experts, depth, dtype=dtype), _meta(rows * experts, rank, dtype=dtype)
             update = (low, _meta(experts, outputs, rank, dtype=dtype).mT) if rank else (None, None)

@@ -14,9 +14,8 @@ import torch
 class Blocks(NamedTuple):
     """How a product is cut: rows, columns and depth of a tile, warps, stages of its pipeline, programs a multiprocessor.
 
-    ``turned`` computes the transpose of a tile: the weights are then the operand that comes from registers, which is where
-    packed ones are made. ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap
-    the last products of the one before it.
+    ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap the last products of
+    the one before it.
     """
 
     rows: int
@@ -25,7 +24,6 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     programs: int
-    turned: bool = False
     flat: bool = False
     registers: int | None = None
 
@@ -53,7 +51,8 @@ _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has be
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
 # for each block of rows.
-_STEPS = (16, 48, 320)
+_STEPS = (12, 48, 112)
+_MOST_OF_FORM = {"fp8": 224}  # which an instruction turns into numbers
 FEW = _STEPS[1]
 # Lean in registers; ptxas is told the most of them, as left alone it spills some to use fewer yet.
 _LEAN = (
@@ -61,12 +60,18 @@ _LEAN = (
     Blocks(64, 128, 64, 4, 3, 3, registers=255),
     Blocks(128, 128, 64, 8, 3, 2, registers=255),
 )
-_SMALL, _WIDE, _SHALLOW = Blocks(32, 128, 64, 4, 4, 4), Blocks(64, 256, 64, 8, 3, 2), Blocks(128, 128, 32, 4, 4, 2)
+# For few rows an expert, more and many; programs are as many as fit by their registers, or some would wait for the others.
+_FEW_ROWS, _WIDE = Blocks(16, 128, 128, 4, 3, 2), Blocks(128, 256, 64, 8, 3, 1)
+_CUTS_OF_FORM = {
+    "nf4": (_FEW_ROWS, Blocks(64, 64, 64, 4, 4, 3), Blocks(128, 128, 128, 8, 3, 1)),
+    "mxfp4": (_FEW_ROWS, Blocks(64, 128, 64, 4, 3, 3), _WIDE),
+    "fp8": (_FEW_ROWS._replace(programs=3), Blocks(64, 128, 64, 4, 3, 2), _WIDE),
+    "int8": (_FEW_ROWS, Blocks(64, 128, 128, 4, 3, 2), _WIDE),
+}
 # By architecture, format and direction. What spills a register is not among them, faster or not.
 _MEASURED = {
-    **{("9", "mxfp4", b): (Blocks(32, 64, 128, 4, 4, 6), _WIDE, Blocks(128, 128, 64, 4, 3, 2)) for b in (False, True)},
-    **{("9", f, False): (Blocks(32, 128, 128, 4, 3, 4), _WIDE, Blocks(128, 256, 64, 8, 3, 1)) for f in ("fp8", "int8")},
-    **{("9", f, True): (_SMALL, _WIDE, _SHALLOW) for f in ("fp8", "int8")},
+    **{("9", form, False): cuts for form, cuts in _CUTS_OF_FORM.items()},
+    **{("9", form, True): (more, more, many) for form, (_, more, many) in _CUTS_OF_FORM.items()},
 }
 
 
@@ -108,13 +113,12 @@ def plain(dtype: torch.dtype) -> Blocks:
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
     """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
     rows = shape.rows_an_expert
-    # nf4's table is looked up by a gather, which in a pipelined product gave other bits from run to run on an H200.
-    if rows > _STEPS[-1] or (form == "nf4" and arch.isdecimal()):
+    if rows > _MOST_OF_FORM.get(form, _STEPS[-1]):
         return None
     if dtype not in _HALVES:
         return plain(dtype)
     cuts = _MEASURED.get((arch, form, back), _LEAN)
-    return next(cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step)._replace(turned=True)
+    return next((cut for step, cut in zip(_STEPS, cuts, strict=True) if rows <= step), cuts[-1])
 
 
 def low_rank(dtype: torch.dtype) -> Blocks:

@@ -54,9 +54,9 @@ def place_of(tile, begin, end, through, column_blocks, BLOCK_M: tl.constexpr, BL
 @triton.jit
 def low_rank(
     total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
-    RANK: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr,
+    RANK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add ``low[row] @ factors[expert]`` to a tile in float32, or to its transpose, RANK ranks at a time.
+    """Add ``low[row] @ factors[expert]`` to a tile in float32, RANK ranks at a time.
 
     All of ``row`` must exist.
     """
@@ -65,10 +65,7 @@ def low_rank(
         left = tl.load(low + row.to(tl.int64)[:, None] * stride_low + r[None, :], mask=(r < rank)[None, :], other=0.0)
         address = factors + expert.to(tl.int64) * stride_fe + r[:, None] * stride_fr + column[None, :] * stride_fn
         right = tl.load(address, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
-        if TURNED:
-            total = tl.dot(tl.trans(right), tl.trans(left), total, input_precision="ieee")
-        else:
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
 

@@ -59,7 +59,7 @@ def _described_kernel(
         if RANK > 0:
             total = low_rank(
                 total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
-                stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
+                stride_fe, stride_fr, stride_fn, RANK, PARTS,
             )  # fmt: skip
         store(out, total, top, column, end, width, stride_out)
 
@@ -70,7 +70,7 @@ def _fetched_kernel(
     num_rows, first, num_experts, depth, width, column_blocks, stride_rows, stride_out,
     stride_e, stride_a, stride_s, scale_columns, rank, stride_low, stride_fe, stride_fr, stride_fn,
     FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, UNIT: tl.constexpr,
-    BACK: tl.constexpr, TURNED: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    BACK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
@@ -97,11 +97,11 @@ def _fetched_kernel(
             scales, dynamic, nested, shift, expert, a, b, height, stride_s, scale_columns,
             BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
         )  # fmt: skip
-        total = tl.zeros([BLOCK_N, BLOCK_M] if TURNED else [BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if RANK > 0:  # before the loop, where registers are free
             total = low_rank(
-                total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
-                RANK, PARTS, TURNED,
+                total, low, factors, expert, row, column, width, rank, stride_low,
+                stride_fe, stride_fr, stride_fn, RANK, PARTS,
             )  # fmt: skip
         for start in range(0, depth, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -116,11 +116,8 @@ def _fetched_kernel(
                 b + (0 if BACK else start + BLOCK_K), height, stride_s, scale_columns,
                 BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
             )  # fmt: skip
-            if TURNED:
-                total = tl.dot(tl.trans(w) if BACK else w, tl.trans(x), total, input_precision="ieee")
-            else:
-                total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
-        store(out, tl.trans(total) if TURNED else total, top, column, end, width, stride_out)
+            total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
+        store(out, total, top, column, end, width, stride_out)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -140,7 +137,7 @@ def _add_kernel(
         before = tl.load(place, mask=(row < end)[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
         total = low_rank(
             before, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
-            stride_fe, stride_fr, stride_fn, RANK, PARTS, False,
+            stride_fe, stride_fr, stride_fn, RANK, PARTS,
         )  # fmt: skip
         store(out, total, top, column, end, width, stride_out)
 
@@ -233,7 +230,7 @@ def _fetched(
         rows, *tensors, *update, offsets.contiguous(), out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         rows.stride(0), out.stride(0), *strides, *update.sizes,
-        **constants, BACK=back, TURNED=cut.turned, **update.parts, BLOCK_K=cut.depth,
+        **constants, BACK=back, **update.parts, BLOCK_K=cut.depth,
         EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
         **sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
     )  # fmt: skip

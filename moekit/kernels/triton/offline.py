@@ -6,7 +6,7 @@
 
 The launchers run on meta tensors of real sizes and their launches are caught, so what is compiled is what a GPU would get:
 argument types, alignment, constants and configuration. Registers and spills come from the machine code, the width of
-memory accesses from the assembly.
+memory accesses and the order of asynchronous matrix instructions from the assembly.
 """
 
 from __future__ import annotations
@@ -80,11 +80,13 @@ class Report:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    racing: bool = False
 
     def faults(self, aligned: bool) -> list[str]:
-        """What is wrong with it: spilled registers, or no 16-byte accesses where rows are ``aligned``."""
+        """What is wrong with it: spilled registers, a race, or no 16-byte accesses where rows are ``aligned``."""
         narrow = [what for what in ("loads", "stores") if max(getattr(self, what), default=0) < 16]
         found = [f"{self.spills} bytes of registers spilled"] if self.spills else []
+        found += ["registers are written that a matrix instruction may still read"] if self.racing else []
         # The second pass of the bias gradient reads tiles and writes a few numbers.
         return found + [f"{what} of less than 16 bytes" for what in narrow if aligned and self.kernel != "sum_chunks"]
 
@@ -143,12 +145,14 @@ def _compile(launch: Launch, case: str, target: GPUTarget) -> Report:
     if target.backend == "cuda":
         registers, spills = _resources(compiled.asm["cubin"])
         loads, stores = _cuda_accesses(assembly)
+        racing = _races(assembly)
     else:
         registers = int(_first(r"\.vgpr_count:\s+(\d+)", assembly))
         spills = int(_first(r"\.vgpr_spill_count:\s+(\d+)", assembly))
         loads, stores = _hip_accesses(assembly)
+        racing = False
     kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    return Report(case, kernel, registers, spills, compiled.metadata.shared, loads, stores)
+    return Report(case, kernel, registers, spills, compiled.metadata.shared, loads, stores, racing)
 
 
 def _first(pattern: str, text: str) -> str:
@@ -174,6 +178,15 @@ def _cuda_accesses(ptx: str) -> tuple[dict[int, int], dict[int, int]]:
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
         found[kind == "st"][int(vector or 1) * int(bits) // 8] += 1
     return dict(found[0]), dict(found[1])
+
+
+def _races(ptx: str) -> bool:
+    """Whether sm_90's matrix instructions that take an operand from registers run on while a loop makes the next one.
+
+    Triton splits such a product and waits for its first part alone before the others' registers are written again.
+    """
+    from_registers = re.search(r"\bwgmma\.mma_async\S* \{[^}]*\}, *\{", ptx)
+    return from_registers is not None and re.search(r"\bwgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx) is not None
 
 
 def _hip_accesses(assembly: str) -> tuple[dict[int, int], dict[int, int]]:
