@@ -60,18 +60,20 @@ _LEAN = (
     Blocks(64, 128, 64, 4, 3, 3, registers=255),
     Blocks(128, 128, 64, 8, 3, 2, registers=255),
 )
-# For few rows an expert, more and many; programs are as many as fit by their registers, or some would wait for the others.
-_FEW_ROWS, _WIDE = Blocks(16, 128, 128, 4, 3, 2), Blocks(128, 256, 64, 8, 3, 1)
-_CUTS_OF_FORM = {
-    "nf4": (_FEW_ROWS, Blocks(64, 64, 64, 4, 4, 3), Blocks(128, 128, 128, 8, 3, 1)),
-    "mxfp4": (_FEW_ROWS, Blocks(64, 128, 64, 4, 3, 3), _WIDE),
-    "fp8": (_FEW_ROWS._replace(programs=3), Blocks(64, 128, 64, 4, 3, 2), _WIDE),
-    "int8": (_FEW_ROWS, Blocks(64, 128, 128, 4, 3, 2), _WIDE),
-}
+# Programs are as many as fit by their registers, or some would begin when others have ended.
+_FEW_ROWS, _SHALLOW = Blocks(16, 128, 128, 4, 3, 2), Blocks(64, 128, 64, 4, 3, 2)
+_DEEP, _WIDE = Blocks(64, 128, 128, 4, 3, 2), Blocks(128, 256, 64, 8, 3, 1)
+_LOOKED_UP = (_FEW_ROWS, Blocks(64, 64, 64, 4, 4, 3), Blocks(128, 128, 128, 8, 3, 1))
 # By architecture, format and direction. What spills a register is not among them, faster or not.
 _MEASURED = {
-    **{("9", form, False): cuts for form, cuts in _CUTS_OF_FORM.items()},
-    **{("9", form, True): (more, more, many) for form, (_, more, many) in _CUTS_OF_FORM.items()},
+    ("9", "nf4", False): _LOOKED_UP,
+    ("9", "nf4", True): _LOOKED_UP,
+    ("9", "mxfp4", False): (_FEW_ROWS, _SHALLOW._replace(programs=3), _WIDE),
+    ("9", "mxfp4", True): (_DEEP, _DEEP, _WIDE),
+    ("9", "fp8", False): (_FEW_ROWS._replace(programs=3), _SHALLOW, _WIDE),
+    ("9", "fp8", True): (_SHALLOW, _SHALLOW, _WIDE),
+    ("9", "int8", False): (_FEW_ROWS, _DEEP, _WIDE),
+    ("9", "int8", True): (_DEEP, _DEEP, _WIDE),
 }
 
 
