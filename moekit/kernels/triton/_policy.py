@@ -49,8 +49,8 @@ class Shape(NamedTuple):
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
 _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has before or behind a product
 _HALVES = (torch.bfloat16, torch.float16)
-# Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than in registers
-# for each block of rows.
+# Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
+# of rows.
 _STEPS = (12, 48, 112)
 _MOST_OF_FORM = {"fp8": 224}  # which an instruction turns into numbers
 FEW = _STEPS[1]
@@ -113,7 +113,7 @@ def plain(dtype: torch.dtype) -> Blocks:
 
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:
-    """Of packed weights that are unpacked in registers, along ``in`` or (``back``) along ``out``."""
+    """Of packed weights that are unpacked on their way into the product, along ``in`` or (``back``) along ``out``."""
     rows = shape.rows_an_expert
     if rows > _MOST_OF_FORM.get(form, _STEPS[-1]):
         return None

@@ -116,6 +116,8 @@ def _fetched_kernel(
                 b + (0 if BACK else start + BLOCK_K), height, stride_s, scale_columns,
                 BLOCK_B, FORMAT, SHARE_A, SHARE_B, UNIT,
             )  # fmt: skip
+            # Weights second, which is never the operand from registers: those Triton's pipeline on sm_90 writes again while
+            # matrix instructions may still read them.
             total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
         store(out, total, top, column, end, width, stride_out)
 

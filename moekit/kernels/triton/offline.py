@@ -237,7 +237,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> int:
-    """Compile, print the table, and fail on spills or narrow accesses."""
+    """Compile, print the table, and fail on spills, races or narrow accesses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--match", default="", help="only cases with this in their name")
