@@ -178,7 +178,7 @@ def _packed(form: str, experts: int, height: int, width: int) -> _Packed:
 
 
 def _all_products() -> Iterator[Case]:
-    """With three numbers of rows an expert: where kernels unpack in registers it says which of them."""
+    """With three numbers of rows an expert: where kernels unpack in the product it says which of them."""
 
     def case(op: str, name: str, *args: Any, shown: bool = False) -> Case:
         return Case(f"{op} {name}", op, args, shown, aligned=False)

@@ -360,7 +360,7 @@ def packed_rows(
 ) -> Any:
     """See :func:`moekit.ops.packed_products.packed_rows`; where unpacking into memory first is not faster.
 
-    With ``invariant`` weights are unpacked in registers whatever the number of rows, and in tiles of one size, if at all.
+    With ``invariant`` weights are unpacked in the product whatever the number of rows, and in tiles of one size, if at all.
     """
     if not back and low is None and not invariant:
         few = decode.packed_rows_few(rows, stored, offsets, out)
