@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moekit
 import moekit.ep
-from moekit.ep._cost import DEEPSEEK, QWEN3, Layer, needed
+from moekit.plan.exchange import DEEPSEEK, QWEN3, Layer, needed
 
 TINY = [replace(layer, tokens=48, hidden=64, inner=32, experts=16, topk=4) for layer in (QWEN3, DEEPSEEK)]
 SHARED_INNER = {"DeepSeek-V3": 2048}  # of the shared expert

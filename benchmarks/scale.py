@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moekit.ep._cost import H200, LAYERS, MACHINES, QWEN3, Layer, Machine, rows, sent, times
+from moekit.plan.exchange import H200, LAYERS, MACHINES, QWEN3, Layer, Machine, rows, sent, times
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 REACHED = 0.75  # of a link's published speed, by NCCL, for the predictions

@@ -86,7 +86,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("compat", "ep", "hf", "megatron", "moe_utils", "monitor", "nn")
+_MODULES = ("compat", "ep", "hf", "megatron", "moe_utils", "monitor", "nn", "plan")
 
 
 def __getattr__(name: str) -> Any:

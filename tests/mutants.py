@@ -41,6 +41,7 @@ SELECTION = (
     "tests/test_packed.py::test_nf4_at_the_middle_between_two_values",
     "tests/test_experts_invariant.py::test_float64_and_the_reference[torch]",
     "tests/test_ep_scale.py::test_needed_is_what_counting_gives",
+    "tests/test_plan.py::test_bytes_of_every_way_on_a_gpu",
     "tests/test_ep_faults.py::test_a_table_of_what_differs",
     "tests/test_ep_faults.py::test_who_has_not_reported_in",
 )
@@ -212,8 +213,9 @@ MUTANTS: dict[str, Callable[[], None]] = {
     ),
     "merging forgets the scale": attribute("packed.merging", "_scales", lambda scales: lambda *args: scales(*args) ** 0),
     "a token may choose an expert twice": attribute(
-        "ep._cost", "needed", lambda needed: lambda layer, parts: 1 - (1 - 1 / parts) ** layer.topk
+        "plan.exchange", "needed", lambda needed: lambda layer, parts: 1 - (1 - 1 / parts) ** layer.topk
     ),
+    "a plan forgets where weights are unpacked": attribute("plan.memory", "_workspace", lambda workspace: lambda *args: {}),
     "a name that not all ranks know is no difference": attribute(
         "ep._agree",
         "differences",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import moekit
 import moekit.ep
-from moekit.ep._cost import H200, QWEN3, Layer, needed, rows, sent, times
+from moekit.plan.exchange import H200, QWEN3, Layer, needed, rows, sent, times
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = replace(QWEN3, tokens=1500, hidden=4, row_bytes=8, weight_bytes=8)  # float64, on the reference

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 from _interpreter import RUNS
+from _memory import peak_bytes, saved_bytes
 from _reference import OPCHECKS, assert_accurate, draw, opcheck, transposed, value_and_grads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -281,15 +283,6 @@ def test_30_two_backwards_agree_and_leave_everything_alone():
         out.square().sum().backward()
 
 
-def peak_bytes(step) -> int:
-    """The most that is allocated at a time within a step, by the profiler's notes of the allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes))
-
-
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("save", ["recompute", "fp8", "all"])
 @moekit.backend("auto")  # the reference's gate makes float32 copies of all rows
@@ -314,21 +307,10 @@ def test_what_has_served_goes_before_the_end_of_backward(save):
     assert peak_bytes(step) <= bound + (4 * rows * hidden if save == "all" else 0)
 
 
-def saved_bytes(run, inputs: dict[str, Tensor | None]) -> dict[int, int]:
-    """Bytes kept for backward by storage, without the inputs' own."""
-    own = {v.untyped_storage().data_ptr() for v in inputs.values() if v is not None}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run(**inputs)
-    assert out.requires_grad
-    return kept
+def saved(run, inputs: dict[str, Tensor | None]) -> int:
+    """Bytes kept for backward, without the inputs' own."""
+    own = [value for value in inputs.values() if value is not None]
+    return sum(saved_bytes(functools.partial(run, **inputs), own).values())
 
 
 @pytest.mark.parametrize(("save", "row_bytes"), [("recompute", 2 * I * 4), ("fp8", 2 * I + 4)])
@@ -336,7 +318,7 @@ def test_saved_bytes_are_the_projection_and_the_tables(save, row_bytes):
     inputs = {n: v.requires_grad_() for n, v in make(dtype=torch.float32).items() if v is not None}
     tables = 4 * (T * K + T * K + E)  # order, inverse, offsets
     indices = choose()
-    assert sum(saved_bytes(ours(indices, save=save), inputs).values()) == T * K * row_bytes + tables
+    assert saved(ours(indices, save=save), inputs) == T * K * row_bytes + tables
 
 
 def test_frozen_inputs_cost_nothing():
@@ -353,7 +335,7 @@ def test_frozen_inputs_cost_nothing():
             else:
                 assert leaves[name].grad is None, (name, wanted)
     only = {n: v.detach().clone().requires_grad_(n == "down_bias") for n, v in base.items()}
-    assert sum(saved_bytes(ours(choose()), only).values()) < 4 * T * K * I
+    assert saved(ours(choose()), only) < 4 * T * K * I
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

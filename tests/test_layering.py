@@ -32,6 +32,7 @@ LAYERS = {
     "moekit.choices": 3,
     "moekit.monitor": 3,
     "moekit.packed": 2,  # what the products of packed weights take; made of ops.unpack
+    "moekit.plan": 3,
     "moekit.nn": 3,  # finds moekit.hf.blocks and moekit.ep by name, at the call
     "moekit.replay": 3,
     "moekit": 4,  # the public names, and what is not listed: demo, cli
@@ -46,8 +47,8 @@ ONLY_FOR = {
     "peft": ["moekit.hf.peft"],
     "torch.distributed": ["moekit.ep", "moekit.ops.losses", "moekit.hf._trainer", "moekit.demo.ranks"],
     "typer": ["moekit.cli"],
-    "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show"],
-    "matplotlib": ["moekit.demo", "moekit.monitor._show"],
+    "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show", "moekit.plan.show"],
+    "matplotlib": ["moekit.demo", "moekit.monitor._show", "moekit.plan.show"],
     "numpy": ["moekit.kernels.numba"],
 }
 

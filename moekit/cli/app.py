@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
 
 from moekit.cli.demo import demo
 from moekit.cli.doctor import doctor
+from moekit.cli.plan import plan
 from moekit.cli.warmup import warmup
 
 app = typer.Typer(
@@ -24,5 +25,5 @@ def _root() -> None:
     """Make every command a subcommand, however many there are."""
 
 
-for command in (demo, warmup, doctor):
+for command in (demo, plan, warmup, doctor):
     app.command()(command)

@@ -1,0 +1,147 @@
+"""How long a step of one layer's experts takes, from what it multiplies, what it moves, and measured rates.
+
+Products take their operations over the rate of a large dense product, and every tensor that a kernel reads or writes takes
+its bytes over the rate of a copy, one after the other. Neither is quite so: kernels overlap the two, and grouped products
+are slower than one dense product. docs/plan.md has this sum beside measured steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from moekit import _check
+from moekit.plan.exchange import B200, GB200, H200, Machine
+from moekit.plan.memory import Load, unpacks_on_the_way
+
+_OWN = "as given"
+_REACHED = 0.75  # of a link's published speed, where nobody has measured
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes:
+        name: of it.
+        flops: operations of a dense product, of one device.
+        bandwidth: bytes of a copy, read and written, of one device; None if not known.
+        node: devices that the fast links join.
+        inside: bytes of a device to others of its node, in one direction; None without a link.
+        between: bytes of a device to other nodes, in one direction; None without a link.
+        sources: where each comes from.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float | None
+    node: int
+    inside: float | None
+    between: float | None
+    sources: dict[str, str]
+
+    def machine(self) -> Machine | None:
+        """As :mod:`moekit.plan.exchange` takes it; None where a link is not known."""
+        if self.inside is None or self.between is None:
+            return None
+        return Machine(self.name, self.node, self.inside, self.between, self.flops)
+
+
+def _published(name: str, machine: Machine) -> Rates:
+    sources = {"flops": "60% of the published 16-bit rate"}
+    sources |= dict.fromkeys(("inside", "between"), "75% of the published link")
+    links = (machine.node, _REACHED * machine.inside, _REACHED * machine.between)
+    return Rates(name, machine.flops, None, *links, sources)
+
+
+def _h200() -> Rates:
+    """Products and copies from docs/gpu_experts.json; the link from docs/ep_h200.json, four GPUs and 256 MB to others."""
+    known, measured = _published("H200", H200), "measured (docs/gpu_experts.json)"
+    sources = {"flops": measured, "bandwidth": measured, "inside": "measured (docs/ep_h200.json)"}
+    return replace(known, flops=811e12, bandwidth=4254e9, inside=166e9, sources=known.sources | sources)
+
+
+MACHINES = {"H200": _h200(), "B200": _published("B200", B200), "GB200": _published("GB200", GB200)}
+
+
+def changed(rates: Rates | None, **own: float | None) -> Rates | None:
+    """Rates with one's own in the place of some; None if there are none at all.
+
+    Raises:
+        ValueError: own rates, but none of products.
+    """
+    given = {name: value for name, value in own.items() if value is not None}
+    if rates is None:
+        if not given:
+            return None
+        if "flops" not in given:
+            raise _check.fail("plan", "flops", f"given with {', '.join(given)}, or a machine named or measured", "none")
+        rates = Rates(_OWN, given["flops"], None, 8, None, None, {})
+    return replace(rates, **given, sources=rates.sources | dict.fromkeys(given, _OWN))
+
+
+def measured(device: str) -> Rates:
+    """Measure a dense bfloat16 product and a copy here, in a second or two.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    import time
+
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise _check.fail("plan", "measure", "asked for on a machine with a GPU, or with device 'cpu'", "no GPU")
+    size, room = (8192, 2**31) if device == "cuda" else (1024, 2**27)
+    a = torch.randn(size, size, dtype=torch.float32, device=device).bfloat16()
+    source = torch.zeros(room, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).fill_(1)
+
+    def fastest(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    flops, bandwidth = 2 * size**3 / fastest(lambda: a @ a), 2 * room / fastest(lambda: target.copy_(source))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    return Rates(name, flops, bandwidth, 8, None, None, dict.fromkeys(("flops", "bandwidth"), "measured here"))
+
+
+# --- work -----------------------------------------------------------------------------------------------------------
+
+
+def operations(load: Load) -> int:
+    """Multiplications and additions of a forward and backward."""
+    gate_up, down = load.width * load.hidden, load.hidden * load.inner
+    total = (3 if load.trained else 2) * (gate_up + down)
+    if load.rank:
+        a, b, down_a, down_b = (load.rank * n for n in (load.hidden, load.width, load.inner, load.hidden))
+        total += 3 * (a + b + down_b) + 4 * down_a
+    return 2 * load.rows * total
+
+
+def traffic(load: Load) -> int:
+    """Bytes that kernels read and write in a forward and backward, caches left out.
+
+    Rows are counted where a kernel takes or gives them; in a product each operand is read once.
+    """
+    hidden, inner = load.row_bytes(load.hidden), load.row_bytes(load.inner)
+    width, tokens = load.row_bytes(load.width), 2 * load.tokens * load.hidden * load.itemsize
+    forward = hidden + width + inner + (inner + hidden) + hidden
+    backward = (hidden + inner) + (inner + 2 * width + inner) + (width + hidden) + hidden
+    total, weights = forward + backward + tokens, 2
+    if load.trained:
+        total += 3 * hidden + width + 3 * hidden + inner
+        weights = 3
+    if load.rank:  # rows brought together in forward, of the gradient, and for the gradient of A; and read by factors
+        total += 3 * hidden + 4 * hidden + 3 * hidden + 2 * width + 2 * inner
+    elif load.packed:
+        total += 2 * hidden + 2 * hidden
+    stack = load.experts * (load.width + load.inner) * load.hidden * load.itemsize
+    unpacked = load.packed and not unpacks_on_the_way(load)
+    return total + weights * stack + (2 * stack if unpacked else 0)
