@@ -22,15 +22,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor
 
 import moekit.hf
 from moekit.demo.data import heldout_windows, load_corpus, training_batch
 
 TEXT_BYTES = 4 * 2**20  # tokenised for a real model, at most, of either side
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class Result(NamedTuple):
@@ -71,7 +69,7 @@ def add_adapters(model: Any, rank: int) -> PeftModel:
 def read_text(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Tokens of the training and of the held-out text."""
     corpus = load_corpus(options.data)
-    console.print(f"Text: {corpus.source}, {len(corpus.train):,} bytes, and {len(corpus.heldout):,} held out")
+    print(f"Text: {corpus.source}, {len(corpus.train):,} bytes, and {len(corpus.heldout):,} held out")
     if options.tiny:
         return corpus.train, corpus.heldout
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
@@ -102,43 +100,19 @@ def train(model: PeftModel, tokens: Tensor, options: argparse.Namespace) -> floa
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(factors, lr=options.rate, weight_decay=0.0, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimiser, options.steps // 10, options.steps)
-    generator = torch.Generator().manual_seed(options.seed)
-    with Display(options.steps, options.batch * options.tokens) as display:
-        for _ in range(options.steps):
-            batch = training_batch(tokens, options.batch, options.tokens, generator)
-            loss = loss_of(model, batch, options)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(factors, 1.0)
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-            display.show(loss.item())
-    return display.speed
-
-
-class Display(Progress):
-    """A bar on a terminal; ten lines in a log."""
-
-    def __init__(self, steps: int, step_tokens: int) -> None:
-        columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
-        super().__init__(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, expand=True)
-        self.steps, self.step_tokens, self.times = steps, step_tokens, [time.perf_counter()]
-        self.add_task("", total=steps)
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second; the first step, which compiles and allocates, counts only if it is the only one."""
-        since = self.times[1:] if len(self.times) > 2 else self.times
-        return (len(since) - 1) * self.step_tokens / (since[-1] - since[0])
-
-    def show(self, loss: float) -> None:
-        """A step is done."""
-        step = len(self.times)
-        self.times.append(time.perf_counter())
-        figures = f"loss {loss:.3f}  {self.speed:,.0f} tokens/s"
-        self.update(self.task_ids[0], completed=step, description=figures)
-        if not console.is_terminal and step % max(1, self.steps // 10) == 0:
-            console.print(f"  step {step:4}/{self.steps}  {figures}")
+    generator, times = torch.Generator().manual_seed(options.seed), []
+    for step in track(range(1, options.steps + 1), "training"):
+        loss = loss_of(model, training_batch(tokens, options.batch, options.tokens, generator), options)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if step == 1 or step % max(1, options.steps // 10) == 0:
+            print(f"step {step:4}/{options.steps}  loss {loss.item():.3f}")
+            times.append((step, time.perf_counter()))
+    (first, start), (last, end) = times[0], times[-1]  # without the first step, which compiles and allocates
+    return (last - first) * options.batch * options.tokens / max(end - start, 1e-9)
 
 
 def print_sizes(model: PeftModel) -> None:
@@ -147,11 +121,9 @@ def print_sizes(model: PeftModel) -> None:
     others = [weight for weight in model.parameters() if not isinstance(weight, moekit.PackedExperts)]
     dense = sum(weight.numel() * weight.element_size() for weight in packed)
     adapters = sum(weight.nbytes for weight in others if weight.requires_grad)
-    console.print(
-        f"  experts   {_size(sum(weight.bytes for weight in packed))} in {packed[0].format}, {_size(dense)} unpacked"
-    )
-    console.print(f"  the rest  {_size(sum(weight.nbytes for weight in others) - adapters)}")
-    console.print(f"  adapters  {_size(adapters)}, and three times that for gradients and AdamW")
+    print(f"  experts   {_size(sum(weight.bytes for weight in packed))} in {packed[0].format}, {_size(dense)} unpacked")
+    print(f"  the rest  {_size(sum(weight.nbytes for weight in others) - adapters)}")
+    print(f"  adapters  {_size(adapters)}, and three times that for gradients and AdamW")
 
 
 def peak_memory(device: str) -> str:
@@ -174,22 +146,22 @@ def run(options: argparse.Namespace) -> Result:
     model = add_adapters(load(options), options.rank)
     print_sizes(model)
     before = evaluate(model, heldout, options)
-    console.print(f"Held-out loss before training: {before:.4f}")
+    print(f"Held-out loss before training: {before:.4f}")
     speed = train(model, tokens, options)
     after = evaluate(model, heldout, options)
-    console.print(f"Held-out loss after training:  {after:.4f} ({speed:,.0f} tokens/s)")
-    console.print(f"Peak: {peak_memory(options.device)}")
+    print(f"Held-out loss after training:  {after:.4f} ({speed:,.0f} tokens/s)")
+    print(f"Peak: {peak_memory(options.device)}")
     model.save_pretrained(options.out)
     del model  # the GPU need not hold two
     fresh = PeftModel.from_pretrained(load(options), options.out)
     reloaded = evaluate(fresh, heldout, options)
-    console.print(f"Held-out loss of the adapter, read back from {options.out}: {reloaded:.4f}")
+    print(f"Held-out loss of the adapter, read back from {options.out}: {reloaded:.4f}")
     merged = None
     if options.merge:
         whole = fresh.merge_and_unload()  # unpacks an expert, adds the adapter, and packs it again
         merged = evaluate(whole, heldout, options)
         whole.save_pretrained(options.out / "merged")
-        console.print(f"Held-out loss of the model with the adapter merged, {options.out / 'merged'}: {merged:.4f}")
+        print(f"Held-out loss of the model with the adapter merged, {options.out / 'merged'}: {merged:.4f}")
     return Result(before, after, reloaded, merged)
 
 
@@ -220,4 +192,5 @@ def main(arguments: list[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
+    moekit.keep_pages()  # on a CPU: fresh results cost no page faults then
     main()

@@ -26,6 +26,7 @@ SLOWEST = (
     "golden",
     "compile",
     "demo",
+    "examples",
     "ep",
     "ep_layer",
     "ep_calls",
