@@ -17,6 +17,7 @@ LAYERS = {
     "moekit._backend": 0,  # finds the kernels by name, at the call
     "moekit._codes": 0,
     "moekit._pages": 0,
+    "moekit.checks": 0,  # what is true is said without the operators
     "moekit.kernels": 1,
     "moekit.ops": 2,
     "moekit.routing": 2,  # what the operators on rows take: built by ops.tables

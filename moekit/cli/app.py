@@ -8,6 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the moekit command needs {error.name}: pip install 'moekit[cli]'") from error
 
+from moekit.cli.check import check
 from moekit.cli.demo import demo
 from moekit.cli.doctor import doctor
 from moekit.cli.plan import plan
@@ -25,5 +26,5 @@ def _root() -> None:
     """Make every command a subcommand, however many there are."""
 
 
-for command in (demo, plan, warmup, doctor):
+for command in (demo, plan, check, warmup, doctor):
     app.command()(command)
