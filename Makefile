@@ -53,8 +53,10 @@ bench: .venv/ready-dev .venv/peers/ready
 	$(BIN)/python benchmarks/ops.py $(ARGS)
 	$(BIN)/python benchmarks/experts.py $(ARGS)
 
-wheel: .venv/ready-dev
-	$(BIN)/python -m hatchling build -t wheel
+# Built by pip in a small environment of its own, which it makes and removes: hatchling and nothing else.
+wheel:
+	@test -n "$(PYTHON)" || { echo "moekit needs Python >= 3.10 with pip: none found on PATH" >&2; exit 1; }
+	@$(PYTHON) -m pip --disable-pip-version-check -qq wheel --no-deps --wheel-dir dist . && ls -l dist/*.whl
 
 clean:
 	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis

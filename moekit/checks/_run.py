@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,22 @@ def check(
         raise ValueError(f"moekit.check: module must have functions of moe_utils ({names[5]}, ...), got {title}")
     chosen = [case for case in _cases(golden) if case.function not in missing]
     outcomes: list[Outcome] = []
-    with torch.compiler.set_stance("force_eager" if eager else "default"), warnings.catch_warnings():
+    with _as_published(eager), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for done, case in enumerate(chosen, 1):
             outcomes += _outcome(case, module, torch.device(device))
             progress(done, len(chosen))
     outcomes.sort(key=lambda outcome: names.index(outcome.function))
     return Report(tuple(outcomes), missing, _signatures.differences(module))
+
+
+@contextmanager
+def _as_published(eager: bool) -> Iterator[None]:
+    """What the module compiles is compiled: by default PyTorch gives that up after eight shapes or dtypes."""
+    from torch._dynamo import config
+
+    with torch.compiler.set_stance("force_eager" if eager else "default"), config.patch(recompile_limit=256):
+        yield
 
 
 def _cases(golden: Path | None) -> Iterator[Case]:

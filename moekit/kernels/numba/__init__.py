@@ -11,9 +11,9 @@ fresh tensors from PyTorch's allocator: with plain glibc each fresh page of a la
 longer than the kernel; ``mallopt(M_MMAP_MAX, 0)`` with a high ``M_TRIM_THRESHOLD``, or another malloc, avoids it.
 Nothing is written into a saved input, so ``retain_graph`` works; partial sums of bias gradients are the only temporary.
 
-**First use.** A kernel is compiled when it is first needed (0.3 to 2 s), kept in ``__pycache__`` or Numba's user-wide
-cache directory, and loaded from there by later processes (0.2 s for the first, then 4 ms each); without a writable
-directory it is compiled in each process. :func:`warmup` compiles the usual ones ahead.
+**First use.** A kernel is compiled when it is first needed (0.3 to 2 s), kept in the user's cache
+folder (``_cache`` says where, and what is cleared), and loaded from there by later processes (0.2 s for the first, then 4 ms
+each); without a writable folder it is compiled in each process. :func:`warmup` compiles the usual ones ahead.
 
 **Numerics.** float32, bfloat16 and float16 inputs, computed in float32 and rounded once. float64 is the reference's.
 

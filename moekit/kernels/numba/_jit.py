@@ -5,14 +5,15 @@ Compilation happens when a kernel's factory first asks for it, so importing this
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from numba import cfunc, njit, types
+
+from moekit.kernels.numba import _cache
+
+_cache.register()
 
 # No flag lets NaN or infinity be assumed away, and only the additions made with _bits.plus may change their order:
 # elsewhere "reassoc" would cancel the terms that make exp accurate, and let a product overflow on the way.
@@ -58,14 +59,5 @@ def worker(*specialisation: Any) -> Callable[[Callable], Any]:
 
 
 def _name(function: Callable, specialisation: tuple) -> None:
-    parts = [function.__qualname__.replace(".<locals>", ""), *map(str, specialisation), _fingerprint()]
+    parts = [function.__qualname__.replace(".<locals>", ""), *map(str, specialisation)]
     function.__qualname__ = "_".join(parts).replace("-", "m")
-
-
-@functools.cache
-def _fingerprint() -> str:
-    """Of the sources here: Numba itself looks at a kernel's own file only, not at the helpers it inlines."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -1,0 +1,132 @@
+"""Where compiled kernels are kept: a folder of the user's, outside the package, which uninstalling then removes in full.
+
+It is ``moekit/kernels`` in the user's cache folder (``XDG_CACHE_HOME``, or where the system has it), or in the folder that
+``NUMBA_CACHE_DIR`` names. In it, ``<place>-<processor>/<sources>-<Numba>-<Python>``: what is another's (another
+environment's, another machine's in a shared home) has another folder. The first process of a new version clears the folders
+of those before it in the same place, and places that nothing has used for a month.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba
+from numba.core import caching, config
+from numba.core.registry import cpu_target
+from numba.misc.appdirs import AppDirs
+
+_HERE = Path(__file__).parent
+_UNUSED = 30 * 24 * 3600  # seconds
+# Names that are made here; nothing else is ever removed.
+_PLACE = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}")
+_VERSION = re.compile(rf"[0-9a-f]{{12}}-[\w.+]+-{re.escape(str(sys.implementation.cache_tag))}")
+_ANY_VERSION = re.compile(r"[0-9a-f]{12}-[\w.+]+-[\w-]+")
+_KERNEL = re.compile(r".+\.nb[ic](\.tmp\.\w+)?")
+
+
+def root() -> Path:
+    """The folder of all kernels of all versions. It need not exist."""
+    chosen = getattr(config, "CACHE_DIR", "")  # made of the environment, where a type checker does not look
+    return Path(chosen, "moekit", "kernels") if chosen else Path(AppDirs("moekit", False).user_cache_dir, "kernels")
+
+
+@functools.cache
+def folder() -> Path:
+    """The folder of this version's kernels, in this place, for this processor: made on first use.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    found = root() / f"{_digest(str(_HERE), numba.__file__)}-{_digest(*map(str, _processor()))}" / _version()
+    is_new = not found.is_dir()
+    found.mkdir(parents=True, exist_ok=True)
+    os.utime(found.parent)  # when this place was last used
+    if is_new:
+        for stale in _superseded(found):
+            _remove(stale)
+    return found
+
+
+class Locator(caching.UserProvidedCacheLocator):
+    """Tells Numba of that folder, for the functions of this package."""
+
+    def __init__(self, py_func: FunctionType, py_file: str) -> None:
+        self._py_file = py_file
+        self._lineno = py_func.__code__.co_firstlineno
+        self._cache_path = str(folder())
+
+    @classmethod
+    def from_function(cls, py_func: FunctionType, py_file: str) -> Locator | None:
+        """None for functions of others, whom Numba then asks in turn.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if Path(py_file).parent != _HERE:
+            return None
+        found = cls(py_func, py_file)
+        found.ensure_cache_path()
+        return found
+
+
+def register() -> None:
+    """Have Numba ask :class:`Locator` first, before it takes ``__pycache__``."""
+    known: list[Any] = caching.CompileResultCacheImpl._locator_classes
+    if Locator not in known:
+        known.insert(0, Locator)
+
+
+def _superseded(mine: Path) -> Iterator[Path]:
+    """Folders of other versions in this place, under the same Python, and all those of places long unused."""
+    with suppress(OSError):
+        yield from [path for path in mine.parent.iterdir() if path != mine and _VERSION.fullmatch(path.name)]
+        for place in [path for path in mine.parents[1].iterdir() if path != mine.parent and _PLACE.fullmatch(path.name)]:
+            if not place.is_symlink() and time.time() - place.stat().st_mtime > _UNUSED:
+                yield from [path for path in place.iterdir() if _ANY_VERSION.fullmatch(path.name)]
+
+
+def _remove(version: Path) -> None:
+    """Kernels, then the folders that are empty. Another process may do the same, or still write: what is gone is gone.
+
+    A process that loses kernels it has yet to load compiles them again.
+    """
+    if version.is_symlink():
+        return
+    with suppress(OSError):
+        for path in [path for path in version.iterdir() if _KERNEL.fullmatch(path.name)]:
+            with suppress(OSError):
+                path.unlink()
+        version.rmdir()
+        version.parent.rmdir()  # only if nothing else is in it
+
+
+def _version() -> str:
+    return f"{_fingerprint()}-{numba.__version__}-{sys.implementation.cache_tag}"
+
+
+def _processor() -> tuple[str, ...]:
+    """What Numba compiles for."""
+    context: Any = cpu_target.target_context
+    return context.codegen().magic_tuple()
+
+
+def _fingerprint() -> str:
+    """Of the sources here: Numba itself looks at a kernel's own file only, not at the helpers it inlines."""
+    return _digest(*(path.read_bytes() for path in sorted(_HERE.glob("*.py"))))
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:12]
