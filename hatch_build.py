@@ -13,7 +13,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 # Of Markdown, ![alt](target) and [words](target), and of HTML, src="target" and the like. An address, #heading or a target
 # of the root are left.
-_LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\(|\b(?:src|srcset|href)=\")(?!\w+:|#|/)(?P<target>[^)\"\s]+)")
+_LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\(|\b(?:src|srcset|href)=\")(?!\w+:|#|/)(?P<target>[^)\"\s]+)(?=[)\"])")
 _PICTURE = re.compile(r"\.(png|svg|jpe?g|gif|webp)$", re.IGNORECASE)
 
 
@@ -35,4 +35,5 @@ def with_addresses(text: str, repository: str) -> str:
         kind = "raw" if _PICTURE.search(target.split("#")[0]) else "tree" if target.endswith("/") else "blob"
         return f"{link['before']}{repository}/{kind}/main/{target}"
 
-    return _LINK.sub(address, text)
+    parts = re.split(r"(^```.*?^```)", text, flags=re.DOTALL | re.MULTILINE)  # every second one is code
+    return "".join(part if i % 2 else _LINK.sub(address, part) for i, part in enumerate(parts))

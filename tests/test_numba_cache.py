@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("numba")
-from numba.core import caching, config  # noqa: E402
+from numba.core import caching, config
 
-from moekit.kernels.numba import _cache, _jit, _row_kernels  # noqa: E402
+from moekit.kernels.numba import _cache, _jit, _row_kernels
 
 PYTHON = _cache.sys.implementation.cache_tag
 FILES = ("a.nbi", "a.1.nbc", "a.2.nbc.tmp.0123")
