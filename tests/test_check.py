@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,18 @@ def test_every_seam_has_cases(report):
     assert {outcome.seam for outcome in report.outcomes} == {None, *SEAMS}
     # The README's table: one row is of the native API alone (a bias per expert), and two are in one seam each.
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    rows = readme.split("### Where the published code falls short")[1].split("\n## ")[0].count("\n| ") - 2
+    rows = readme.split("# Where the published code falls short\n")[1].split("\n## ")[0].count("\n| ") - 2
     assert len(SEAMS) == rows - 1
+
+
+def test_the_page_has_every_seam_and_todays_numbers(report):
+    page = (Path(__file__).parent.parent / "docs" / "check.md").read_text(encoding="utf-8").replace("`", "")
+    rows = dict(re.findall(r"^\| (.+?) \|.*\| ([^|]+) \|$", page, re.MULTILINE))
+    for seam, words in SEAMS.items():
+        assert rows[words] == f"0 of {len(report.of_seam(seam))}", words
+    seams = sum(outcome.seam is not None for outcome in report.outcomes)
+    assert rows["**seam cases that fail**"] == f"**0 of {seams}**"
+    assert rows["ordinary cases that fail"] == f"0 of {len(report.outcomes) - seams}"
 
 
 def test_every_differentiable_function_is_differentiated():

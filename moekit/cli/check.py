@@ -79,7 +79,7 @@ def _run(module: Any, golden: Path | None, device: str, eager: bool) -> Report:
         try:
             return run(module, device, golden, eager, show)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-            _stop(str(error))
+            _stop(str(error).removeprefix("moekit.check: "))
 
 
 def _stop(message: str) -> NoReturn:
@@ -91,7 +91,10 @@ def _package(module: str) -> str:
     """The distribution that the module is of, and its version."""
     top = module.split(".")[0]
     owners = metadata.packages_distributions().get(top, [])
-    return f"{owners[0]} {metadata.version(owners[0])}" if owners else "of no installed package"
+    if owners:
+        return f"{owners[0]} {metadata.version(owners[0])}"
+    version = getattr(sys.modules.get(top), "__version__", None)
+    return f"{top} {version}" if version else "of no installed package"
 
 
 def _as_json(report: Report) -> dict[str, Any]:
