@@ -4,72 +4,40 @@ Every job runs in a fresh process with one of two allocator modes, the same one 
 glibc: large outputs come from mmap and every call pays for their page faults. ``warm`` keeps freed memory in the
 process (``M_MMAP_MAX=0``, trimming off), so pages are there already. Users meet both.
 
-The contenders of a case take turns, so that drift of the machine hits all alike, and the order rotates each round, so
-that nobody always follows the same neighbour. A time includes freeing the result. Slow contenders take part in fewer
-rounds, spread evenly.
+Shapes, timing and peers are those of `moekit bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
-import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
+
+from moekit.bench.cases import Shape
+from moekit.bench.peers import load_peers
+from moekit.bench.timing import Contender, Measured, copy_contender, measure, unlike
+from moekit.doctor.system import cpu_model, memory_bytes, version_of
+
+__all__ = ["Contender", "Shape", "copy_contender", "load_peers", "measure", "unlike"]  # used through this module
 
 MODES = ("default", "warm")
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 _DEFAULT_PEERS = Path(__file__).parents[1] / ".venv" / "peers"
-_NEMO = "nemo_automodel.components.moe.megatron.moe_utils"
-_PEERS = {"nemo": "nemo-automodel", "megatron": "megatron-core"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_SAMPLE_SECONDS = 5e-4  # shorter calls are repeated until a sample takes this long
-_PATIENCE_SECONDS = 30  # a call that takes longer is not repeated
-_ALIKE = 0.05  # largest difference between contenders, relative to the largest value
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One Mixture-of-Experts layer: T tokens, H hidden, I intermediate, E experts, K experts a token."""
-
-    name: str
-    tokens: int
-    hidden: int
-    inner: int
-    experts: int
-    topk: int
-
-    @property
-    def rows(self) -> int:
-        """R."""
-        return self.tokens * self.topk
-
-    def __str__(self) -> str:
-        return f"{self.name} (T={self.tokens} H={self.hidden} I={self.inner} E={self.experts} K={self.topk})"
 
 
 def parse_shape(text: str, known: Mapping[str, Shape]) -> Shape:
@@ -103,146 +71,6 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "KINETO_LOG_LEVEL": "99"}
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Something to time; ``context`` is entered around the calls, outside the clock."""
-
-    name: str
-    call: Callable[[], Any]
-    context: Callable[[], AbstractContextManager] = nullcontext
-
-
-@dataclass
-class Measured:
-    """Seconds of each contender: median, quartiles and number of samples; errors; how far results differ."""
-
-    times: dict[str, dict[str, float]]
-    failed: dict[str, str]
-    differences: dict[str, float]
-
-    def ratio(self, against: str, ours: str = "moekit") -> float | None:
-        """How many times faster ``ours`` is, or None where one of them did not run."""
-        if against not in self.times or ours not in self.times:
-            return None
-        return self.times[against]["median"] / self.times[ours]["median"]
-
-
-def measure(contenders: Sequence[Contender], budget: float, least: int = 5, most: int = 50) -> Measured:
-    """Time all contenders in turns.
-
-    Args:
-        contenders: the first is the one whose result the others are compared with.
-        budget: seconds to spend, in equal parts; more where ``least`` samples take longer.
-        least: samples of each contender (one of a contender that takes longer than 30 s).
-        most: samples of each contender.
-    """
-    result = Measured({}, {}, {})
-    first: Tensor | None = None
-    samples: dict[str, list[float]] = {}
-    ready: list[tuple[Contender, int, int]] = []  # with calls in a sample and samples to take
-    gc.collect()
-    for contender in contenders:
-        try:
-            seconds, probe = _warm_up(contender)
-        except Exception as error:  # a peer's compiler or memory may fail; the others go on
-            result.failed[contender.name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-            continue
-        if first is None:
-            first = probe
-        elif probe is not None and first is not None and probe.shape == first.shape:
-            result.differences[contender.name] = _difference(probe, first)
-        if seconds > _PATIENCE_SECONDS:
-            samples[contender.name] = [seconds]
-            continue
-        calls = max(1, int(_SAMPLE_SECONDS / seconds))
-        wanted = min(max(int(budget / len(contenders) / (seconds * calls)), least), most)
-        ready.append((contender, calls, wanted))
-    samples |= _take_turns(ready)
-    result.times = {name: _summary(values) for name, values in samples.items()}
-    return result
-
-
-def _warm_up(contender: Contender) -> tuple[float, Tensor | None]:
-    """Call until compilers and caches have settled: seconds of a call, and a few values of its result."""
-    with contender.context():
-        start = time.perf_counter()
-        output = contender.call()
-        seconds = time.perf_counter() - start
-        probe = _probe(output)
-        del output
-        for _ in range(2 if seconds < _PATIENCE_SECONDS else 0):
-            start = time.perf_counter()
-            contender.call()
-            seconds = time.perf_counter() - start
-            if seconds > 1:
-                break
-    return max(seconds, 1e-9), probe
-
-
-def _take_turns(ready: Sequence[tuple[Contender, int, int]]) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {contender.name: [] for contender, _, _ in ready}
-    rounds, shuffle = max((wanted for _, _, wanted in ready), default=0), random.Random(0)
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            # Whoever comes next pays for what the one before left behind, so neighbours change.
-            for contender, calls, wanted in shuffle.sample(ready, len(ready)):
-                if (turn + 1) * wanted // rounds > turn * wanted // rounds:
-                    samples[contender.name].append(_sample(contender, calls))
-    finally:
-        gc.enable()
-    return samples
-
-
-def _sample(contender: Contender, calls: int) -> float:
-    call = contender.call
-    with contender.context():
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-
-
-def _summary(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[len(ordered) // 4],
-        "high": ordered[-1 - len(ordered) // 4],
-        "samples": len(ordered),
-    }
-
-
-def _probe(output: Any) -> Tensor | None:
-    """Some values of the first floating tensor in ``output``, from all over it."""
-    parts = output if isinstance(output, (tuple, list)) else (output,)
-    value = next((part for part in parts if isinstance(part, Tensor)), None)
-    if value is None or not value.is_floating_point() or value.numel() == 0:
-        return None
-    # An odd step visits every column.
-    return value.detach().reshape(-1)[:: (value.numel() // 65536) | 1].float().clone()
-
-
-def _difference(value: Tensor, wanted: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite if either has a NaN."""
-    difference = float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-    return difference if difference == difference else float("inf")
-
-
-def copy_contender(num_bytes: int, dtype: torch.dtype) -> Contender:
-    """The yardstick: ``copy_`` into an existing buffer that moves as many bytes, half read and half written."""
-    source = torch.ones(max(num_bytes // 2 // dtype.itemsize, 1), dtype=dtype)
-    target = torch.ones_like(source)
-
-    def call() -> None:
-        target.copy_(source)
-
-    return Contender("copy_", call)
-
-
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
@@ -261,61 +89,6 @@ def verdict_text(target: Mapping[str, Any]) -> str:
         return f"{target['what']} {sign} {target['wanted']:.3g}: not measured"
     word = "[green]met[/]" if target["met"] else "[red]missed[/]"
     return f"{target['what']} {target['value']:.3g} {sign} {target['wanted']:.3g}: {word}"
-
-
-def unlike(differences: Mapping[str, float]) -> list[str]:
-    """Contenders whose results differ from moekit's by more than rounding explains."""
-    return [f"{name} ({value:.2g})" for name, value in differences.items() if value > _ALIKE]
-
-
-# --- peers ----------------------------------------------------------------------------------------------------------
-
-
-def load_peers() -> tuple[dict[str, Any], list[str]]:
-    """The peers that can be imported, and a note on each."""
-    loaders = {"nemo": _load_nemo, "megatron": _load_megatron}
-    found: dict[str, Any] = {}
-    notes = []
-    for name, load in loaders.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found |= load()
-            notes.append(f"{name}: {_PEERS[name]} {version_of(_PEERS[name])}")
-        except Exception as error:  # whatever keeps a peer from being imported, it is skipped
-            notes.append(f"{name}: skipped, {_PEERS[name]} cannot be imported ({type(error).__name__}: {error})")
-    return found, notes
-
-
-def _load_nemo() -> dict[str, Any]:
-    compiled = importlib.import_module(_NEMO)
-    return {"nemo": compiled, "nemo eager": _without_compile(compiled)}
-
-
-def _without_compile(module: ModuleType) -> ModuleType:
-    """A second copy of ``module`` whose functions are not compiled."""
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_eager", str(module.__file__))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no source for {module.__name__}")
-    copy = importlib.util.module_from_spec(spec)
-    with mock.patch.object(torch, "compile", lambda function: function):
-        spec.loader.exec_module(copy)
-    return copy
-
-
-def _load_megatron() -> dict[str, Any]:
-    moe = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
-    geglu = importlib.import_module("megatron.core.fusions.fused_bias_geglu")
-    found = SimpleNamespace(
-        permute=moe.permute,
-        unpermute=moe.unpermute,
-        topk_routing_with_score_function=moe.topk_routing_with_score_function,
-        weighted_bias_quick_geglu_impl=geglu.weighted_bias_quick_geglu_impl,
-        # Theirs has a bias that must be None.
-        weighted_bias_swiglu_impl=lambda y, w, fp8=False: swiglu.weighted_bias_swiglu_impl(y, None, w, fp8),
-    )
-    return {"megatron": found}
 
 
 # --- jobs in fresh processes ----------------------------------------------------------------------------------------
@@ -391,7 +164,7 @@ def machine() -> dict[str, Any]:
     import moekit
 
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -405,29 +178,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def version_of(distribution: str) -> str | None:
-    """The version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return getattr(sys.modules.get(distribution), "__version__", None)
-
-
-def _cpu_model() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _huge_pages() -> str | None:
     setting = " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
     return setting[setting.find("[") + 1 : setting.find("]")] or None
-
-
-def memory_bytes(field: str) -> int:
-    """A field of /proc/meminfo in bytes, 0 where there is none."""
-    return _field("/proc/meminfo", field)
 
 
 def process_bytes(field: str) -> int:

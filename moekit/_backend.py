@@ -11,7 +11,7 @@ that is asked for by name is used or raises; it never falls back to another devi
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -47,10 +47,20 @@ BACKENDS = {
     ),
 }
 _VARIABLE = "MOEKIT_BACKEND"
+_DEBUG_VARIABLE = "MOEKIT_DEBUG"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
-_DEFAULT_DEBUG = os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0")
+_DEFAULT_DEBUG = os.environ.get(_DEBUG_VARIABLE, "0") not in ("", "0")
 _requested: ContextVar[str] = ContextVar("moekit_backend", default=_DEFAULT)
 _debug: ContextVar[bool] = ContextVar("moekit_debug", default=_DEFAULT_DEBUG)
+
+
+class Variable(NamedTuple):
+    """An environment variable as this process has it."""
+
+    name: str
+    value: str | None  # None: not set
+    meaning: str  # what it amounts to
+    problem: str | None
 
 
 class _Within(ContextDecorator):
@@ -137,6 +147,61 @@ def default() -> tuple[str, str | None]:
     return _DEFAULT, None
 
 
+def variables() -> list[Variable]:
+    """Every environment variable that is read here: its value, what that amounts to, and what is wrong with it, if so."""
+    asked, problem = default()
+    found = [Variable(_VARIABLE, os.environ.get(_VARIABLE), f"{asked} runs unless asked otherwise", problem)]
+    checks = "values on GPUs are checked" if _DEFAULT_DEBUG else "values on GPUs are not checked"
+    switches = {_DEBUG_VARIABLE: ("", checks)}
+    for name, row in BACKENDS.items():
+        if row.everywhere_with:
+            on = os.environ.get(row.everywhere_with) == "1"
+            means = f"{name} runs on any device, interpreted" if on else f"{name} runs on {row.runs_on}"
+            switches[row.everywhere_with] = (f"; moekit takes {name} to run on {row.runs_on} only", means)
+    for name, (consequence, means) in switches.items():
+        value = os.environ.get(name)
+        wrong = None
+        if value not in (None, "", "0", "1"):
+            wrong = f"{name}: wanted 0 or 1, got {value!r}{consequence or f': {means}'}"
+        found.append(Variable(name, value, means, wrong))
+    return found
+
+
+def automatic(device: str) -> str:
+    """The backend that ``auto`` takes for a type of device: the first that is installed; ``"torch"``: the reference."""
+    fit = (name for name, row in BACKENDS.items() if device in row.devices and _kernels(name) is not None)
+    return next(fit, "torch")
+
+
+def explain(op: str, device: str) -> tuple[str, str]:
+    """The backend that runs ``op`` under ``auto`` on a type of device, and why."""
+    name = automatic(device)
+    if name == "torch":
+        missing = [f"{other} {why_not(other)}" for other, row in BACKENDS.items() if device in row.devices]
+        return name, "; ".join(missing) or f"no kernels for {device} tensors"
+    if op in _automatic(device):
+        return name, f"installed, and for {BACKENDS[name].runs_on}"
+    return "torch", f"{name} has no kernel of it"
+
+
+def why_not(name: str) -> str | None:
+    """Why a backend cannot be had, or None where it can: what is not there, or what keeps it from being imported."""
+    found = {} if name == "torch" else _load(name)
+    if not isinstance(found, ImportError):
+        return None
+    if importlib.util.find_spec(name) is None:  # a backend is called like the package it needs
+        return f"is not installed; get it with: {BACKENDS[name].how_to_get}"
+    return f"cannot be imported: {found}"
+
+
+def serves(name: str, device: str) -> bool:
+    """Whether a backend runs on a type of device."""
+    row = BACKENDS.get(name)
+    if row is None or device in row.devices:  # the reference runs on all
+        return True
+    return row.everywhere_with is not None and os.environ.get(row.everywhere_with) == "1"
+
+
 def kernel(op: str, tensor: Tensor) -> Callable | None:
     """The kernel that runs ``op`` on ``tensor``, or None for the reference."""
     name = _requested.get()
@@ -152,9 +217,9 @@ def kernel(op: str, tensor: Tensor) -> Callable | None:
 
 @functools.cache
 def _automatic(device: str) -> Mapping[str, Callable]:
-    """The kernels of the first backend that is installed for a type of device; none: the reference."""
-    found = (_kernels(name) for name, row in BACKENDS.items() if device in row.devices)
-    return next((table for table in found if table is not None), {})
+    """The kernels of the backend that ``auto`` takes for a type of device; none: the reference."""
+    name = automatic(device)
+    return {} if name == "torch" else _require(name)
 
 
 @functools.cache
@@ -184,8 +249,8 @@ def _require(name: str, asked_by: str = "moekit.backend") -> Mapping[str, Callab
 
 
 def _require_device(name: str, device: str) -> None:
-    row = BACKENDS[name]
-    if device in row.devices or (row.everywhere_with and os.environ.get(row.everywhere_with) == "1"):
+    if serves(name, device):
         return
+    row = BACKENDS[name]
     anywhere = f" (or on any with {row.everywhere_with}=1)" if row.everywhere_with else ""
     raise RuntimeError(f"moekit.backend: {name!r} runs on {row.runs_on}{anywhere}, got a tensor on {device}")

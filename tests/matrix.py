@@ -31,10 +31,10 @@ BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->"
 # The oldest that pyproject.toml admits, the pinned ones, and the newest that were tried.
 COMBINATIONS = (("2.10.0", "5.12.0"), ("2.13.0", "5.12.0"), ("2.13.0", "5.24.0"), ("2.14.1", "5.24.0"))
 # Operators, their autograd and compilation, the drop-in and the experts in Transformers, on the backends for a CPU. What
-# is left out asks other things: the Triton kernels (bound to one triton), the demo, packaging, benchmarks, mutants.
+# is left out asks other things: the Triton kernels (bound to one triton), the commands, packaging, benchmarks, mutants.
 # The interpreter of the triton that comes with torch 2.10 does not run on today's NumPy.
 INTERPRETED = "gpu_kernels_stay_inside"
-LEFT_OUT = ("triton", "demo", "packaging", "benchmarks", "mutants", "layering", "cli", "fuzz", "differential")
+LEFT_OUT = ("triton", "demo", "packaging", "mutants", "layering", "cli", "bench", "doctor", "fuzz", "differential")
 # What torch 2.11's CUDA builds bring, and the newest; the interpreter of 3.6 needs an older NumPy.
 TRITONS = {"3.6.0": "numpy<2.4", "3.9.0": "numpy"}
 VERSIONS = """

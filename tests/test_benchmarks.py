@@ -16,6 +16,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from moekit.bench import timing
+
 for needed in ("rich", "matplotlib"):
     pytest.importorskip(needed)
 
@@ -100,8 +102,8 @@ def test_slow_contenders_take_fewer_rounds_spread_evenly(harness):
 
     ready = [(harness.Contender("fast", lambda: None), 1, 9), (harness.Contender("slow", lambda: None), 1, 3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "_sample", sampled)
-        harness._take_turns(ready)
+        patch.setattr(timing, "_sample", sampled)
+        timing._take_turns(ready)
     assert order.count("fast") == 9 and order.count("slow") == 3
     assert [i for i, name in enumerate(order) if name == "slow"] == pytest.approx([2, 7, 10], abs=1)
 
@@ -130,7 +132,7 @@ def test_measure_reports_failures_and_differences(harness):
 
 
 def test_ratio_is_the_others_time_over_ours(harness):
-    measured = harness.Measured({"moekit": {"median": 2.0}, "peer": {"median": 6.0}}, {}, {})
+    measured = timing.Measured({"moekit": {"median": 2.0}, "peer": {"median": 6.0}}, {}, {})
     assert measured.ratio("peer") == 3.0
     assert measured.ratio("absent") is None
 
@@ -195,7 +197,7 @@ def test_ops_judges_the_full_shapes(run_here, monkeypatch):
         (mode, name) for name in ("qwen3", "mixtral") for mode in ("default", "warm")
     ]
     case = ops.Case("permute", 8, lambda: lambda: None, {}, {"nemo": (2.0, 1.2), "copy_": (1.0, 0.9)})
-    measured = load("_harness", monkeypatch).Measured({n: {"median": 1.0} for n in ("moekit", "nemo", "copy_")}, {}, {})
+    measured = timing.Measured({n: {"median": 1.0} for n in ("moekit", "nemo", "copy_")}, {}, {})
     wanted = {
         (job["mode"], dtype): [t["wanted"] for t in ops._record(job, case, 4096, dtype, measured)["targets"]]
         for job in jobs

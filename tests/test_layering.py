@@ -36,7 +36,7 @@ LAYERS = {
     "moekit.plan": 3,
     "moekit.nn": 3,  # finds moekit.hf.blocks and moekit.ep by name, at the call
     "moekit.replay": 3,
-    "moekit": 4,  # the public names, and what is not listed: demo, cli
+    "moekit": 4,  # the public names, and what is not listed: bench, cli, demo, doctor
 }
 
 # Who may import what, by prefix.
@@ -49,7 +49,7 @@ ONLY_FOR = {
     "torch.distributed": ["moekit.ep", "moekit.ops.losses", "moekit.hf._trainer", "moekit.demo.ranks"],
     "typer": ["moekit.cli"],
     "rich": ["moekit.cli", "moekit.demo", "moekit.monitor._show", "moekit.plan.show"],
-    "matplotlib": ["moekit.demo", "moekit.monitor._show", "moekit.plan.show"],
+    "matplotlib": ["moekit.bench.run", "moekit.demo", "moekit.monitor._show", "moekit.plan.show"],
     "numpy": ["moekit.kernels.numba"],
 }
 

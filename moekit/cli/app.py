@@ -2,29 +2,83 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated, Any
+
 try:
     import rich  # noqa: F401
     import typer
+    from typer.core import TyperGroup
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the moekit command needs {error.name}: pip install 'moekit[cli]'") from error
 
+import moekit
+from moekit.cli.bench import bench
 from moekit.cli.check import check
 from moekit.cli.demo import demo
 from moekit.cli.doctor import doctor
 from moekit.cli.plan import plan
 from moekit.cli.warmup import warmup
 
+COMMANDS = (
+    demo,
+    plan,
+    doctor,
+    bench,
+    check,
+    warmup,
+)
+
+# Of click, or of the copy of it that newer releases of typer bring.
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+class _OneLine(TyperGroup):
+    """A wrong command line gets one line, not a box of five."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except _ClickException as error:
+            _say(error)
+            sys.exit(getattr(error, "exit_code", 2))
+        except typer.Abort:
+            sys.exit("Aborted.")
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say(error: Any) -> None:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # rich has printed the help already, and left an empty message
+        typer.echo(error.message.strip(), nl=bool(error.message.strip()))
+        return
+    where = context.command_path if context is not None else "moekit"
+    typer.echo(f"{where}: {error.format_message()} (see {where} --help)", err=True)
+
+
 app = typer.Typer(
+    cls=_OneLine,
     help="Mixture-of-Experts building blocks for PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moekit {moekit.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
     """Make every command a subcommand, however many there are."""
 
 
-for command in (demo, plan, check, warmup, doctor):
+for command in COMMANDS:
     app.command()(command)

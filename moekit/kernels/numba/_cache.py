@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 from numba.core import caching, config
@@ -77,6 +77,32 @@ class Locator(caching.UserProvidedCacheLocator):
         found = cls(py_func, py_file)
         found.ensure_cache_path()
         return found
+
+
+class Kept(NamedTuple):
+    """Kernels on disk, counted with all their signatures."""
+
+    folder: str | None  # of this version; None: nowhere to write, so each process compiles for itself
+    wanted: str | None  # the folder that NUMBA_CACHE_DIR names, if it is set
+    kernels: int
+    kernels_bytes: int
+    others: int  # of other versions and places
+    others_bytes: int
+
+
+def kept() -> Kept:
+    """Look, as Numba does before it compiles: the folder is made where it can be, and a file is written for a moment."""
+    register()
+    wanted = getattr(config, "CACHE_DIR", "") or None
+    try:
+        found = Path(caching.FunctionCache(kept).cache_path)  # one folder for all functions of the package
+    except OSError:  # it cannot be written
+        return Kept(None, wanted, 0, 0, 0, 0)
+    ours, others = [], []
+    for path in {*found.glob("*.nbc"), *root().rglob("*.nbc")}:
+        with suppress(FileNotFoundError):  # another process tidies up
+            (ours if path.parent == found else others).append(path.stat().st_size)
+    return Kept(str(found), wanted, len(ours), sum(ours), len(others), sum(others))
 
 
 def register() -> None:

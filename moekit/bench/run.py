@@ -1,0 +1,172 @@
+"""A benchmark of one layer: cases, contenders, times."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moekit
+from moekit.bench import peers as published
+from moekit.bench.cases import Call, Case, Inputs, Shape, experts_bytes, experts_case, operator_cases
+from moekit.bench.timing import Contender, copy_contender, measure
+from moekit.doctor import system
+
+DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WHAT = ("ops", "experts", "all")
+_PASSES = 10  # forward and backward of four operators and of the experts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run; ``seconds`` are those of the clock, and compilers take their time besides."""
+
+    shape: Shape
+    dtype: str
+    device: str
+    what: str
+    seconds: float
+    compiled: bool
+    keep_pages: bool = False
+
+
+def run(settings: Settings, progress: Callable[[str, int], None] = lambda name, total: None) -> dict[str, Any]:
+    """Compare and time.
+
+    Args:
+        settings: of the benchmark.
+        progress: called before each figure, with its name and the number of figures.
+
+    Returns:
+        ``machine``, ``settings``, ``records`` (a figure each: seconds by contender), ``notes`` (who did not run, and why).
+    """
+    torch.manual_seed(0)
+    peers, notes = published.load_peers()
+    if settings.keep_pages:
+        notes.append(str(moekit.keep_pages()))
+    try:
+        peers |= published.load_transformers()
+    except Exception as error:  # whatever keeps a peer from being imported, it is skipped
+        notes.append(f"transformers: skipped, cannot be imported ({type(error).__name__}: {error})")
+    inputs = Inputs(settings.shape, DTYPES[settings.dtype], settings.device)
+    records: list[dict[str, Any]] = []
+    total = {"ops": _PASSES - 2, "experts": 2, "all": _PASSES}[settings.what]
+    for case in _cases(settings, inputs, peers, notes):
+        if settings.compiled:
+            _add_compiled(case)
+        for backward in (False, True):
+            name = f"{case.name}{_SUFFIX[backward, case.whole_step]}"
+            progress(name, total)
+            records.append(_record(name, case, inputs, settings.seconds / total, backward))
+    about = machine(settings.device)
+    if (about["load"] or 0) > about["cores"] / 2:
+        notes.append(f"others were at work (load {about['load']:g} on {about['cores']} cores): these figures mean little")
+    failed = {who: f"{r['case']}: {who} skipped, {why}" for r in records[::-1] for who, why in r["failed"].items()}
+    settings_ = {**asdict(settings), "shape": asdict(settings.shape)}
+    return {"machine": about, "settings": settings_, "records": records, "notes": [*notes, *failed.values()]}
+
+
+_SUFFIX = {(False, False): "", (False, True): "", (True, False): ", backward", (True, True): ", both ways"}
+
+
+def _cases(settings: Settings, inputs: Inputs, peers: dict[str, Any], notes: list[str]) -> Iterator[Case]:
+    if settings.what != "experts":
+        yield from operator_cases(inputs, peers)
+    if settings.what != "ops":
+        needed, free = experts_bytes(settings.shape, inputs.dtype), _free_bytes(settings.device)
+        if needed > free:
+            notes.append(f"experts: skipped, they need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+        else:
+            yield experts_case(inputs, peers)
+
+
+def _free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return system.memory_bytes("MemAvailable") or 2**63
+
+
+def _add_compiled(case: Case) -> None:
+    """The plain form, compiled; a compiler that is missing shows when it is called."""
+    torch.compiler.reset()
+    function, leaves = case.calls["torch"]
+    case.calls["torch compile"] = Call(torch.compile(function, dynamic=False), leaves)
+
+
+def _record(name: str, case: Case, inputs: Inputs, budget: float, backward: bool) -> dict[str, Any]:
+    wait = None if inputs.device == "cpu" else torch.accelerator.synchronize
+    contenders, failed = [], {}
+    for who, call in case.calls.items():
+        try:
+            timed = _timed(call, backward, whole=case.whole_step)
+        except Exception as error:  # its forward failed: the others go on
+            failed[who] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            continue
+        contenders.append(Contender(who, timed, wait=wait))
+    moved = case.backward_bytes if backward else case.bytes
+    if moved:
+        contenders.append(copy_contender(moved, inputs.dtype, inputs.device, wait))
+    found = measure(contenders, budget, least=3, alike_only=True)
+    times = {contender.name: found.times[contender.name] for contender in contenders if contender.name in found.times}
+    failed |= found.failed
+    return {"case": name, "bytes": moved, "seconds": times, "differences": found.differences, "failed": failed}
+
+
+def _timed(call: Call, backward: bool, *, whole: bool) -> Callable[[], Any]:
+    """Forward without gradients; backward of a graph that is kept; or both, ``whole``."""
+    if not backward:
+        return torch.no_grad()(call.function)
+    out = call.function()
+    grad = torch.empty_like(out).normal_(generator=torch.Generator(out.device).manual_seed(1))
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call.function(), call.leaves, grad)
+
+    return both if whole else functools.partial(torch.autograd.grad, out, call.leaves, grad, retain_graph=True)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on; no host names, no paths."""
+    packages = ("moekit", "torch", "numba", "triton", "transformers", "nemo-automodel", "megatron-core", "liger-kernel")
+    versions = {name: version for name in packages if (version := system.version_of(name))}
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {**system.cpu(), **system.threads(), "gpu": gpu, "versions": versions}
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """A row for each figure, a mark for each contender: its time over moekit's.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [record for record in report["records"] if "moekit" in record["seconds"]]
+    marks: dict[str, list[tuple[float, int]]] = {}
+    for place, record in enumerate(rows):
+        ours = record["seconds"]["moekit"]["median"]
+        for who, times in record["seconds"].items():
+            if who != "moekit":
+                marks.setdefault(who, []).append((times["median"] / ours, place))
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for (who, points), marker in zip(marks.items(), itertools.cycle("osD^v<>P"), strict=False):
+        axis.scatter(*zip(*points, strict=True), label=who, marker=marker, s=30)
+    labels = [f"{record['case']}: {1e3 * record['seconds']['moekit']['median']:.3g} ms" for record in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=1, label="moekit")
+    axis.set_xscale("log")
+    axis.grid(axis="x", which="both", alpha=0.3)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("time over moekit's (right of the line: slower than moekit)")
+    settings = report["settings"]
+    axis.set_title(f"{Shape(**settings['shape'])}, {settings['dtype']} on {settings['device']}", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

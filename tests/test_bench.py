@@ -1,0 +1,191 @@
+"""``moekit bench`` on tiny layers; no time is asserted."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moekit import moe_utils
+from moekit.bench import peers, run, timing
+from moekit.bench.cases import Shape, experts_bytes
+from moekit.cli.app import app
+
+FIGURES = [
+    *("route", "route, backward", "tables and permute", "tables and permute, backward"),
+    *("unpermute, weighted", "unpermute, weighted, backward", "SwiGLU, weighted", "SwiGLU, weighted, backward"),
+    *("experts", "experts, both ways"),
+]
+TINY = Shape("tiny", 16, 32, 16, 8, 2)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    measure = timing.measure
+    monkeypatch.setattr(
+        run, "measure", lambda contenders, *_, alike_only, **__: measure(contenders, 0.0, 1, 1, alike_only=alike_only)
+    )
+    gc.freeze()  # each measurement collects garbage first, and would look for it in all of Transformers
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The drop-in stands in for a published package, and a broken copy of it for another."""
+    twice = SimpleNamespace(permute=lambda x, *a, **k: tuple(2 * part for part in moe_utils.permute(x, *a, **k)[:1]))
+
+    def fails(*args):
+        raise RuntimeError("no compiler")
+
+    found = {"same": moe_utils, "twice": twice, "fails": SimpleNamespace(weighted_bias_swiglu_impl=fails)}
+    monkeypatch.setattr(peers, "load_peers", lambda: (found, ["gone: skipped, it is not installed"]))
+
+
+def settings(**changes) -> run.Settings:
+    usual = {"shape": TINY, "dtype": "bf16", "device": "cpu", "what": "all", "seconds": 0.0, "compiled": False}
+    return run.Settings(**{**usual, **changes})
+
+
+def test_contenders_are_compared_before_they_are_timed(published):
+    seen = []
+    report = run.run(settings(), lambda name, total: seen.append((name, total)))
+    assert seen == [(name, 10) for name in FIGURES]
+    assert [record["case"] for record in report["records"]] == FIGURES
+    who = {record["case"]: set(record["seconds"]) for record in report["records"]}
+    assert all({"moekit", "torch"} <= there for there in who.values())
+    assert all(("copy_" in there) == ("experts" not in case) for case, there in who.items())
+    of_peer = {case for case, there in who.items() if "same" in there}
+    assert of_peer == {case for case in FIGURES if case.startswith(("tables", "unpermute", "SwiGLU"))}
+    assert all("transformers" in who[case] for case in FIGURES[-2:])
+    assert not any({"twice", "fails"} & there for there in who.values())
+    for record in report["records"]:
+        ours = {name: value for name, value in record["differences"].items() if name != "twice"}
+        assert all(value < 0.03 for value in ours.values()) and {"torch"} <= set(ours), record
+    said = " ".join(report["notes"])
+    assert "tables and permute: twice skipped, another result than moekit's: twice (1)" in said
+    assert "SwiGLU, weighted: fails skipped, RuntimeError: no compiler" in said and "gone: skipped" in said
+
+
+@pytest.mark.parametrize(("what", "figures"), [("ops", FIGURES[:-2]), ("experts", FIGURES[-2:])])
+def test_what_is_run(published, what, figures):
+    report = run.run(settings(what=what, dtype="float32"))
+    assert [record["case"] for record in report["records"]] == figures
+    assert all(value < 1e-5 for r in report["records"] for who, value in r["differences"].items() if who == "torch")
+
+
+def test_experts_that_do_not_fit_are_left_out(published, monkeypatch):
+    monkeypatch.setattr(run, "_free_bytes", lambda device: experts_bytes(TINY, torch.bfloat16) - 1)
+    report = run.run(settings(what="experts"))
+    assert not report["records"]
+    assert "experts: skipped, they need about 0 GiB, 0 GiB are free" in report["notes"]
+
+
+def test_peers_that_are_absent_or_broken_are_notes(monkeypatch):
+    def broken():
+        raise AttributeError("module has no attribute 'that'\nmore")
+
+    monkeypatch.setattr(peers, "_load_nemo", broken)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    versions = {"nemo-automodel": "1.2"}
+    monkeypatch.setattr(peers, "version_of", versions.get)
+    monkeypatch.setattr(peers, "_load_liger", lambda: {"liger": SimpleNamespace()})
+    found, notes = peers.load_peers()
+    assert set(found) == {"liger"}
+    assert notes[0] == "nemo: skipped, nemo-automodel cannot be imported (AttributeError: module has no attribute 'that'"
+    assert notes[1] == "megatron: skipped, megatron-core is not installed"
+
+
+def test_a_contender_may_differ_where_that_is_asked_for():
+    contenders = [timing.Contender("moekit", lambda: torch.ones(8)), timing.Contender("far", lambda: torch.zeros(8))]
+    assert "far" in timing.measure(contenders, 0.0, 1, 1).times
+    found = timing.measure(contenders, 0.0, 1, 1, alike_only=True)
+    assert set(found.times) == {"moekit"} and found.failed == {"far": "another result than moekit's: far (1)"}
+
+
+def test_waits_are_timed():
+    waited = []
+    timing.measure([timing.Contender("moekit", lambda: torch.ones(8), wait=lambda: waited.append(1))], 0.0, 1, 1)
+    assert len(waited) >= 3
+
+
+def test_the_command(published, tmp_path):
+    options = [
+        "--shape",
+        "16,32,16,8,2",
+        "--tokens",
+        "24",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.01",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    result = CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "a" / "bench.json").read_text())
+    assert report["settings"]["shape"] == {
+        "name": "custom",
+        "tokens": 24,
+        "hidden": 32,
+        "inner": 16,
+        "experts": 8,
+        "topk": 2,
+    }
+    assert set(report) == {"machine", "settings", "records", "notes"}
+    assert (tmp_path / "a" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    lines = result.output.splitlines()
+    header = next(line.split() for line in lines if line.startswith("median times"))
+    assert header == ["median", "times", "moekit,", "ms", "torch", "same", "transformers", "copy_"]
+    row = next(line for line in lines if line.startswith("SwiGLU, weighted "))
+    seconds = report["records"][6]["seconds"]
+    for name in ("torch", "same", "copy_"):
+        assert f"{seconds[name]['median'] / seconds['moekit']['median']:.2f}x" in row
+    assert any("gone: skipped" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nope"], "CONFIG: no file 'nope', and no preset of that name; presets: DeepSeek-V3, "),
+        (["--shape", "1,2"], "--shape: wanted T,H,I,E,K, got '1,2'"),
+        (["--shape", "4,4,4,2,3"], "--shape: wanted positive numbers and K <= E, got '4,4,4,2,3'"),
+        (["OLMoE", "--shape", "4,4,4,2,1"], "--shape: takes the place of a config"),
+        (["--device", "nonsense"], "--device: "),
+        (["--dtype", "int8"], "--dtype: wanted bf16, float16, float32, got 'int8'"),
+        (["--what", "all of it"], "--what: wanted ops, experts, all, got 'all of it'"),
+        (["--peers", "/no/such/folder"], "--peers: no such folder: /no/such/folder"),
+    ],
+)
+def test_bad_options_are_one_line(options, said):
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 2
+    assert said in result.output and len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "sizes"),
+    [
+        (None, None, (2048, 768, 128, 8)),
+        ("Mixtral-8x7B", None, (4096, 14336, 8, 2)),
+        ("DeepSeek-V3", 7, (7168, 2048, 256, 8)),
+        ("gpt-oss-20b", None, (2880, 2880, 32, 4)),
+        ("OLMoE-1B-7B", None, (2048, 1024, 64, 8)),
+    ],
+)
+def test_presets(monkeypatch, tmp_path, name, tokens, sizes):
+    asked = []
+
+    def stop(settings, progress):
+        asked.append(settings)
+        raise RuntimeError
+
+    monkeypatch.setattr(run, "run", stop)
+    options = [*([name] if name else []), "--device", "cpu", "--out", str(tmp_path)]
+    CliRunner().invoke(app, ["bench", *options, *(["--tokens", str(tokens)] if tokens else [])])
+    (settings,) = asked
+    assert settings.shape == Shape(name or "Qwen3-30B-A3B", tokens or 512, *sizes)
