@@ -85,6 +85,7 @@ def by_feature_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Cal
         sums, x_pad, y_pad, whole = scratch(_DOTS), scratch(_PADS), scratch(_PADS), width // TILE * TILE
 
         def multiply(taken, features, x, x_step, y, y_step, line, first, last, ahead):
+            reach = ahead if few == FEATURES else 0
             if features < FEATURES:  # the last of an odd number
                 for pair in range(taken * features):
                     row, n = pair // features, pair % features
@@ -92,49 +93,16 @@ def by_feature_kernel(element: int, format: int = DENSE, cpu: int = HOST) -> Cal
                     dots(format, element, cpu, 1, 1, matrix, 0, scales, line + n, source, 0, first, last, 0, place)
             elif taken == 4:
                 for n in range(0, FEATURES, some):
-                    matrix, place = y + n * y_step, sums + 4 * n
-                    dots(
-                        format, element, cpu, 4, some, matrix, y_step, scales, line + n, x, x_step, first, last, ahead, place
-                    )
+                    matrix, to = y + n * y_step, sums + 4 * n
+                    dots(format, element, cpu, 4, some, matrix, y_step, scales, line + n, x, x_step, first, last, ahead, to)
+            elif taken == 2:
+                for n in range(0, FEATURES, few):
+                    matrix, to = y + n * y_step, sums + 4 * n
+                    dots(format, element, cpu, 2, few, matrix, y_step, scales, line + n, x, x_step, first, last, reach, to)
             else:
                 for n in range(0, FEATURES, few):
-                    matrix, place, reach = y + n * y_step, sums + 4 * n, ahead if few == FEATURES else 0
-                    if taken == 2:
-                        dots(
-                            format,
-                            element,
-                            cpu,
-                            2,
-                            few,
-                            matrix,
-                            y_step,
-                            scales,
-                            line + n,
-                            x,
-                            x_step,
-                            first,
-                            last,
-                            reach,
-                            place,
-                        )
-                    else:
-                        dots(
-                            format,
-                            element,
-                            cpu,
-                            1,
-                            few,
-                            matrix,
-                            y_step,
-                            scales,
-                            line + n,
-                            x,
-                            x_step,
-                            first,
-                            last,
-                            reach,
-                            place,
-                        )
+                    matrix, to = y + n * y_step, sums + 4 * n
+                    dots(format, element, cpu, 1, few, matrix, y_step, scales, line + n, x, x_step, first, last, reach, to)
 
         wide_vectors()
         ahead, begin = ahead_of(FEATURES * width * bits // 8, FEATURES * feature_step), 0
