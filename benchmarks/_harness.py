@@ -2,7 +2,7 @@
 
 Every job runs in a fresh process with one of two allocator modes, the same one for all contenders. ``default`` is plain
 glibc: large outputs come from mmap and every call pays for their page faults. ``warm`` keeps freed memory in the
-process (``M_MMAP_MAX=0``, trimming off), so pages are there already. Users meet both.
+process (``moekit.keep_pages()``), so pages are there already. Users meet both.
 
 The contenders of a case take turns, so that drift of the machine hits all alike, and the order rotates each round, so
 that nobody always follows the same neighbour. A time includes freeing the result. Slow contenders take part in fewer
@@ -12,7 +12,6 @@ rounds, spread evenly.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -43,7 +42,6 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 _DEFAULT_PEERS = Path(__file__).parents[1] / ".venv" / "peers"
 _NEMO = "nemo_automodel.components.moe.megatron.moe_utils"
 _PEERS = {"nemo": "nemo-automodel", "megatron": "megatron-core"}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _SAMPLE_SECONDS = 5e-4  # shorter calls are repeated until a sample takes this long
 _PATIENCE_SECONDS = 30  # a call that takes longer is not repeated
 _ALIKE = 0.05  # largest difference between contenders, relative to the largest value
@@ -91,10 +89,9 @@ def set_allocator(mode: str) -> bool:
     """Put this process into an allocator mode; False where the C library has no such switch."""
     if mode == "default":
         return True
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    import moekit
+
+    return bool(moekit.keep_pages())
 
 
 def clean_environment() -> dict[str, str]:

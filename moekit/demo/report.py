@@ -71,8 +71,8 @@ def write_report(path: Path, run: Run, bigram_bits: float, rival: Run | None = N
 
 def _draw_curves(axis: Any, run: Run, bigram_bits: float) -> None:
     steps = range(1, len(run.losses) + 1)
-    axis.plot(steps, run.losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="training, each step")
-    axis.plot(steps, _smooth(run.losses), color="tab:blue", label=f"training, mean of {_SMOOTHED_STEPS} steps")
+    axis.plot(steps, run.losses, color="tab:blue", alpha=0.4, linewidth=0.7, label="training, each step")
+    axis.plot(steps, _smooth(run.losses), color="tab:blue", label=f"training, mean of the last {_SMOOTHED_STEPS} steps")
     at, heldout = [m.step for m in run.measurements], [m.bits_per_byte for m in run.measurements]
     axis.plot(at, heldout, "o-", color="tab:orange", label=f"held-out: {heldout[-1]:.3f} at the end")
     axis.axhline(bigram_bits, color="black", linestyle="--", label=f"byte bigram model, held-out: {bigram_bits:.3f}")
