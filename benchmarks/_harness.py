@@ -2,7 +2,7 @@
 
 Every job runs in a fresh process with one of two allocator modes, the same one for all contenders. ``default`` is plain
 glibc: large outputs come from mmap and every call pays for their page faults. ``warm`` keeps freed memory in the
-process (``M_MMAP_MAX=0``, trimming off), so pages are there already. Users meet both.
+process (``moekit.keep_pages()``), so pages are there already. Users meet both.
 
 Shapes, timing and peers are those of `moekit bench`.
 """
@@ -10,7 +10,6 @@ Shapes, timing and peers are those of `moekit bench`.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+import moekit
 from moekit.bench.cases import Shape
 from moekit.bench.peers import load_peers
 from moekit.bench.timing import Contender, Measured, copy_contender, measure, unlike
@@ -34,7 +34,6 @@ __all__ = ["Contender", "Shape", "copy_contender", "load_peers", "measure", "unl
 MODES = ("default", "warm")
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 _DEFAULT_PEERS = Path(__file__).parents[1] / ".venv" / "peers"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -57,12 +56,7 @@ def parse_shape(text: str, known: Mapping[str, Shape]) -> Shape:
 
 def set_allocator(mode: str) -> bool:
     """Put this process into an allocator mode; False where the C library has no such switch."""
-    if mode == "default":
-        return True
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return mode == "default" or bool(moekit.keep_pages())
 
 
 def clean_environment() -> dict[str, str]:

@@ -3,11 +3,15 @@
 import io
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -21,15 +25,17 @@ from _ranks import on_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
+import moekit
 from moekit.cli.app import app
 from moekit.demo import DemoError, data
 from moekit.demo import run as demo_run
 from moekit.demo.compare import largest_difference, layer_input, saved_for_backward, step_together
 from moekit.demo.config import Config, config_names, load_config
 from moekit.demo.display import LiveDisplay, PlainLog, progress
+from moekit.demo.interrupt import Interrupt
 from moekit.demo.model import LoopMoE, MoE, build_model, sample
-from moekit.demo.report import key_measurements
-from moekit.demo.train import Run, learning_rate, measured_steps
+from moekit.demo.report import balance_note, key_measurements
+from moekit.demo.train import Measurement, Run, learning_rate, measured_steps
 
 needs_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="--config reads TOML with Python 3.11's tomllib")
 CPU = torch.device("cpu")
@@ -365,9 +371,10 @@ def test_plain_log_prints_each_measurement_once(trained):
     with progress(log, 3.567, TINY.steps) as display:
         display.update(run)
         display.update(run)
-    (line,) = log.file.getvalue().splitlines()
-    assert line.startswith("step    40/40  loss ") and "bigram 3.567" in line and "x even" in line
-    assert line.isascii()
+    *legend, line = log.file.getvalue().splitlines()
+    assert len(legend) == 3
+    assert line.startswith("step 40/40  loss ") and f"held-out {run.measurements[-1].bits_per_byte:.3f}" in line
+    assert "model has 3.567" in log.file.getvalue() and all(each.isascii() for each in (*legend, line))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -421,7 +428,7 @@ def test_demo_trains_compares_prints_and_draws(folder, config_file, tmp_path):
 def test_steps_replace_the_config(folder, config_file, tmp_path):
     result = invoke("--config", config_file, "--data", folder, "--out", tmp_path, "--steps", 2, "--seed", 5)
     assert result.exit_code == 0, result.output
-    assert "step     2/2 " in result.output and "Trained 2 steps" in result.output
+    assert "step 2/2 " in result.output and "Trained 2 steps" in result.output
     assert (tmp_path / "demo.png").stat().st_size > 20_000
 
 
@@ -431,7 +438,7 @@ def test_the_bias_and_a_collapse_are_options(folder, config_file, tmp_path):
     result = invoke(*options)
     assert result.exit_code == 0, result.output
     assert "step 12: with the balancing bias since step 1" in result.output
-    assert "200  200    0    0" in result.output
+    assert "200 200   0   0" in result.output
     result = invoke(*options[:-3], "luck")
     assert result.exit_code == 2 and "setting 'balance': expected one of loss, bias, none" in result.output
 
@@ -507,6 +514,37 @@ def test_other_bad_options_are_refused(tmp_path):
     assert result.exit_code == 2 and "--out " in result.output
 
 
+@pytest.mark.parametrize(
+    ("out", "got"),
+    [
+        ("new.jpg", "got a .jpg file"),
+        ("old.svg", "got a .svg file"),
+        ("old", "got another file"),
+        ("pipe", "got neither a file nor a folder"),
+        ("pipe.png", "got neither a file nor a folder"),
+        (os.devnull, "got neither a file nor a folder"),
+        ("folder.png", "cannot be written"),
+    ],
+)
+def test_what_is_no_place_for_a_picture_is_refused_before_training(monkeypatch, tmp_path, out, got):
+    for name in ("old.svg", "old"):
+        (tmp_path / name).write_text("kept")
+    for name in ("pipe", "pipe.png"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(demo_run, "_run", lambda *_: pytest.fail("it trains"))
+    result = invoke("--out", tmp_path / out)
+    assert result.exit_code == 2 and f"--out {tmp_path / out}: " in result.output and got in result.output
+    assert not (tmp_path / "new.jpg").exists() and (tmp_path / "old.svg").read_text() == "kept"
+
+
+def test_names_of_pictures_and_folders(tmp_path):
+    (tmp_path / "v1.5").mkdir()
+    for out, wanted in (("a.PNG", "a.PNG"), ("new", "new/demo.png"), ("v1.5", "v1.5/demo.png"), ("x/y.png", "x/y.png")):
+        assert demo_run._output_file(tmp_path / out) == tmp_path / wanted
+        assert (tmp_path / wanted).parent.is_dir()
+
+
 @needs_toml
 def test_shipped_settings_are_valid():
     assert config_names() == ["large", "tiny"]
@@ -536,6 +574,83 @@ def test_waiting_threads_give_way():
     for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | given)
         assert done.stdout == f"True {expected}\n"
+
+
+class Interrupted(Run):
+    """A run in which Ctrl-C is pressed during a step, as often as ``presses`` says."""
+
+    presses = 1
+
+    def step(self) -> None:
+        if len(self.losses) == 4:
+            for _ in range(self.presses):
+                signal.raise_signal(signal.SIGINT)
+        super().step()
+
+
+@needs_toml
+def test_an_interrupt_keeps_what_was_finished(monkeypatch, folder, config_file, tmp_path):
+    monkeypatch.setattr(demo_run, "Run", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    result = invoke("--config", config_file, "--data", folder, "--out", tmp_path, "--steps", 12)
+    assert result.exit_code == 130, result.output
+    for text in ("Stopped after 5 of 12 steps: interrupted", "step 5: with the", "Trained 5 steps", "continuing 'def '"):
+        assert text in result.output
+    assert (tmp_path / "demo.png").stat().st_size > 20_000
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@needs_toml
+def test_a_second_interrupt_is_at_once(monkeypatch, folder, config_file, tmp_path):
+    monkeypatch.setattr(demo_run, "Run", Interrupted)
+    monkeypatch.setattr(Interrupted, "presses", 2)
+    result = invoke("--config", config_file, "--data", folder, "--out", tmp_path)
+    assert result.exit_code == 130 and "interrupted; nothing was kept" in result.output
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_other_threads_have_no_interrupt(corpus):
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(lambda: Interrupt().__enter__().asked).result()
+
+
+@pytest.mark.parametrize("experts", [4, 16, 32, 64])
+def test_what_is_printed_fits_80_columns(experts):
+    config = Config(experts=experts, topk=2, hidden=32, heads=2, intermediate=16, context=16, steps=1500)
+    text = torch.arange(20_000).remainder(251).to(torch.uint8)
+    corpus = data.Corpus("somewhere", text, text[:5000], ["a"] * 1234, ["b"] * 123)
+    run, rival = new_run(corpus, config=config), new_run(corpus, LoopMoE, config=config)
+    for each in (run, rival):
+        each.losses, each.seconds = [8.345] * 1500, [1e-3] * 1500
+    load = torch.zeros(config.layers, experts)
+    load[:, :2] = 5000  # all tokens to two experts
+    run.load = load
+    run.measurements = [Measurement(step, 8.345, load) for step in (0, 120, 1500)]
+    for screen in (
+        Console(file=io.StringIO(), width=200),
+        live := Console(file=io.StringIO(), width=80, force_terminal=True),
+    ):
+        demo_run._print_start(screen, run, moekit.keep_pages())
+        with progress(screen, 3.567, config.steps) as display:
+            display.update(run)
+        demo_run._print_results(screen, run, 3.567)
+        demo_run._print_comparison(screen, run, rival, 12_345_678)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+        long = [line for line in shown.splitlines() if len(line.rstrip()) > 80]
+        assert not long and "layer 4" in shown
+    assert "busiest" in shown and f"{experts / 2:.2f}x" in shown and screen is live
+
+
+def test_a_short_run_says_why_loads_are_uneven():
+    uneven = torch.tensor([[10, 0, 0, 0]])
+
+    def note(step: int, load: torch.Tensor = uneven, **settings: object) -> str | None:
+        short = replace(TINY, **{"steps": 4000, "unbalanced": 0.1, **settings})
+        return balance_note(SimpleNamespace(config=short, measurements=[Measurement(step, 5.0, load)]))
+
+    assert note(300) == "Not even yet: this run ended before the balancing loss joins in at step 400."
+    assert note(450, balance="bias") == "Not even yet: the balancing bias had 50 steps, and needs some hundreds."
+    assert note(450, torch.ones(1, 4)) is None and note(3000) is None and note(450, balance="none") is None
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

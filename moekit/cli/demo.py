@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+_INTERRUPTED = 130  # as shells have it
 # Bits per byte by which the default run must beat the bigram model; it exits with status 1 otherwise.
 _CLEAR_WIN = 0.5
 
@@ -59,6 +60,11 @@ def demo(
     except DemoError as error:
         typer.echo(f"moekit demo: {error}", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("\nmoekit demo: interrupted; nothing was kept", err=True)
+        raise typer.Exit(_INTERRUPTED) from error
+    if result.interrupted:
+        raise typer.Exit(_INTERRUPTED)
     as_shipped = all(option is None for option in (config, steps, data, balance, collapsed))
     if as_shipped and result.model_bits > result.bigram_bits - _CLEAR_WIN:
         typer.echo(f"moekit demo: expected to beat the bigram model by {_CLEAR_WIN} bits per byte", err=True)

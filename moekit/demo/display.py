@@ -41,6 +41,12 @@ class PlainLog:
         self._measured = 0
 
     def __enter__(self) -> PlainLog:
+        self._console.print(
+            f"\nHeld-out: bits per byte; the byte bigram model has {self._bigram_bits:.3f}.\n"
+            "Load: of the idlest and the busiest expert; 1 is an even share.",
+            highlight=False,
+            soft_wrap=True,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,11 +59,11 @@ class PlainLog:
         self._measured = len(run.measurements)
         last = run.measurements[-1]
         loss = f"{run.losses[-1]:.3f}" if run.losses else "    -"
-        share = relative_load(last.load)
+        share, steps = relative_load(last.load), str(run.config.steps)
         self._console.print(
-            f"step {last.step:>5}/{run.config.steps}  loss {loss}  held-out {last.bits_per_byte:.3f} bits/byte "
-            f"(bigram {self._bigram_bits:.3f})  {run.tokens_per_second:7,.0f} tokens/s  "
-            f"expert load {share.min():.2f}-{share.max():.2f}x even  {time.perf_counter() - self._start:4.0f}s",
+            f"step {last.step:>{len(steps)}}/{steps}  loss {loss}  held-out {last.bits_per_byte:.3f}  "
+            f"{run.tokens_per_second:6,.0f} tok/s  load {share.min():.2f}-{share.max():.2f}  "
+            f"{time.perf_counter() - self._start:3.0f}s",
             highlight=False,
             soft_wrap=True,
         )
@@ -118,11 +124,11 @@ class LiveDisplay:
         return table
 
     def _bars(self, shares: list[float]) -> Text:
-        text = Text()
+        text, gap = Text(), " " if len(shares) <= 16 else ""
         for share in shares:
             level = self._levels[min(int(share * len(self._levels) / 2), len(self._levels) - 1)]
             style = "red" if share >= 2 else "yellow" if share < 0.25 else "green"
-            text.append(level, style).append(" ")
+            text.append(level, style).append(gap)
         return text
 
 

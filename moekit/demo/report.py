@@ -12,6 +12,8 @@ from moekit.demo.display import relative_load
 from moekit.demo.train import Measurement, Run
 
 _SMOOTHED_STEPS = 20
+_UNEVEN = 1.5  # the busiest expert's load, as a multiple of an even share
+_SETTLING_STEPS = 500  # in which balancing gets below that
 WHAT_BALANCES = {"loss": "the balancing loss", "bias": "the balancing bias", "none": "balancing"}
 
 
@@ -27,6 +29,19 @@ def key_measurements(run: Run) -> list[tuple[str, Measurement]]:
         titles[last] = f"step {last}: {'without' if last <= balanced_from else 'with'} {what} throughout"
     by_step = {measured.step: measured for measured in run.measurements}
     return [(title, by_step[step]) for step, title in titles.items() if step in by_step]
+
+
+def balance_note(run: Run) -> str | None:
+    """Why the experts are not evenly loaded yet, where a run was too short for it."""
+    last, balanced_from = run.measurements[-1], run.config.unbalanced_steps
+    what, acted = WHAT_BALANCES[run.config.balance], last.step - balanced_from
+    if run.config.balance == "none" or relative_load(last.load).max() < _UNEVEN:
+        return None
+    if acted <= 0:
+        return f"Not even yet: this run ended before {what} joins in at step {balanced_from}."
+    if acted < _SETTLING_STEPS:
+        return f"Not even yet: {what} had {acted} steps, and needs some hundreds."
+    return None
 
 
 def write_report(path: Path, run: Run, bigram_bits: float, rival: Run | None = None) -> None:
@@ -50,14 +65,14 @@ def write_report(path: Path, run: Run, bigram_bits: float, rival: Run | None = N
     for axis, (title, measured) in zip(grid, maps, strict=True):
         image = _draw_load(axis, title, measured)
     if image is not None:
-        bottom.colorbar(image, ax=list(grid), extend="max", shrink=0.8)
+        bottom.colorbar(image, ax=list(grid), extend="max", shrink=0.8, label="times an even share")
     figure.savefig(path, format="png", dpi=110)
 
 
 def _draw_curves(axis: Any, run: Run, bigram_bits: float) -> None:
     steps = range(1, len(run.losses) + 1)
-    axis.plot(steps, run.losses, color="tab:blue", alpha=0.25, linewidth=0.7)
-    axis.plot(steps, _smooth(run.losses), color="tab:blue", label=f"training, mean of {_SMOOTHED_STEPS} steps")
+    axis.plot(steps, run.losses, color="tab:blue", alpha=0.4, linewidth=0.7, label="training, each step")
+    axis.plot(steps, _smooth(run.losses), color="tab:blue", label=f"training, mean of the last {_SMOOTHED_STEPS} steps")
     at, heldout = [m.step for m in run.measurements], [m.bits_per_byte for m in run.measurements]
     axis.plot(at, heldout, "o-", color="tab:orange", label=f"held-out: {heldout[-1]:.3f} at the end")
     axis.axhline(bigram_bits, color="black", linestyle="--", label=f"byte bigram model, held-out: {bigram_bits:.3f}")

@@ -8,7 +8,7 @@ Results do not depend on the number of threads: every sum is within a row, withi
 
 **Memory.** Large outputs are written past the cache (``stream``) and inputs are prefetched ahead. Results are
 fresh tensors from PyTorch's allocator: with plain glibc each fresh page of a large one costs a fault, which can take
-longer than the kernel; ``mallopt(M_MMAP_MAX, 0)`` with a high ``M_TRIM_THRESHOLD``, or another malloc, avoids it.
+longer than the kernel; :func:`moekit.keep_pages`, or another malloc, avoids it.
 Nothing is written into a saved input, so ``retain_graph`` works; partial sums of bias gradients are the only temporary.
 
 **First use.** A kernel is compiled when it is first needed (0.3 to 2 s), kept in the user's cache

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 
 CPU = llvm.get_host_cpu_features()
 X86 = llvm.get_process_triple().startswith(("x86_64", "amd64"))
+ZEN = llvm.get_host_cpu_name().startswith("znver")
 HARDWARE_BF16 = bool(CPU.get("avx512bf16" if X86 else "bf16"))
 HARDWARE_F16 = bool(CPU.get("f16c" if X86 else "neon"))
 
