@@ -121,9 +121,15 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
         for expert in set(range(num_experts)) - filled:
             out[expert].zero_()
         return out
-    left, right = together(left), together(right)
     if not num_experts:
-        return left.new_empty(0, height, width)
+        return wide_left.new_empty(0, height, width)
+    kernel = _backend.kernel("grouped_outer", wide_left)
+    if kernel is not None:
+        tables = (x.tables if isinstance(x, Gathered) else None for x in (left, right))
+        product = kernel(wide_left, wide_right, offsets, *tables)
+        if product is not NotImplemented:
+            return product
+    left, right = together(left), together(right)
     product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import decode, entries, gathered, gemm, glu, glu_backward, maps, rows, tables, topk, unpack
+from moekit.kernels.triton import decode, entries, gathered, gemm, glu, glu_backward, maps, outer, rows, tables, topk, unpack
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -33,6 +33,7 @@ KERNELS: dict[str, Callable] = {
     "gathered_rows": gathered.gathered_rows,
     "gathered_glu": gathered.gathered_glu,
     "grouped_slice": gemm.grouped_slice,
+    "grouped_outer": outer.grouped_outer,
     "grouped_add": gemm.grouped_add,
     "packed_rows": gemm.packed_rows,
     "packed_slices": gemm.packed_slices,

@@ -195,6 +195,11 @@ def _all_products() -> Iterator[Case]:
             yield case("grouped_slice", what, x, matrices, offsets, 0, out, *update, shown=shown)
             if name != "fp32":
                 yield case("grouped_rows", what, x, matrices, offsets, None, *update)
+        if name != "fp32":
+            short = _meta(experts, width, _I, dtype=dtype).mT
+            x = _meta(_R, _I, dtype=dtype)
+            yield case("grouped_rows", f"{name} R={_R} short", x, short, offsets, shown=name == "bf16")
+        x = _meta(4096, width, dtype=dtype)
         for rank in (8, 64):
             factors = _meta(experts, rank, width, dtype=dtype)
             yield case("grouped_rows", f"{name} narrow r={rank}", x, factors.mT, offsets)
@@ -234,6 +239,13 @@ def _all_gathered() -> Iterator[Case]:
             yield Case(f"gathered_glu {what} {label}" + " kept" * keep, "gathered_glu", given, aligned=False)
 
 
+def _all_outer() -> Iterator[Case]:
+    for (name, dtype), (height, width) in itertools.product(_DTYPES.items(), ((2 * _I, _H), (_H, _I))):
+        if name != "fp32":
+            args = (_meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), _integers(_E))
+            yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", args, name == "bf16", aligned=False)
+
+
 def _all_decoding() -> Iterator[Case]:
     """With one row an expert and with four: sums, and matrix instructions."""
     forms = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
@@ -247,5 +259,5 @@ def _all_decoding() -> Iterator[Case]:
 
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
     """All of them, or those that ``select`` takes."""
-    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_gathered, _all_decoding):
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_gathered, _all_outer, _all_decoding):
         yield from filter(select, family())

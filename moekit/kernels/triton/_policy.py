@@ -15,7 +15,7 @@ class Blocks(NamedTuple):
     """How a product is cut: rows, columns and depth of a tile, warps, stages of its pipeline, programs a multiprocessor.
 
     ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap the last products of
-    the one before it.
+    the one before it. ``halves``: a tile leaves in two of them, for the room that it takes meanwhile.
     """
 
     rows: int
@@ -26,6 +26,12 @@ class Blocks(NamedTuple):
     programs: int
     flat: bool = False
     registers: int | None = None
+    halves: bool = False
+
+    @property
+    def leaving(self) -> int:
+        """Columns of a tile that the copy engine writes at a time."""
+        return self.columns // 2 if self.halves else self.columns
 
 
 class Shape(NamedTuple):
@@ -48,6 +54,9 @@ class Shape(NamedTuple):
 
 _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for these tiles
 _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has before or behind a product
+_SHORT = 768  # numbers to a sum, so few that a tile is written for as long as it is computed
+_MANY = 2048  # rows an expert up to which sums over them were measured
+_TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, halves=True)  # programs a multiprocessor: one computes while one writes
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
 # of rows.
@@ -86,7 +95,9 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     elif shape.rows_an_expert <= 128:
         cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
     elif shape.width <= 128:
-        cut = Blocks(128, 128, 64, 4, 3, 2)
+        cut = _TWO._replace(flat=False)
+    elif shape.depth <= _SHORT and not updated:
+        cut = _TWO
     else:
         cut = Blocks(128, 256, 64, 8, 4 if updated else 3, 1, flat=True)
     return cut._replace(flat=cut.flat and not updated)
@@ -105,6 +116,13 @@ def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> 
     if shape.rows_an_expert <= 128:
         return Blocks(64, 128, 128, 4, 4, 1, flat=True)
     return Blocks(128, 256, 64, 8, 3, 1, flat=gate in ("", "plain"))
+
+
+def outer(shape: Shape, dtype: torch.dtype, arch: str) -> Blocks | None:
+    """Of two factors that the copy engine fetches, to matrices ``[depth, width]`` of a tile or more; of so many rows."""
+    if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128:
+        return None
+    return None if shape.rows_an_expert > _MANY else Blocks(128, 256, 64, 8, 3, 1, flat=True)
 
 
 def plain(dtype: torch.dtype) -> Blocks:

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moekit.kernels.triton import _launch, _packed, _policy, decode
 from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
 from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.kernels.triton._ragged import MOST_ROWS, halves_of, ragged, store_ragged
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
 from moekit.kernels.triton.unpack import unpacking
 
@@ -33,15 +34,16 @@ _MOST_RANKS = 256  # of an update; a product of its own has more
 
 @triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
 def _described_kernel(
-    offsets, rows, matrices, low, factors, out,
+    offsets, rows, matrices, low, factors, out, bounded,
     num_rows, first, num_experts, depth, width, column_blocks, stride_out,
     rank, stride_low, stride_fe, stride_fr, stride_fn,
     BACK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of the rows of the experts from ``first`` on.
 
-    ``rows`` and ``matrices`` are descriptors, by which the copy engine fetches blocks and fills zeros past their edges.
+    ``rows`` and ``matrices`` are descriptors, by which the copy engine fetches blocks and fills zeros past their edges, and
+    so is ``bounded`` of ``out``, by which it writes them up to the last row of an expert; None where there can be none.
     """
     begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, BLOCK_M, BLOCK_E)
     tiles = tl.max(through, 0) * column_blocks
@@ -61,7 +63,14 @@ def _described_kernel(
                 total, low, factors, expert, tl.minimum(row, end - 1), column, width, rank, stride_low,
                 stride_fe, stride_fr, stride_fn, RANK, PARTS,
             )  # fmt: skip
-        store(out, total, top, column, end, width, stride_out)
+        if bounded is None:
+            store(out, total, top, column, end, width, stride_out)
+        elif HALVES:
+            left, right = halves_of(total)
+            store_ragged(bounded, top, end, block * BLOCK_N, left)
+            store_ragged(bounded, top, end, block * BLOCK_N + BLOCK_N // 2, right)
+        else:
+            store_ragged(bounded, top, end, block * BLOCK_N, total)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first", "num_experts"])
@@ -264,13 +273,16 @@ def _multiplying(
     """
     shape, device, offsets = _shape(rows, matrices), out.device, offsets.contiguous()
     described_rows, described, back = _descriptors(rows, matrices, cut)
+    # Beside an update's fourth stage there is no room for a tile on its way out.
+    bounded = ragged(out, [cut.rows, cut.leaving]) if update.low is None and describes_ragged(out) else None
     numbers = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
-    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **sizes(cut, shape.num_experts)}
+    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, "HALVES": cut.halves}
+    constants |= sizes(cut, shape.num_experts)
 
     def multiply(first: int, count: int, factors: Tensor | None) -> None:
         _launch.launch(
             _described_kernel, grid(cut, shape._replace(num_experts=count), device),
-            offsets, described_rows, described, update.low, factors, out, shape.num_rows, first, count, *numbers,
+            offsets, described_rows, described, update.low, factors, out, bounded, shape.num_rows, first, count, *numbers,
             **constants, config=cut,
         )  # fmt: skip
 
@@ -285,6 +297,11 @@ def describes(x: Tensor) -> bool:
     """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
     steps = [stride * x.itemsize for stride in x.stride()[:-1]]
     return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
+
+
+def describes_ragged(x: Tensor) -> bool:
+    """Whether one can be made of the rows of an expert in ``x``, wherever they begin and end."""
+    return describes(x) and len(x) <= MOST_ROWS
 
 
 def describable(rows: Tensor, matrices: Tensor) -> bool:

@@ -1,0 +1,50 @@
+"""Descriptors that end where the rows of an expert do: the copy engine reads zeros past them, and writes nothing there.
+
+A descriptor has one size for all of a tensor. But addresses wrap at 64 bits: two more dimensions whose strides cancel out
+let every expert's rows be counted from so far below the size of the third that they end with it. From Triton's
+``tools/ragged_tma.py``, which its interpreter cannot run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MOST_ROWS = 2**30  # of a tensor
+_ANY = 2**31 - 2**16  # the size of the dimensions that only move the address
+_AROUND = 2**34  # elements, which MOST_ROWS times are all there are addresses for
+
+
+def ragged(x: Tensor, box: list[int]) -> TensorDescriptor:
+    """Of ``x [R, N]``, which a plain descriptor can be made of, with at most MOST_ROWS rows."""
+    step = x.stride(0)
+    return TensorDescriptor(x, [_ANY, _ANY, MOST_ROWS, x.shape[1]], [_AROUND - step, step, step, 1], [1, 1, *box])
+
+
+@triton.jit
+def _place(row, end, column):
+    """Of row ``row``, column ``column`` of rows that end at ``end``."""
+    size = 1 << 30  # MOST_ROWS
+    return [size, end, row - end + size, column]
+
+
+@triton.jit
+def load_ragged(described, row, end, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of rows ``row`` onwards, of which those from ``end`` on are zeros."""
+    return tl.reshape(described.load(_place(row, end, column)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def store_ragged(described, row, end, column, block):
+    """Write a block to rows ``row`` onwards, up to ``end``."""
+    value = tl.reshape(block.to(described.dtype), (1, 1, block.shape[0], block.shape[1]))
+    described.store(_place(row, end, column), value)
+
+
+@triton.jit
+def halves_of(block):
+    """The left and the right half of a block."""
+    halves = tl.reshape(block, (block.shape[0], 2, block.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))

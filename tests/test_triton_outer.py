@@ -1,0 +1,164 @@
+"""The kernel of weight gradients in Triton: true values, zeros for experts without rows, nothing of another's rows.
+
+Without a GPU one test starts another pytest on this file, which interprets, as in ``test_triton_kernels.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _interpreter import INTERPRETED, run_interpreted
+from _reference import draw
+
+pytest.importorskip("triton")
+
+import moekit
+from moekit.kernels.triton import KERNELS, _launch, _policy, gathered, gemm, outer
+from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.ops import experts_backward
+from moekit.ops import gemm as ops_gemm
+
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+ENDS = [0, 5, 5, 24, 33, 33]  # the first, third and last have no rows; three rows follow that are nobody's
+E, ROWS = len(ENDS), 36
+ONE, MORE = (136, 264) if GPU else (40, 72)  # columns of more than one tile, the last not full
+
+kernel_runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in the interpreter's process")
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernel_passes_in_the_interpreter():
+    run_interpreted(Path(__file__))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Many to a program; on a GPU the policy's own."""
+    if GPU or not INTERPRETED:
+        return
+    monkeypatch.setattr(_launch, "arch", lambda device: _launch.Arch("9", 32))
+    for module in (gathered, gemm, outer):
+        monkeypatch.setattr(module, "processors", lambda device: 2, raising=False)
+    monkeypatch.setattr(outer, "_STRIP", 32)
+    cut = Blocks(16, 32, 16, 4, 2, 1, flat=True)
+    for name in ("outer", "gathered", "described"):
+        monkeypatch.setattr(_policy, name, lambda *_, **__: cut)
+
+
+def factors(dtype, height, width):
+    """Rows of whole eighths: their products are exact in float32, in any order."""
+    drawn = (draw(seed, ROWS, size) for seed, size in ((1, height), (2, width)))
+    return [(x * 8).round().div(8).to(dtype).to(DEVICE) for x in drawn]
+
+
+def expected(left, right):
+    begins = [0, *ENDS[:-1]]
+    parts = [left[a:b].double().T @ right[a:b].double() for a, b in zip(begins, ENDS, strict=True)]
+    return torch.stack(parts).to(left.dtype)
+
+
+@kernel_runs
+@pytest.mark.parametrize(("dtype", "height", "width"), [(torch.bfloat16, ONE, MORE), (torch.float16, MORE, ONE)])
+def test_sums_over_the_rows_of_an_expert(dtype, height, width):
+    left, right = factors(dtype, height, width)
+    found = KERNELS["grouped_outer"](left, right, torch.tensor(ENDS, device=DEVICE).int())
+    assert torch.equal(found, expected(left, right))
+    assert found[[0, 2, 5]].count_nonzero() == 0
+
+
+@kernel_runs
+@pytest.mark.parametrize("width", [ONE, MORE])
+def test_rows_that_are_brought_together_for_it(width):
+    tokens = draw(3, 7, width).mul(8).round().div(8).bfloat16().to(DEVICE)
+    token = torch.arange(ROWS, dtype=torch.int32) % 7
+    order = torch.argsort(token, stable=True).int()  # the rows of each token
+    starts = torch.searchsorted(token[order.long()].contiguous(), torch.arange(8, dtype=torch.int32)).int()
+    tables = tuple(table.to(DEVICE) for table in (token, starts, order))
+    rows, (other, _) = tokens[token.long().to(DEVICE)], factors(torch.bfloat16, ONE, ONE)
+    offsets = torch.tensor(ENDS, device=DEVICE).int()
+    kernel = KERNELS["grouped_outer"]
+    assert torch.equal(kernel(tokens, other, offsets, tables, None), expected(rows, other))
+    assert torch.equal(kernel(other, tokens, offsets, None, tables), expected(other, rows))
+
+
+@kernel_runs
+def test_what_others_rows_hold_stays_theirs():
+    left, right = factors(torch.bfloat16, ONE, ONE)
+    value = expected(left, right)
+    for rows in (slice(33, 36), slice(5, 24)):  # nobody's, and those of one expert
+        left[rows], right[rows] = torch.inf, torch.nan
+    found = KERNELS["grouped_outer"](left, right, torch.tensor(ENDS, device=DEVICE).int())
+    assert torch.equal(found[[0, 1, 2, 4, 5]], value[[0, 1, 2, 4, 5]])
+    assert found[3].isnan().all()
+
+
+@kernel_runs
+def test_offsets_out_of_order_and_range_are_put_right():
+    left, right = factors(torch.bfloat16, ONE, ONE)
+    right_ones, wrong = [5, 5, 24, 36, 36, 36], [5, -7, 24, 2**31 - 1, 12, 99]
+    results = [KERNELS["grouped_outer"](left, right, torch.tensor(ends, device=DEVICE)) for ends in (right_ones, wrong)]
+    assert torch.equal(*results)
+
+
+@kernel_runs
+def test_what_is_left_to_pytorch(monkeypatch):
+    left, right = factors(torch.bfloat16, ONE, ONE)
+    offsets = torch.tensor(ENDS, device=DEVICE).int()
+    for a, b, ends in (
+        (left, right.half(), offsets),
+        (left[:, :36], right[:, :36], offsets),  # strides of 16 bytes, but no output of them
+        (left.T.contiguous().T, right, offsets),
+        (left[:0], right[:0], offsets),
+        (left, right, offsets.short()),
+    ):
+        assert KERNELS["grouped_outer"](a, b, ends) is NotImplemented
+    monkeypatch.undo()
+    assert KERNELS["grouped_outer"](left.float(), right.float(), offsets) is NotImplemented
+
+
+@kernel_runs
+@pytest.mark.parametrize(("shared", "transposed"), [(True, False), (False, True)])
+def test_the_experts_as_on_a_gpu(shared, transposed, monkeypatch):
+    for module in (ops_gemm, experts_backward):
+        monkeypatch.setattr(module, "looped", lambda rows: False)
+    monkeypatch.setattr(experts_backward, "_has_room", lambda *_: shared)
+    tokens, hidden, inner = (24, 512, 128) if GPU else (12, 64, 32)
+    shapes = {"x": (tokens, hidden), "gate_up": (E, 2 * inner, hidden), "down": (E, hidden, inner)}
+    leaves = {name: draw(place, *shape, scale=0.3) for place, (name, shape) in enumerate(shapes.items())}
+    if transposed:
+        leaves |= {name: leaves[name].mT.contiguous() for name in ("gate_up", "down")}
+    scores, indices = torch.rand(tokens, E, generator=torch.Generator().manual_seed(0)).topk(2, -1)
+
+    def gradients(dtype, device):
+        given = {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
+        weights = scores.to(device, dtype).requires_grad_()
+        out = moekit.experts(given["x"], (indices.to(device), weights), *list(given.values())[1:], transposed=transposed)
+        return torch.autograd.grad(out, [*given.values(), weights], torch.ones_like(out))
+
+    outer_kernel, calls = KERNELS["grouped_outer"], []
+    monkeypatch.setitem(KERNELS, "grouped_outer", lambda *args: calls.append(args) or outer_kernel(*args))
+    found = gradients(torch.bfloat16, DEVICE)
+    assert [[t is None for t in args[3:]].count(False) for args in calls] == [0 if shared else 1, 1]
+    monkeypatch.undo()
+    with moekit.backend("torch"):
+        exact = gradients(torch.float64, "cpu")
+    for value, true in zip(found, exact, strict=True):
+        assert (value.cpu().double() - true).norm() <= 0.01 * true.norm()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the fixture cuts there")
+def test_how_they_are_cut():
+    qwen = Shape(131072, 128, 1536, 2048)
+    assert _policy.outer(qwen, torch.bfloat16, "9")[:3] == (128, 256, 64)
+    for shape, dtype, arch in (
+        (qwen, torch.float32, "9"),
+        (qwen, torch.bfloat16, "8"),
+        (qwen, torch.bfloat16, "gfx942"),
+        (qwen._replace(depth=16), torch.bfloat16, "9"),
+        (qwen._replace(num_experts=32), torch.bfloat16, "9"),
+        (qwen._replace(width=16), torch.float16, "10"),
+    ):
+        assert _policy.outer(shape, dtype, arch) is None
