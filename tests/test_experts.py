@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import moekit
 from moekit import Routing, experts
-from moekit.ops import experts_backward
 from moekit.ops.gemm import grouped_outer, grouped_rows
 from moekit.ops.packed_products import packed_rows
 
@@ -306,38 +305,6 @@ def test_what_has_served_goes_before_the_end_of_backward(save):
     # The output, the gradient of x, one [R, H], one [R, 2I] and one [R, I]; and what does not grow with rows that are wide.
     bound = 4 * (2 * tokens * hidden + rows * (hidden + 2 * inner + inner)) + 64 * rows + 4 * 3 * experts * hidden * inner
     assert peak_bytes(step) <= bound + (4 * rows * hidden if save == "all" else 0)
-
-
-def test_rows_that_two_products_share_change_nothing(monkeypatch):
-    tokens, hidden, inner, experts = 24, 32, 16, 4
-    weights, indices = torch.rand(tokens, experts).topk(2, -1)
-    shapes = ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
-    leaves = [draw(place, *shape).requires_grad_() for place, shape in enumerate(shapes)]
-
-    def gradients() -> tuple[Tensor, ...]:
-        out = moekit.experts(leaves[0], (indices, weights.double()), *leaves[1:])
-        return torch.autograd.grad(out.square().sum(), leaves)
-
-    expected, shared = gradients(), []
-    monkeypatch.setattr(experts_backward, "looped", lambda grad: False)  # as on a GPU
-    monkeypatch.setattr(experts_backward, "_has_room", lambda *args: not shared.append(args))
-    for found, value in zip(gradients(), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
-    assert shared == [(2 * tokens, inner, 2 * experts * inner * hidden + tokens * hidden)]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "topk", "hidden", "inner", "experts", "room"),
-    [
-        (16384, 8, 2048, 768, 128, True),  # Qwen3-30B-A3B
-        (32768, 8, 2048, 768, 128, False),
-        (24576, 8, 1536, 256, 128, False),  # one copy more would be the peak
-        (16384, 2, 4096, 14336, 8, False),
-        (0, 0, 0, 0, 0, True),
-    ],
-)
-def test_where_two_products_share_rows(tokens, topk, hidden, inner, experts, room):
-    assert experts_backward._has_room(tokens * topk, inner, (2 * experts * inner + tokens) * hidden) is room
 
 
 def saved(run, inputs: dict[str, Tensor | None]) -> int:

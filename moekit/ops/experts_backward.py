@@ -1,11 +1,10 @@
 """The operator ``moekit::experts_backward``: the gradients of the expert MLP.
 
-Rows of tokens are fetched by the product that needs them, and so are those of their gradients on a CPU; on a GPU two
-products share a copy of these. The activation is computed again by the backward of the gate. The gradient of a routing
-weight is a dot product over the activation (``g . (a W) = (g W^T) . a``), so the down projection's output is never needed.
-What is of row size goes as soon as it has served, what the forward kept included, where it is nobody else's: beside the
-gradients of the weights no more exists at a time than one ``[R, H]``, one ``[R, 2I]`` and one ``[R, I]``, or on a GPU, in
-the backward of the gate, two of each of the latter.
+Rows of tokens and of their gradients are fetched by the products that need them, which bring them together only where they
+cannot do otherwise, and the activation is computed again by the backward of the gate. The gradient of a routing weight is a
+dot product over the activation (``g . (a W) = (g W^T) . a``), so the down projection's output is never needed. What is of
+row size goes as soon as it has served, what the forward kept included, where it is nobody else's: beside the gradients of
+the weights no more exists at a time than one ``[R, H]``, one ``[R, 2I]`` and one ``[R, I]``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
 from moekit.ops.gathered import Gathered
-from moekit.ops.gemm import looped
 from moekit.ops.products import DIFFERENTIABLE, Products
 from moekit.ops.projection import Projection
 
@@ -54,14 +52,14 @@ def gradients(
     offsets = routed.offsets
     gate_up, down = options.projections(given, products)
     result = Wanted(*(grad.new_empty(0) for _ in want))
-    g = _rows_of(grad, routed, down, given, want)
+    g = Gathered(grad, routed.tables)
+    if down.A is not None:  # which need it three times
+        g = g.together()
     high_down = down.raised(g, offsets) if want.before_gate else None
     d_projected, d_weights, d_bias, act = _through_gate(
         g, high_down, down, given, (projected, scale, act), routed, options, want
     )
     del projected, scale
-    result = _of_down(result, want, down, options, g, act, high_down, offsets)
-    del g, act, high_down
     high = gate_up.raised(d_projected, offsets) if want.projected else None
     if want.x:
         moved = gate_up.backward(d_projected, offsets, high)
@@ -69,28 +67,12 @@ def gradients(
         del moved
     result = _of_gate_up(result, want, gate_up, options, given, routed, kept_rows, d_projected, low, high)
     del kept_rows, d_projected, low, high
+    result = _of_down(result, want, down, options, g, act, high_down, offsets)
     if want.gate_up_bias:
         result = result._replace(gate_up_bias=d_bias)
     if want.weights:
         result = result._replace(weights=tables.take(d_weights, given.inverse))
     return tuple(_of_down_bias(result, want, grad, given, routed, products))
-
-
-def _rows_of(grad: Tensor, routed: Rows, down: Projection, given: Arguments, wanted: Wanted) -> Tensor | Gathered:
-    """The rows of the output's gradient, brought together if more than one product would do that for itself."""
-    g = Gathered(grad, routed.tables)
-    later = (given.gate_up.numel() if wanted.gate_up else 0) + (grad.numel() if wanted.x else 0)
-    inner = given.down.numel() // max(len(given.down) * grad.shape[1], 1)
-    twice = wanted.down and not looped(grad) and _has_room(len(g.index), inner, later)
-    return g.together() if twice or down.A is not None else g
-
-
-def _has_room(num_rows: int, inner: int, later: int) -> bool:
-    """Whether ``[R, H]`` may exist beside what the backward of the gate takes and makes, ``[R, 6I]``, at no higher peak.
-
-    A peak is where ``[R, H]``, ``[R, 3I]`` and the gradients of gate_up and x are, of which there are ``later``.
-    """
-    return 3 * num_rows * inner <= later
 
 
 def _through_gate(

@@ -121,15 +121,13 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
         for expert in set(range(num_experts)) - filled:
             out[expert].zero_()
         return out
-    if not num_experts:
-        return wide_left.new_empty(0, height, width)
-    kernel = _backend.kernel("grouped_outer", wide_left)
-    if kernel is not None:
-        tables = (x.tables if isinstance(x, Gathered) else None for x in (left, right))
-        product = kernel(wide_left, wide_right, offsets, *tables)
-        if product is not NotImplemented:
-            return product
     left, right = together(left), together(right)
+    if not num_experts:
+        return left.new_empty(0, height, width)
+    kernel = _backend.kernel("grouped_outer", left)
+    product = NotImplemented if kernel is None else kernel(left, right, offsets)
+    if product is not NotImplemented:
+        return product
     product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
 

@@ -15,14 +15,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit.kernels.triton import _launch, _policy
-from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.kernels.triton._policy import Shape
 from moekit.kernels.triton._ragged import MOST_ROWS, load_ragged, ragged
 from moekit.kernels.triton._tiles import row_blocks
 from moekit.kernels.triton.gemm import describes, processors
-from moekit.kernels.triton.rows import permute
 
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor
-_STRIP = 256  # columns, of which rows are brought together in multiples
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -53,47 +51,23 @@ def _outer_kernel(
         out.store([expert, m, n], tl.reshape(total.to(out.dtype), (1, BLOCK_M, BLOCK_N)))
 
 
-def grouped_outer(
-    left: Tensor, right: Tensor, offsets: Tensor, left_tables: tuple | None = None, right_tables: tuple | None = None
-) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_outer`; ``tables`` of a side say that these are tokens, of which rows are made.
-
-    Half of the columns at a time, so that half of the rows' size is all that there is of them.
-    """
-    num_rows, num_experts = len(left) if left_tables is None else len(left_tables[0]), offsets.shape[0]
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
+    """See :func:`moekit.ops.gemm.grouped_outer`, of rows that are together."""
+    num_rows, num_experts = len(left), offsets.shape[0]
     shape = Shape(num_rows, num_experts, left.shape[1], right.shape[1])
     cut = _policy.outer(shape, left.dtype, _launch.arch(left.device).name)
     fits = left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64) and 0 < num_rows <= MOST_ROWS
-    if cut is None or not fits or not (describes(left) and describes(right)):
+    if cut is None or not (fits and describes(left) and describes(right)):
         return NotImplemented
     out = left.new_empty(num_experts, shape.depth, shape.width)
     if not describes(out):
         return NotImplemented
-    for m in _strips(shape.depth, left_tables):
-        rows = _rows(left[:, m], left_tables)
-        for n in _strips(shape.width, right_tables):
-            _launch_outer(rows, _rows(right[:, n], right_tables), offsets, out[:, m, n], cut)
-    return out
-
-
-def _strips(width: int, tables: tuple | None) -> list[slice]:
-    if tables is None:
-        return [slice(0, width)]
-    half = _launch.blocks(width, 2 * _STRIP) * _STRIP
-    return [slice(start, min(start + half, width)) for start in range(0, width, half)]
-
-
-def _rows(x: Tensor, tables: tuple | None) -> Tensor:
-    return x if tables is None else permute(x, *tables)
-
-
-def _launch_outer(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor, cut: Blocks) -> None:
-    num_experts, height, width = out.shape
-    blocks_m, blocks_n = _launch.blocks(height, cut.rows), _launch.blocks(width, cut.columns)
+    blocks_m, blocks_n = _launch.blocks(shape.depth, cut.rows), _launch.blocks(shape.width, cut.columns)
     _launch.launch(
         _outer_kernel, (min(num_experts * blocks_m * blocks_n, cut.programs * processors(left.device)),),
         offsets.contiguous(), ragged(left, [cut.depth, cut.rows]), ragged(right, [cut.depth, cut.columns]),
-        TensorDescriptor.from_tensor(out, [1, cut.rows, cut.columns]), len(left), num_experts, blocks_m, blocks_n,
+        TensorDescriptor.from_tensor(out, [1, cut.rows, cut.columns]), num_rows, num_experts, blocks_m, blocks_n,
         BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(num_experts), GROUP=_GROUP,
         FLAT=cut.flat, num_stages=cut.stages, config=cut,
     )  # fmt: skip
+    return out
