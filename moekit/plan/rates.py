@@ -58,7 +58,7 @@ def _h200() -> Rates:
     """Products and copies from docs/gpu_experts.json; the link from docs/ep_h200.json, four GPUs and 256 MB to others."""
     known, measured = _published("H200", H200), "measured (docs/gpu_experts.json)"
     sources = {"flops": measured, "bandwidth": measured, "inside": "measured (docs/ep_h200.json)"}
-    return replace(known, flops=811e12, bandwidth=4254e9, inside=166e9, sources=known.sources | sources)
+    return replace(known, flops=764e12, bandwidth=4229e9, inside=166e9, sources=known.sources | sources)
 
 
 MACHINES = {"H200": _h200(), "B200": _published("B200", B200), "GB200": _published("GB200", GB200)}
