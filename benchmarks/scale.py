@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md, from sizes of layers and published speeds of links: ``python benchmarks/scale.py``."""
+"""The tables of docs/performance/scale.md, from sizes of layers and published speeds of links: ``python benchmarks/scale.py``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def predictions(ranks: int) -> str:
 
 
 def all_tables() -> dict[str, str]:
-    """By the name that docs/scale.md has them under."""
+    """By the name that docs/performance/scale.md has them under."""
     found = {"rows": rows_of_a_token()}
     found |= {f"{layer.name}, {machine.name}": scaling(layer, machine) for layer in LAYERS for machine in MACHINES}
     return found | {f"{ranks} GPUs": predictions(ranks) for ranks in (2, 4, 8)}

@@ -169,7 +169,7 @@ def routed_uniformly(tokens: int) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize(("world", "deduplicated"), [(2, 1.0), (4, 2.7), (8, 4.7)])
 def test_rows_on_the_wire(world: int, deduplicated: float, tmp_path: Path):
-    """As many for each token as docs/scale.md says: 128 experts, of which a token chooses 8 uniformly."""
+    """As many for each token as docs/performance/scale.md says: 128 experts, of which a token chooses 8 uniformly."""
     tokens = 1000
     sent = on_ranks(routed_uniformly, world, tmp_path, tokens)
     for kind, wanted in (("all_to_all", deduplicated), ("all_gather", world - 1)):

@@ -19,7 +19,7 @@ import moekit.ep
 from moekit.ep.slices import mine, whole
 from moekit.ep.torchtitan import TokenDispatcher
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "how-to"
 EXPERTS, HIDDEN, INNER, TOPK = 8, 16, 12, 3
 TOKENS = (5, 0, 7, 3)  # of each rank
 LEAVES = ("x", "weights", "gate", "up", "down")

@@ -437,7 +437,7 @@ def test_the_layer_on_two_ranks(tmp_path: Path):
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parent.parent / "docs" / "expert_parallel.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "expert_parallel.md"
 
 
 def follow_the_page(code: str) -> None:

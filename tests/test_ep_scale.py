@@ -1,4 +1,4 @@
-"""What docs/scale.md says of bytes: its functions, by counting and against the bytes that processes send."""
+"""What docs/performance/scale.md says of bytes: its functions, by counting and against the bytes that processes send."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def benchmark(name: str) -> Any:
 
 
 def test_the_document_has_these_tables():
-    text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/performance/scale.md").read_text(encoding="utf-8")
     missing = [name for name, table in benchmark("scale").all_tables().items() if f"<!-- {name} -->\n{table}\n" not in text]
     assert not missing
-    for found in json.loads((ROOT / "docs/ep_h200.json").read_text(encoding="utf-8")):
+    for found in json.loads((ROOT / "docs/performance/ep_h200.json").read_text(encoding="utf-8")):
         assert benchmark("ep").tables(found) in text, found["ranks"]

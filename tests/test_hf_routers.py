@@ -27,7 +27,7 @@ from moekit.hf.routers import RouterSpec, spec_of
 transformers = pytest.importorskip("transformers")
 tomllib = pytest.importorskip("tomllib")
 DATA = tomllib.loads(Path(__file__).with_name("routers.toml").read_text(encoding="utf-8"))
-PAGE = Path(__file__).parent.parent / "docs" / "routers.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "routers.md"
 NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 T, EPS = 12, torch.finfo(torch.float32).eps
 

@@ -26,7 +26,7 @@ def choose(ranks: int, topk: int) -> str:
     for no expert is chosen twice). It goes to ``(N - 1) (1 - (1 - 1/N)^K)`` others if it goes where it is needed, and to
     ``N - 1`` if it goes everywhere: the former saves ``(1 - 1/N)^K`` of the rows, and is chosen where that is a fifth or
     more. It has the host do more before rows can travel, and wait for their sizes: on four H200s a tenth fewer rows took
-    longer (docs/scale.md).
+    longer (docs/performance/scale.md).
 
     Args:
         ranks: N.
