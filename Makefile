@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv by itself; only make and a Python >= 3.10 with pip are assumed.
 #   make demo ARGS="--steps 10"       make test ARGS="-k permute"       make demo PYTHON=/path/to/python
 
-.PHONY: help demo test lint check matrix mutants kernels bench wheel clean
+.PHONY: help demo test lint check matrix mutants kernels bench docs wheel clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,7 @@ help:
 	@echo "make mutants  break the ops on purpose and show that the suite notices"
 	@echo "make bench    time operators and expert MLP against the published ones (quarter of an hour; out/bench)"
 	@echo "make kernels  compile the GPU kernels without a GPU: registers, spills, access widths"
+	@echo "make docs     build the docs site into out/site (ARGS=serve: show it at localhost, and again at every change)"
 	@echo "make wheel    build dist/moekit-*-py3-none-any.whl"
 	@echo "make clean    remove .venv and everything built"
 
@@ -52,6 +53,10 @@ mutants: .venv/ready-dev
 bench: .venv/ready-dev .venv/peers/ready
 	$(BIN)/python benchmarks/ops.py $(ARGS)
 	$(BIN)/python benchmarks/experts.py $(ARGS)
+
+# Strictly: a link or an anchor that leads nowhere is an error.
+docs: .venv/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(ARGS),$(ARGS),build --strict)
 
 # Built by pip in a small environment of its own, which it makes and removes: hatchling and nothing else.
 wheel:

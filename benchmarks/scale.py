@@ -1,4 +1,7 @@
-"""The tables of docs/performance/scale.md, from sizes of layers and published speeds of links: ``python benchmarks/scale.py``."""
+"""The tables of docs/performance/scale.md, from sizes of layers and published speeds of links.
+
+``python benchmarks/scale.py`` prints them.
+"""
 
 from __future__ import annotations
 

@@ -102,6 +102,14 @@ def backend(name: str) -> _Within:
 
     The choice holds for the current thread (or task) and for the backward of what was computed inside. Without a
     ``with`` nothing is chosen, and a warning says so; ``MOEKIT_BACKEND`` chooses for a whole process.
+
+    Examples:
+        >>> import torch, moekit
+        >>> x = torch.ones(2, 8)
+        >>> with moekit.backend("torch"):
+        ...     reference = moekit.glu(x)
+        >>> torch.allclose(reference, moekit.glu(x))
+        True
     """
     _require(name)
     return _Within(_requested, name, f"moekit.backend({name!r})")

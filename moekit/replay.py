@@ -64,6 +64,17 @@ class Replay:
     Raises:
         ValueError: there is no router, or one that cannot be read.
         TypeError: no module.
+
+    Examples:
+        >>> import torch, moekit.nn
+        >>> model, x = moekit.nn.MoE.build(16, 8, num_experts=4, k=2), torch.randn(5, 16)
+        >>> replay = moekit.Replay(model)
+        >>> with replay.record() as choices:
+        ...     y = model(x)
+        >>> with replay.play(choices):
+        ...     again = model(x)
+        >>> len(choices), choices.to_array().shape, torch.equal(y, again)
+        (1, (5, 1, 2), True)
     """
 
     def __init__(self, model: nn.Module) -> None:

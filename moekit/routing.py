@@ -54,6 +54,14 @@ class Routing:
         scored: what :func:`moekit.route` chose from; None of a routing that was made from a choice.
 
     Made by :func:`moekit.route`, :meth:`from_topk` or :meth:`from_map`, which see to it that the tables belong together.
+
+    Examples:
+        >>> import torch, moekit
+        >>> routing = moekit.Routing.from_topk(torch.tensor([[0, 2], [1, -1]]), num_experts=3)
+        >>> routing.num_rows, routing.offsets.tolist(), routing.order.tolist()
+        (4, [1, 2, 3], [0, 2, 1, -1])
+        >>> routing.to_map()[0].int().tolist()
+        [[1, 0, 1], [0, 1, 0]]
     """
 
     indices: Tensor

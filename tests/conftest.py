@@ -27,6 +27,7 @@ SLOWEST = (
     "compile",
     "demo",
     "examples",
+    "docs",
     "ep",
     "ep_layer",
     "ep_calls",

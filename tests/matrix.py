@@ -5,7 +5,8 @@ of Triton: each in a folder of its own, ``.venv/matrix/triton-3.6.0``, before th
 
 Every combination gets an environment of its own, made once: ``.venv/matrix/torch-2.10.0-transformers-5.12.0``, say, with
 the pins of ``constraints.txt`` for all else. ``python tests/matrix.py [PART OF A NAME ...]`` runs only those; a run of all
-of them writes the table into ``docs/reference/versions.md``. The exit status is 1 if a test failed or an environment was not made.
+of them writes the table into ``docs/reference/versions.md``. The exit status is 1 if a test failed or an environment was not
+made.
 
 pip decides which build of torch that is; on Linux the default index has CUDA builds alone, of several gigabytes each. Where
 an index with CPU builds is at hand, name it in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.

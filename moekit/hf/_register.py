@@ -33,6 +33,17 @@ def register(save: str = "recompute", *, expert_parallel: Mapping[str, Any] | No
     Raises:
         ImportError: Transformers is not installed, or a release without an experts interface.
         ValueError: an unknown ``save``.
+
+    Examples:
+        >>> import transformers, moekit.hf
+        >>> moekit.hf.register()
+        >>> sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=32)
+        >>> config = transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+        >>> model = transformers.Qwen3MoeForCausalLM(config)
+        >>> model.set_experts_implementation("moekit")
+        >>> model.config._experts_implementation
+        'moekit'
+        >>> moekit.hf.unregister()
     """
     _check.one_of("hf.register", "save", save, SAVES)
     plain, fp8 = _interfaces()

@@ -97,6 +97,16 @@ def pack(
     Weights are packed one after the other and each is freed before the next, so that no more memory is used than before and
     one packed weight. What held them, such as an optimiser, has to be made anew. The packed ones are frozen; the model is
     set to ``experts_implementation="moekit"``.
+
+    Examples:
+        >>> import transformers, moekit.hf
+        >>> sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=32)
+        >>> config = transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+        >>> model = transformers.Qwen3MoeForCausalLM(config)
+        >>> report = moekit.hf.pack(model, "nf4")
+        >>> print(str(report).splitlines()[0])
+        2 weights of 1 experts modules in nf4: 192.00 KiB -> 27.00 KiB (7.11x smaller)
+        >>> moekit.hf.unregister()
     """
     op = "hf.pack"
     ensure_registered()

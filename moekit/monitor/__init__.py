@@ -60,6 +60,14 @@ def attach(model: nn.Module, *, evaluation: bool = False, history: int = 256, gr
     Raises:
         ValueError: no router that can be read, or a history that cannot be halved.
         TypeError: no module.
+
+    Examples:
+        >>> import torch, moekit.monitor, moekit.nn
+        >>> model = torch.nn.Sequential(moekit.nn.MoE.build(16, 8, num_experts=4, k=2))
+        >>> monitor = moekit.monitor.attach(model)
+        >>> y = model(torch.randn(5, 16))
+        >>> monitor.names, monitor.read(layers=False)["tokens"]
+        (('0.router',), 5.0)
     """
     return Monitor(model, evaluation=evaluation, history=history, group=group)
 

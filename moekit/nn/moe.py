@@ -62,6 +62,14 @@ class MoE(nn.Module):
     Raises:
         ValueError: parts of different sizes, or a coefficient below 0.
         TypeError: parts of another kind.
+
+    Examples:
+        >>> import torch, moekit.nn
+        >>> layer = moekit.nn.MoE.build(64, 32, num_experts=8, k=2, shared_intermediate=32, balance_coeff=0.01)
+        >>> y = layer(torch.randn(2, 10, 64))
+        >>> y.shape, list(layer.losses)
+        (torch.Size([2, 10, 64]), ['balance'])
+        >>> y.square().mean().backward()  # the balance loss comes along
     """
 
     def __init__(

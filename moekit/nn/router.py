@@ -74,6 +74,14 @@ class Router(nn.Module):
 
     Raises:
         ValueError: sizes or options that do not fit together, or an option that would have no effect.
+
+    Examples:
+        >>> import torch, moekit.nn
+        >>> router = moekit.nn.Router(64, 8, 2, score="sigmoid", expert_bias=True)
+        >>> routing = router(torch.randn(10, 64))
+        >>> routing.indices.shape, int(router.expert_counts.sum())
+        (torch.Size([10, 2]), 20)
+        >>> router.update_bias(rate=1e-3)  # after the optimiser's step
     """
 
     weight: Tensor

@@ -41,6 +41,14 @@ def aux_loss(output: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tenso
     Raises:
         TypeError: a loss that is not floating.
         ValueError: a scale that is not a scalar.
+
+    Examples:
+        >>> import torch, moekit
+        >>> w, x = torch.tensor(3.0, requires_grad=True), torch.ones(2)
+        >>> y = moekit.aux_loss(w * x, w**2, scale=0.5)  # the values pass through
+        >>> y.sum().backward()
+        >>> w.grad  # 2 of the output, and half of 2 * 3
+        tensor(5.)
     """
     _check.tensor("aux_loss", "output", output)
     _check.floating("aux_loss", "loss", loss)

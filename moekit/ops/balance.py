@@ -51,6 +51,15 @@ def balance_loss(
     Raises:
         ValueError: a routing that does not know its logits, ``counts`` without ``num_tokens``, shapes that do not fit.
         TypeError: something else than a routing.
+
+    Examples:
+        >>> import torch, moekit
+        >>> even = moekit.route(torch.eye(4), 1)  # each token another expert
+        >>> round(moekit.balance_loss(even, 1.0).item(), 3)
+        1.0
+        >>> same = moekit.route(torch.eye(4)[:1].expand(4, 4), 1)  # all tokens to one
+        >>> round(moekit.balance_loss(same, 1.0).item(), 3)
+        1.901
     """
     op = "balance_loss"
     scored = _scored(op, routing)

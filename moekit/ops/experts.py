@@ -85,6 +85,15 @@ def experts(
         RuntimeError: a double backward, which this operator does not have.
 
     Gradients are computed only for what needs one, and nothing is kept for the others.
+
+    Examples:
+        >>> import torch, moekit
+        >>> gate_up, down = torch.ones(4, 2 * 8, 16), torch.ones(4, 16, 8)  # E=4, I=8, H=16
+        >>> x = torch.full((3, 16), 0.25, requires_grad=True)
+        >>> y = moekit.experts(x, moekit.route(torch.zeros(3, 4), 2), gate_up, down)
+        >>> y.shape, round(y[0, 0].item(), 3)  # 8 * silu(4) * 4
+        (torch.Size([3, 16]), 125.698)
+        >>> y.sum().backward()
     """
     op = "experts"
     _library.announce_flops()

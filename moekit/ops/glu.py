@@ -71,6 +71,14 @@ def glu(
         ValueError: shapes, devices or parameters that do not fit together; an odd last dimension; a parameter that would
             have no effect.
         TypeError: a dtype that is not floating.
+
+    Examples:
+        >>> import torch, moekit
+        >>> y = torch.tensor([[0.0, 1.0, 2.0, 4.0]])  # the gate, then up
+        >>> moekit.glu(y)
+        tensor([[0.0000, 2.9242]])
+        >>> moekit.glu(y, torch.tensor([0.5]), activation="gelu_tanh", clamp=3.0)
+        tensor([[0.0000, 1.2618]])
     """
     if clamp_after_bias and clamp is None:
         raise _check.unused("glu", "clamp_after_bias", clamp_after_bias, "without clamp")

@@ -31,6 +31,12 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedExperts, offsets: Tensor
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
+
+    Examples:
+        >>> import torch, moekit
+        >>> weight = torch.stack([torch.eye(2), 10 * torch.eye(2)])  # two experts
+        >>> moekit.grouped_linear(torch.ones(3, 2), weight, torch.tensor([1, 3], dtype=torch.int32)).tolist()
+        [[1.0, 1.0], [10.0, 10.0], [10.0, 10.0]]
     """
     op = "grouped_linear"
     _library.announce_flops()

@@ -29,6 +29,15 @@ class Lora(NamedTuple):
         B: ``[E, out, r]``, floating; ``out`` and ``in`` are those of the weight, however it is stored.
         scale: what ``B A`` is multiplied by.
         dropout: the probability with which each element of the adapter's input is dropped; 0 in evaluation.
+
+    Examples:
+        >>> import torch, moekit
+        >>> gate_up, down = torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+        >>> A, B = torch.randn(4, 2, 8, requires_grad=True), torch.zeros(4, 16, 2, requires_grad=True)
+        >>> x, routing = torch.randn(3, 8), moekit.route(torch.randn(3, 4), 2)
+        >>> y = moekit.experts(x, routing, gate_up, down, lora={"gate_up": moekit.Lora(A, B, scale=2.0)})
+        >>> torch.allclose(y, moekit.experts(x, routing, gate_up, down))  # B is zero so far
+        True
     """
 
     A: Tensor

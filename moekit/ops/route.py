@@ -88,6 +88,18 @@ def route(
         ValueError: numbers, shapes or devices that do not fit, an argument that would have no effect, or (on a CPU, or under
             ``moekit.debug()``) an index below -1 or not below E.
         TypeError: tensors that are not floating point, ``indices`` that are not integers, a mask that is not bool.
+
+    Examples:
+        >>> import torch, moekit
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+        >>> routing = moekit.route(logits, 2)
+        >>> routing.indices.tolist(), routing.tokens_per_expert.tolist()
+        ([[0, 1], [2, 1]], [1, 2, 1])
+        >>> routing.weights
+        tensor([[0.7311, 0.2689],
+                [0.8808, 0.1192]])
+        >>> moekit.route(logits, 2, score="sigmoid", bias=torch.tensor([0.0, 0.0, 1.0])).indices.tolist()
+        [[2, 0], [2, 1]]
     """
     op = "route"
     _check.tensor_dim(op, "logits", logits, 2)

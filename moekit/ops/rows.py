@@ -34,6 +34,12 @@ def permute(tokens: Tensor, routing: Routing) -> Tensor:
     Raises:
         ValueError: the number of tokens or the device differs from the routing's.
         TypeError: something else than a routing.
+
+    Examples:
+        >>> import torch, moekit
+        >>> routing = moekit.Routing.from_topk(torch.tensor([[0, 2], [0, 1]]), num_experts=3)
+        >>> moekit.permute(torch.tensor([[1.0], [2.0]]), routing).flatten().tolist()
+        [1.0, 2.0, 2.0, 1.0]
     """
     require("permute", routing)
     _check.tensor_dim("permute", "tokens", tokens, 2)
@@ -57,6 +63,16 @@ def unpermute(rows: Tensor, routing: Routing, *, weighted: bool = False) -> Tens
     Raises:
         ValueError: shapes or devices that do not fit the routing, or ``weighted`` without routing weights.
         TypeError: something else than a routing.
+
+    Examples:
+        >>> import torch, moekit
+        >>> weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+        >>> routing = moekit.Routing.from_topk(torch.tensor([[0, 2], [0, 1]]), weights, num_experts=3)
+        >>> rows = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+        >>> moekit.unpermute(rows, routing).flatten().tolist()
+        [9.0, 6.0]
+        >>> moekit.unpermute(rows, routing, weighted=True).flatten().tolist()
+        [2.75, 3.0]
     """
     require("unpermute", routing)
     _check.tensor_dim("unpermute", "rows", rows, 2)

@@ -34,6 +34,15 @@ def pack(weight: Tensor, format: str, *, double_quant: bool = False, block: Bloc
         TypeError: what is no plain floating-point tensor.
 
     Experts are packed one by one, so that of one there are copies in float32 at a time.
+
+    Examples:
+        >>> import torch, moekit
+        >>> weight = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
+        >>> packed = moekit.pack(weight, "nf4")
+        >>> packed.shape, packed.bytes, weight.nbytes
+        (torch.Size([4, 64, 128]), 18432, 131072)
+        >>> bool((packed.unpack() - weight).norm() / weight.norm() < 0.1)
+        True
     """
     op = "pack"
     _check.one_of(op, "format", format, FORMATS)

@@ -2,8 +2,8 @@
 
 **Threads.** Kernels release the GIL and work on a range of rows; torch's own OpenMP threads share the ranges
 (:mod:`moekit.kernels.numba._team`), or where these cannot be reached a pool of our own (``_threads``), the calling
-thread taking part. ``docs/performance/cpu.md`` has the measurements. Of Numba's own layers ``workqueue`` aborts the process when two
-Python threads use it at once, ``omp`` kills a forked child and ``tbb`` needs another package.
+thread taking part. ``docs/performance/cpu.md`` has the measurements. Of Numba's own layers ``workqueue`` aborts the process
+when two Python threads use it at once, ``omp`` kills a forked child and ``tbb`` needs another package.
 Results do not depend on the number of threads: every sum is within a row, within a token, or over blocks of fixed size.
 
 **Memory.** Large outputs are written past the cache (``stream``) and inputs are prefetched ahead. Results are

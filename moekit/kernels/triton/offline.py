@@ -2,7 +2,7 @@
 
     python -m moekit.kernels.triton.offline                         # every configuration for every architecture
     python -m moekit.kernels.triton.offline --arch sm_90 --match glu
-    python -m moekit.kernels.triton.offline --write docs/performance/machine_code.md  # the table there, between its two markers
+    python -m moekit.kernels.triton.offline --write docs/performance/machine_code.md  # the table there
 
 The launchers run on meta tensors of real sizes and their launches are caught, so what is compiled is what a GPU would get:
 argument types, alignment, constants and configuration. Registers and spills come from the machine code, the width of
