@@ -1,6 +1,6 @@
 """Runs the Python blocks of pages as they stand: ``python tests/_pages.py PAGE ...`` prints what became of each, as JSON.
 
-A page's blocks share one session; each page has one of its own, in an empty folder. Lines in tracebacks are those of the page.
+A page's blocks share one session; each page has one of its own, in an empty folder. Lines in tracebacks are the page's.
 """
 
 from __future__ import annotations
