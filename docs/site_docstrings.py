@@ -14,6 +14,7 @@ LINK = r'<autoref identifier="\1" optional><code>\1</code></autoref>'
 def as_markdown(text: str) -> str:
     """The text of a docstring."""
     text = re.sub(r":(?:func|class|meth|mod|attr|data):`~?\.?([^`]+)`", LINK, text)
+    text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     text = re.sub(r"^( *)::$\n", r"\1\n", text, flags=re.MULTILINE)
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
