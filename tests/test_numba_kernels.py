@@ -1,6 +1,8 @@
 """The CPU kernels by themselves: what the operators' own tests, which run on this backend too, do not reach."""
 
+import ctypes
 import itertools
+import random
 import subprocess
 import sys
 import textwrap
@@ -390,3 +392,40 @@ def test_nothing_is_touched_past_the_end(boundscheck, tmp_path):
         env=environment,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def scatter_small_memory(libc, order: random.Random) -> list[int]:
+    """The next small pieces of memory that this thread asks for lie near each other or far apart, up or down.
+
+    Returns what lies between them, to be freed afterwards.
+    """
+    between = []
+    for size in range(96, 320, 16):
+        apart = order.choice([16, 32, 64, 128, 700])
+        places = []
+        for _ in range(7):
+            places.append(libc.malloc(size))
+            between.append(libc.malloc(apart))
+        for place in order.choice([places, places[::-1], order.sample(places, 7)]):  # what is freed last is taken first
+            libc.free(place)
+    return between
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the C library by its name")
+def test_a_router_has_the_same_bits_wherever_its_scratch_memory_lies():
+    """Chance decides where: without room between the arrays six of ten runs fail."""
+    libc, order, between = ctypes.CDLL(None), random.Random(0), []
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    draws = [(torch.randn(100, 8, requires_grad=True), torch.randn(100, 2)) for _ in range(4)]
+    found = [set() for _ in draws]
+    for _ in range(150):
+        for seen, (logits, grad) in zip(found, draws, strict=True):
+            between += scatter_small_memory(libc, order)
+            with moekit.backend("numba"):
+                routing = moekit.route(logits, 2, select_by="logits")
+                loss = (routing.weights * grad).sum() + moekit.balance_loss(routing, 0.1)
+                (gradient,) = torch.autograd.grad(loss, (logits,))
+            seen.add(routing.weights.detach().numpy().tobytes() + gradient.numpy().tobytes())
+    for place in between:
+        libc.free(place)
+    assert [len(seen) for seen in found] == [1] * 4

@@ -35,6 +35,9 @@ _FAR = _F(-40.0)
 _L1, _L3, _L5, _L7, _L9, _L11, _L13, _L15 = (_F(2 / n) for n in range(1, 16, 2))
 _TAKEN = np.int64(-(2**63))  # below every key
 _LOW = np.int64(0xFFFFFFFF)
+# Vector loops look how far apart two arrays begin, and go element by element where one might reach into the other: sums
+# would have another order, depending on the allocator. So every array is so long that no other begins near it.
+_APART = 256
 
 
 @inline
@@ -184,9 +187,9 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool, by_
     ):  # fmt: skip
         if start == 0:
             zero(link, experts * 4)
-        values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
-        keys, group_keys = np.empty(experts, np.int64), np.empty(max(groups, 1), np.int64)
-        chosen = np.empty(slots, np.float32)
+        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
+        keys, group_keys = np.empty(experts + _APART, np.int64), np.empty(max(groups, 1) + _APART, np.int64)
+        chosen = np.empty(slots + _APART, np.float32)
         for token in range(start, stop):
             row = logits + token * experts * size
             for expert in range(experts):
@@ -234,7 +237,7 @@ def weigh_kernel(element: int, scoring: int) -> Callable:
         start: int, stop: int, logits: int, indices: int, experts: int, slots: int, epsilon: float, scale: float,
         weights: int, wrong: int,
     ):  # fmt: skip
-        values, chosen = np.empty(experts, np.float32), np.empty(slots, np.float32)
+        values, chosen = np.empty(experts + _APART, np.float32), np.empty(slots + _APART, np.float32)
         for token in range(start, stop):
             row, picks = logits + token * experts * size, indices + token * slots * 8
             if scoring == PRE_SOFTMAX:
@@ -290,8 +293,8 @@ def score_sums_kernel(element: int, scoring: int) -> Callable:
 
     @kernel(element, scoring)
     def score_sums(start: int, stop: int, logits: int, mask: int, tokens: int, experts: int, sums: int):
-        values, scores = np.empty(experts, np.float32), np.empty(experts, np.float32)
-        added = np.empty(experts, np.float32)
+        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
+        added = np.empty(experts + _APART, np.float32)
         for block in range(start, stop):
             for expert in range(experts):
                 added[expert] = _ZERO
@@ -354,8 +357,9 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
         start: int, stop: int, grad: int, sums_grad: int, logits: int, indices: int, mask: int, experts: int, slots: int,
         epsilon: float, scale: float, out: int, wrong: int,
     ):  # fmt: skip
-        values, scores, dense = np.empty(experts, np.float32), np.empty(experts, np.float32), np.empty(experts, np.float32)
-        chosen, g = np.empty(slots, np.float32), np.empty(slots, np.float32)
+        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
+        dense = np.empty(experts + _APART, np.float32)
+        chosen, g = np.empty(slots + _APART, np.float32), np.empty(slots + _APART, np.float32)
         for token in range(start, stop):
             row, picks = logits + token * experts * size, indices + token * slots * 8
             if mask != 0 and read_u8(mask, token) != 0:
