@@ -41,6 +41,12 @@ _APART = 256
 
 
 @inline
+def scratch(count):
+    """Room for ``count`` numbers."""
+    return np.empty(count + _APART, np.float32)
+
+
+@inline
 def key_of(score, index):
     """NaN below minus infinity, and one zero for both."""
     bits = np.int32(bits_of(score))
@@ -187,9 +193,9 @@ def router_kernel(element: int, scoring: int, has_bias: bool, grouped: bool, by_
     ):  # fmt: skip
         if start == 0:
             zero(link, experts * 4)
-        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
+        values, scores = scratch(experts), scratch(experts)
         keys, group_keys = np.empty(experts + _APART, np.int64), np.empty(max(groups, 1) + _APART, np.int64)
-        chosen = np.empty(slots + _APART, np.float32)
+        chosen = scratch(slots)
         for token in range(start, stop):
             row = logits + token * experts * size
             for expert in range(experts):
@@ -237,7 +243,7 @@ def weigh_kernel(element: int, scoring: int) -> Callable:
         start: int, stop: int, logits: int, indices: int, experts: int, slots: int, epsilon: float, scale: float,
         weights: int, wrong: int,
     ):  # fmt: skip
-        values, chosen = np.empty(experts + _APART, np.float32), np.empty(slots + _APART, np.float32)
+        values, chosen = scratch(experts), scratch(slots)
         for token in range(start, stop):
             row, picks = logits + token * experts * size, indices + token * slots * 8
             if scoring == PRE_SOFTMAX:
@@ -293,8 +299,8 @@ def score_sums_kernel(element: int, scoring: int) -> Callable:
 
     @kernel(element, scoring)
     def score_sums(start: int, stop: int, logits: int, mask: int, tokens: int, experts: int, sums: int):
-        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
-        added = np.empty(experts + _APART, np.float32)
+        values, scores = scratch(experts), scratch(experts)
+        added = scratch(experts)
         for block in range(start, stop):
             for expert in range(experts):
                 added[expert] = _ZERO
@@ -357,9 +363,8 @@ def router_backward_kernel(element: int, grad_element: int, scoring: int) -> Cal
         start: int, stop: int, grad: int, sums_grad: int, logits: int, indices: int, mask: int, experts: int, slots: int,
         epsilon: float, scale: float, out: int, wrong: int,
     ):  # fmt: skip
-        values, scores = np.empty(experts + _APART, np.float32), np.empty(experts + _APART, np.float32)
-        dense = np.empty(experts + _APART, np.float32)
-        chosen, g = np.empty(slots + _APART, np.float32), np.empty(slots + _APART, np.float32)
+        values, scores, dense = scratch(experts), scratch(experts), scratch(experts)
+        chosen, g = scratch(slots), scratch(slots)
         for token in range(start, stop):
             row, picks = logits + token * experts * size, indices + token * slots * 8
             if mask != 0 and read_u8(mask, token) != 0:

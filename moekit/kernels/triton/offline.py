@@ -223,8 +223,9 @@ def table(reports: dict[str, list[Report]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for rows in zip(*reports.values(), strict=True):
-        for arch, r in zip(reports, rows, strict=True):
-            cells = (f"{r.case}, `{r.kernel}`", arch, r.registers, r.spills, r.shared, accesses(r.loads), accesses(r.stores))
+        for at, (arch, r) in enumerate(zip(reports, rows, strict=True)):
+            name = "" if at else f"{r.case}, `{r.kernel}`"
+            cells = (name, arch, r.registers, r.spills, r.shared, accesses(r.loads), accesses(r.stores))
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
