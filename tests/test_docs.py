@@ -61,6 +61,13 @@ def test_code_runs_on_two_ranks(tmp_path: Path):
     assert on_ranks(pages_of_ranks, 2, tmp_path) == [list(RANKS)] * 2
 
 
+def test_links_to_other_files_lead_somewhere():
+    for page in PAGES:
+        path = ROOT / page
+        for target in re.findall(r"\]\((\.\./[^)#\s]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{page}: {target}"
+
+
 def test_no_code_is_left_out():
     assert {*ELSEWHERE, *RANKS} <= {*WITH_CODE}
     for page, test in ELSEWHERE.items():

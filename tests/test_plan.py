@@ -149,8 +149,8 @@ def test_packed_bytes_are_those_of_pack(format: str):
 
 
 def test_whole_models_take_what_was_measured():
-    """GiB of experts, other weights, adapters of rank 8 and moments, as docs/whole_models_h200.json has them."""
-    for found in json.loads((ROOT / "docs/whole_models_h200.json").read_text(encoding="utf-8")):
+    """GiB of experts, other weights, adapters of rank 8 and moments, as docs/performance/whole_models_h200.json has them."""
+    for found in json.loads((ROOT / "docs/performance/whole_models_h200.json").read_text(encoding="utf-8")):
         options = {"format": found["format"], "double_quant": bool(found.get("double_quant")), "lora": 8, "memory": 24}
         made, parts = plan(found["model"], tokens=found["tokens"], **options), found["parts GiB"]
         gib = 2**30
@@ -292,7 +292,7 @@ def test_layers_in_a_row_take_what_is_said_of_all(way: str):
 
 
 def measured(name: str) -> Any:
-    return json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    return json.loads((ROOT / "docs" / "performance" / name).read_text(encoding="utf-8"))
 
 
 GPU_SHAPES = {  # those of benchmarks/gpu_experts.py
@@ -370,7 +370,7 @@ def test_operations_are_those_counted(way: str):
 
 @pytest.mark.parametrize("name", GPU_SHAPES)
 def test_times_are_near_those_measured(name: str):
-    """A fifth, which is what docs/plan.md says."""
+    """A fifth, which is what docs/performance/plan.md says."""
     load, speeds = load_of(GPU_SHAPES[name]), MACHINES["H200"]
     seconds = rates.operations(load) / speeds.flops + rates.traffic(load) / speeds.bandwidth
     found = measured("gpu_experts.json")
@@ -591,7 +591,7 @@ def test_every_part_of_a_plan_has_a_table():
 
 
 def test_the_document_has_what_the_command_prints():
-    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/performance/plan.md").read_text(encoding="utf-8")
     exec(text.split("```python\n")[1].split("```")[0], {})
     shown = text.split("```console\n")[1:]
     assert shown

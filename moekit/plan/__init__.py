@@ -1,7 +1,7 @@
 """What a Mixture-of-Experts model takes, from its config alone: parameters, memory, messages, time.
 
 :func:`plan` reads a Transformers config (or a bundled one) and gives a :class:`Plan`: no weights, no network. How each
-figure comes about is in docs/plan.md.
+figure comes about is in docs/performance/plan.md.
 """
 
 from moekit.plan.models import Model, given, presets, read

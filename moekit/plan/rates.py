@@ -2,7 +2,7 @@
 
 Products take their operations over the rate of a large dense product, and every tensor that a kernel reads or writes takes
 its bytes over the rate of a copy, one after the other. Neither is quite so: kernels overlap the two, and grouped products
-are slower than one dense product. docs/plan.md has this sum beside measured steps.
+are slower than one dense product. docs/performance/plan.md has this sum beside measured steps.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _published(name: str, machine: Machine) -> Rates:
 
 
 def _h200() -> Rates:
-    """Products and copies from docs/gpu_experts.json; the link from docs/ep_h200.json, four GPUs and 256 MB to others."""
-    known, measured = _published("H200", H200), "measured (docs/gpu_experts.json)"
-    sources = {"flops": measured, "bandwidth": measured, "inside": "measured (docs/ep_h200.json)"}
+    """Of docs/performance: products and copies from gpu_experts.json, the link from ep_h200.json (four GPUs, 256 MB)."""
+    known, measured = _published("H200", H200), "measured (gpu_experts.json)"
+    sources = {"flops": measured, "bandwidth": measured, "inside": "measured (ep_h200.json)"}
     return replace(known, flops=764e12, bandwidth=4229e9, inside=166e9, sources=known.sources | sources)
 
 
