@@ -1,4 +1,4 @@
-"""Links to files of the repository that are no pages: on the site they are names, as nothing says where the repository is."""
+"""Links to files that are no pages: on the site they are names, as nothing there says where the repository is."""
 
 from __future__ import annotations
 
