@@ -2,7 +2,7 @@
 
     python benchmarks/picture.py [--out docs/overview.png]
 
-``docs/gpu_experts.json`` is of ``gpu_experts.py --peers``, ``docs/packed_h200.json`` of ``packed.py``.
+In docs/performance ``gpu_experts.json`` is of ``gpu_experts.py --peers``, ``packed_h200.json`` of ``packed.py``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS / "overview.png")
     options = parser.parse_args()
-    dense, packed = (json.loads((DOCS / f"{name}.json").read_text()) for name in ("gpu_experts", "packed_h200"))
+    dense, packed = (json.loads((DOCS / "performance" / f"{name}.json").read_text()) for name in ("gpu_experts", "packed_h200"))
     draw(dense, packed, options.out)
 
 

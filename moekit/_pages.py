@@ -42,9 +42,7 @@ def keep_pages() -> KeptPages:
     glibc maps each large tensor anew and unmaps it when it is freed, and every page of it costs a fault when it is first
     written: together that takes longer than most operators, whoever's (``docs/performance/cpu.md`` has figures). This calls
     glibc's ``mallopt`` with ``M_MMAP_MAX=0``, ``M_TRIM_THRESHOLD=-1`` and ``M_ARENA_MAX=1``. Once at the start of a program
-    written: together that takes longer than most operators, whoever's (``docs/performance/cpu.md`` has figures). This calls
-    glibc's ``mallopt`` with ``M_MMAP_MAX=0``, ``M_TRIM_THRESHOLD=-1`` and ``M_ARENA_MAX=1``. Once at the start of a program
-    will do; again, it does the same. (A threshold for mappings would not do: it ends at 32 MiB by the manual, and below 2 GiB.)
+    will do; again, it does the same. (A threshold for mappings would not: it ends at 32 MiB by the manual, and below 2 GiB.)
 
     The price: what the process has once used it keeps, so resident memory stays at its peak. Tensors share a heap with all
     else, and gaps between them may raise the peak itself; the first few calls of a kind fill such gaps before pages are
