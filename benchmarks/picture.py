@@ -61,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS / "overview.png")
     options = parser.parse_args()
-    dense, packed = (json.loads((DOCS / "performance" / f"{name}.json").read_text()) for name in ("gpu_experts", "packed_h200"))
+    dense, packed = (
+        json.loads((DOCS / "performance" / f"{name}.json").read_text()) for name in ("gpu_experts", "packed_h200")
+    )
     draw(dense, packed, options.out)
 
 
