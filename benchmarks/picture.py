@@ -1,8 +1,8 @@
 """Draw the README's picture from the figures in docs: time and memory of a training step of one layer's experts.
 
-    python benchmarks/picture.py [--out docs/overview.png]
+    python benchmarks/picture.py [--out FILE]
 
-In docs/performance ``gpu_experts.json`` is of ``gpu_experts.py --peers``, ``packed_h200.json`` of ``packed.py``.
+``gpu_experts_peers.json`` is of ``gpu_experts.py --peers``, ``packed_h200.json`` of ``packed.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "performance"
 OURS, THEIRS, LIGHT = "#0b6e4f", "#8a8f98", 0.55  # backward is drawn in the lighter shade
 LEFT_OUT = ("old", "moekit fp8", "moekit batch-invariant")
 
@@ -61,9 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS / "overview.png")
     options = parser.parse_args()
-    dense, packed = (
-        json.loads((DOCS / "performance" / f"{name}.json").read_text()) for name in ("gpu_experts", "packed_h200")
-    )
+    dense, packed = (json.loads((DOCS / f"{name}.json").read_text()) for name in ("gpu_experts_peers", "packed_h200"))
     draw(dense, packed, options.out)
 
 
