@@ -39,7 +39,7 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(module, "processors", lambda device: 2, raising=False)
     small = Blocks(16, 32, 16, 4, 2, 1, flat=True)
     monkeypatch.setattr(_policy, "gathered", lambda *_, **__: small)
-    monkeypatch.setattr(_policy, "described", lambda *_, **__: small._replace(halves=True))
+    monkeypatch.setattr(_policy, "described", lambda *_, **__: small._replace(leaving=small.columns // 2))
 
 
 def case(dtype, depth, width, layout):

@@ -15,7 +15,7 @@ class Blocks(NamedTuple):
     """How a product is cut: rows, columns and depth of a tile, warps, stages of its pipeline, programs a multiprocessor.
 
     ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap the last products of
-    the one before it. ``halves``: a tile leaves in two of them, for the room that it takes meanwhile.
+    the one before it. ``leaving`` columns of a tile are written at a time by the copy engine; 0: threads write.
     """
 
     rows: int
@@ -26,12 +26,7 @@ class Blocks(NamedTuple):
     programs: int
     flat: bool = False
     registers: int | None = None
-    halves: bool = False
-
-    @property
-    def leaving(self) -> int:
-        """Columns of a tile that the copy engine writes at a time."""
-        return self.columns // 2 if self.halves else self.columns
+    leaving: int = 0
 
 
 class Shape(NamedTuple):
@@ -56,7 +51,7 @@ _DESCRIBED = ("9", "10")  # what has the copy engine, and shared memory for thes
 _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has before or behind a product
 _SHORT = 768  # numbers to a sum, so few that a tile is written for as long as it is computed
 _MANY = 2048  # rows an expert up to which sums over them were measured
-_TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, halves=True)  # programs a multiprocessor: one computes while one writes
+_TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, leaving=64)  # programs a multiprocessor: one computes while one writes
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
 # of rows.
@@ -95,11 +90,12 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     elif shape.rows_an_expert <= 128:
         cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
     elif shape.width <= 128:
-        cut = _TWO._replace(flat=False)
+        cut = Blocks(128, 128, 64, 4, 3, 2)
     elif shape.depth <= _SHORT and not updated:
         cut = _TWO
     else:
-        cut = Blocks(128, 256, 64, 8, 4 if updated else 3, 1, flat=True)
+        # Beside an update's fourth stage there is no room for a tile on its way out.
+        cut = Blocks(128, 256, 64, 8, 4, 1) if updated else Blocks(128, 256, 64, 8, 3, 1, flat=True, leaving=256)
     return cut._replace(flat=cut.flat and not updated)
 
 

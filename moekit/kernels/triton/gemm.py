@@ -273,11 +273,10 @@ def _multiplying(
     """
     shape, device, offsets = _shape(rows, matrices), out.device, offsets.contiguous()
     described_rows, described, back = _descriptors(rows, matrices, cut)
-    # Beside an update's fourth stage there is no room for a tile on its way out.
-    bounded = ragged(out, [cut.rows, cut.leaving]) if update.low is None and describes_ragged(out) else None
+    bounded = ragged(out, [cut.rows, cut.leaving]) if cut.leaving and describes_ragged(out) else None
     numbers = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
-    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, "HALVES": cut.halves}
-    constants |= sizes(cut, shape.num_experts)
+    constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **sizes(cut, shape.num_experts)}
+    constants["HALVES"] = cut.leaving * 2 == cut.columns
 
     def multiply(first: int, count: int, factors: Tensor | None) -> None:
         _launch.launch(
