@@ -451,9 +451,10 @@ def test_time_limit_ends_the_run(folder, config_file, tmp_path):
     assert "Stopped after 1 of 12 steps" in result.output
 
 
-@pytest.mark.parametrize(("model_bits", "code"), [(3.0, 1), (2.4, 0)])
-def test_default_run_must_beat_the_bigram_model(monkeypatch, model_bits, code):
-    monkeypatch.setattr(demo_run, "run_demo", lambda *_, **__: demo_run.Result(model_bits, bigram_bits=3.0))
+@pytest.mark.parametrize(("model_bits", "complete", "code"), [(3.0, True, 1), (2.4, True, 0), (3.0, False, 0)])
+def test_a_whole_default_run_must_beat_the_bigram_model(monkeypatch, model_bits, complete, code):
+    result = demo_run.Result(model_bits, bigram_bits=3.0, complete=complete)
+    monkeypatch.setattr(demo_run, "run_demo", lambda *_, **__: result)
     assert invoke().exit_code == code
     assert invoke("--steps", 3).exit_code == 0
 
@@ -594,7 +595,7 @@ def test_an_interrupt_keeps_what_was_finished(monkeypatch, folder, config_file, 
     before = signal.getsignal(signal.SIGINT)
     result = invoke("--config", config_file, "--data", folder, "--out", tmp_path, "--steps", 12)
     assert result.exit_code == 130, result.output
-    for text in ("Stopped after 5 of 12 steps: interrupted", "step 5: with the", "Trained 5 steps", "continuing 'def '"):
+    for text in ("Stopped after 5 of 12 steps: interrupted", "step 5: with the", "Trained 5 steps", "Ctrl-C again stops"):
         assert text in result.output
     assert (tmp_path / "demo.png").stat().st_size > 20_000
     assert signal.getsignal(signal.SIGINT) is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -32,3 +33,4 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        sys.stderr.write("\nInterrupted: finishing this step and writing what there is. Ctrl-C again stops at once.\n")

@@ -37,11 +37,12 @@ _COLUMNS = 80  # of a terminal
 
 @dataclass(frozen=True)
 class Result:
-    """Held-out bits per byte of the model at the end and of the bigram model, on the same bytes; ended by Ctrl-C or not."""
+    """Held-out bits per byte of the model at the end and of the bigram model, on the same bytes; how the run ended."""
 
     model_bits: float
     bigram_bits: float
-    interrupted: bool = False
+    interrupted: bool = False  # by Ctrl-C
+    complete: bool = True  # to the last step
 
 
 def run_demo(
@@ -83,9 +84,11 @@ def _run(
         _print_comparison(console, run, rival, other_choices)
     if ranks.rank == 0:
         write_report(picture, run, bigram_bits, rival)
-    _print_sample(console, run, seed)
+    model_bits = run.measurements[-1].bits_per_byte
+    if model_bits < bigram_bits:  # before, it is a screen of odd bytes
+        _print_sample(console, run, seed)
     console.print(f"\nLoss curves and expert loads: {picture}", highlight=False, soft_wrap=True)
-    return Result(run.measurements[-1].bits_per_byte, bigram_bits, interrupted)
+    return Result(model_bits, bigram_bits, interrupted, complete=len(run.losses) == config.steps)
 
 
 def _output_file(out: Path) -> Path:
@@ -146,6 +149,8 @@ def _train(run: Run, rival: Run | None, console: Console, bigram_bits: float) ->
                 break
     if len(run.losses) < config.steps:
         why = "interrupted; all that follows is of these" if interrupted else f"{limit:.0f} s are over"
+        if run.device.type == "cpu" and not interrupted:
+            why += ". On cores that others use, OMP_NUM_THREADS=1 may be several times as fast"
         console.print(f"Stopped after {len(run.losses)} of {config.steps} steps: {why}.", highlight=False)
     return other_choices, interrupted
 
