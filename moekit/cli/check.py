@@ -52,7 +52,7 @@ def check(
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever an import may run into
+    except (Exception, SystemExit) as error:  # whatever an import may run into; a program exits
         _stop(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
