@@ -46,7 +46,7 @@ def published(monkeypatch):
 
 
 def settings(**changes) -> run.Settings:
-    usual = {"shape": TINY, "dtype": "bf16", "device": "cpu", "what": "all", "seconds": 0.0, "compiled": False}
+    usual = {"shape": TINY, "dtype": "bfloat16", "device": "cpu", "what": "all", "seconds": 0.0, "compiled": False}
     return run.Settings(**{**usual, **changes})
 
 
@@ -112,14 +112,20 @@ def test_waits_are_timed():
     assert len(waited) >= 3
 
 
+def test_the_device_that_is_named_is_waited_for():
+    assert run._wait(torch.device("cpu:0")) is None
+    wait = run._wait(torch.device("cuda:1"))
+    assert wait.func is torch.accelerator.synchronize and wait.args == (torch.device("cuda:1"),)
+
+
 def test_the_command(published, tmp_path):
     options = [
         "--shape",
-        "16,32,16,8,2",
-        "--tokens",
-        "24",
+        "24,32,16,8,2",
         "--device",
-        "cpu",
+        "cpu:0",
+        "--dtype",
+        "bf16",
         "--seconds",
         "0.01",
         "--out",
@@ -128,6 +134,7 @@ def test_the_command(published, tmp_path):
     result = CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "a" / "bench.json").read_text())
+    assert (report["settings"]["dtype"], report["settings"]["device"]) == ("bfloat16", "cpu:0")
     assert report["settings"]["shape"] == {
         "name": "custom",
         "tokens": 24,
@@ -155,8 +162,13 @@ def test_the_command(published, tmp_path):
         (["--shape", "1,2"], "--shape: wanted T,H,I,E,K, got '1,2'"),
         (["--shape", "4,4,4,2,3"], "--shape: wanted positive numbers and K <= E, got '4,4,4,2,3'"),
         (["OLMoE", "--shape", "4,4,4,2,1"], "--shape: takes the place of a config"),
+        (["--shape", "4,4,4,2,1", "--tokens", "8"], "--tokens: the T of --shape says it"),
         (["--device", "nonsense"], "--device: "),
-        (["--dtype", "int8"], "--dtype: wanted bf16, float16, float32, got 'int8'"),
+        (["--device", "meta"], "--device: tensors on meta have no values"),
+        (["--seconds", "inf"], "--seconds: wanted a finite number, got inf"),
+        (["--seconds", "nan"], "'--seconds'"),
+        (["--out", "/dev/null"], "--out: wanted a folder to write to, got '/dev/null' (File exists)"),
+        (["--dtype", "int8"], "--dtype: wanted bfloat16, float16, float32, got 'int8'"),
         (["--what", "all of it"], "--what: wanted ops, experts, all, got 'all of it'"),
         (["--peers", "/no/such/folder"], "--peers: no such folder: /no/such/folder"),
     ],
@@ -165,6 +177,17 @@ def test_bad_options_are_one_line(options, said):
     result = CliRunner().invoke(app, ["bench", *options])
     assert result.exit_code == 2
     assert said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "run", None)
+    (tmp_path / "bench.png").mkdir()
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "(Is a directory)" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--out", str(tmp_path / "other")])
+    assert result.exit_code == 2 and "the picture needs matplotlib: pip install 'moekit[cli]'" in result.output
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Case:
 class Inputs:
     """The tensors of one layer; the floating ones want gradients."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         T, E, K, H = shape.tokens, shape.experts, shape.topk, shape.hidden
         self.logits = self.normal(T, E, dtype=torch.float32)
@@ -163,7 +163,7 @@ def experts_case(x: Inputs, peers: Mapping[str, Any]) -> Case:
         module = peer.grouped_mm_experts(gate_up, down)
         calls[name] = lambda module=module: module(x.tokens, x.indices, p)
     for name, peer in _with(peers, "experts"):
-        if x.device != "cpu":
+        if x.device.type != "cpu":
             calls[name] = lambda peer=peer: peer.experts(x.tokens, gate_up, down, x.indices.int(), p)
     return Case("experts", _by([x.tokens, p, gate_up, down], calls), whole_step=True)
 

@@ -167,7 +167,7 @@ def _difference(value: Tensor, wanted: Tensor) -> float:
 
 
 def copy_contender(
-    num_bytes: int, dtype: torch.dtype, device: str = "cpu", wait: Callable[[], None] | None = None
+    num_bytes: int, dtype: torch.dtype, device: str | torch.device = "cpu", wait: Callable[[], None] | None = None
 ) -> Contender:
     """The yardstick: ``copy_`` into an existing buffer that moves as many bytes, half read and half written."""
     source = torch.ones(max(num_bytes // 2 // dtype.itemsize, 1), dtype=dtype, device=device)
