@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -104,6 +105,52 @@ def test_a_contender_may_differ_where_that_is_asked_for():
     assert "far" in timing.measure(contenders, 0.0, 1, 1).times
     found = timing.measure(contenders, 0.0, 1, 1, alike_only=True)
     assert set(found.times) == {"moekit"} and found.failed == {"far": "another result than moekit's: far (1)"}
+
+
+def nan(size=8):
+    return torch.full((size,), math.nan)
+
+
+def test_a_result_that_is_not_finite_is_another_and_no_number_in_json():
+    contenders = [timing.Contender("moekit", lambda: torch.ones(8)), timing.Contender("peer", nan)]
+    found = timing.measure(contenders, 0.0, 1, 1, alike_only=True)
+    assert set(found.times) == {"moekit"} and found.differences == {"peer": None}
+    assert found.failed == {"peer": "another result than moekit's: peer (not finite)"}
+    assert timing.unlike({"far": 0.06, "near": 0.05, "peer": None}) == ["far (0.06)", "peer (not finite)"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "why"),
+    [(lambda: 1 / 0, "ZeroDivisionError: division by zero"), (nan, "ValueError: the result has NaN or infinity")],
+)
+def test_nobody_is_compared_with_another_than_the_first(ours, why):
+    peers_ = [timing.Contender("bad", lambda: torch.zeros(8)), timing.Contender("good", lambda: torch.ones(8))]
+    found = timing.measure([timing.Contender("moekit", ours), *peers_], 0.0, 1, 1, alike_only=True)
+    assert (found.failed, found.differences, found.times) == ({"moekit": why}, {}, {})
+    found = timing.measure([timing.Contender("moekit", ours), *peers_], 0.0, 1, 1)
+    assert (found.failed, found.differences, set(found.times)) == ({"moekit": why}, {}, {"bad", "good"})
+
+
+def test_where_moekit_fails_its_row_says_so(published, monkeypatch, tmp_path):
+    def wrong(gate_up, weights):
+        return moe_utils.swiglu(gate_up) * math.nan
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(run.moekit, "glu", wrong)
+    monkeypatch.setattr(run.moekit, "unpermute", fails)
+    options = ["--shape", "16,32,16,8,2", "--device", "cpu", "--what", "ops", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
+    assert result.exit_code == 1, result.output
+    rows = {line.split("  ")[0]: line.split() for line in result.output.splitlines()}
+    records = json.loads((tmp_path / "bench.json").read_text(), parse_constant=fails)["records"]
+    for record in records:
+        ours = record["case"].startswith(("unpermute", "SwiGLU"))
+        assert set(record["failed"]) - {"twice", "fails"} == ({"moekit"} if ours else set()), record
+        assert ("failed" in rows[record["case"]]) is ours
+        if ours:
+            assert not record["differences"] and not record["seconds"]
 
 
 def test_waits_are_timed():

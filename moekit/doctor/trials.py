@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,11 @@ def _compared(backend: str, device: str, layer: Layer, wanted: dict[str, Tensor]
         try:
             with moekit.backend(backend):
                 found = call().cpu().double()
-            record["error"] = float((found - wanted[operator]).abs().max() / wanted[operator].abs().max())
+            error = float((found - wanted[operator]).abs().max() / wanted[operator].abs().max())
+            if math.isfinite(error):
+                record["error"] = error
+            else:  # JSON has no such number
+                record["failed"] = f"off by {error} of the largest value"
         except Exception as problem:  # whatever a kernel's compiler has to say
             record["failed"] = _one_line(problem)
         yield {**record, "ok": record["error"] is not None and record["error"] <= record["bound"]}
