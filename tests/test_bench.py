@@ -66,6 +66,12 @@ def test_contenders_are_compared_before_they_are_timed(published):
     for record in report["records"]:
         ours = {name: value for name, value in record["differences"].items() if name != "twice"}
         assert all(value < 0.03 for value in ours.values()) and {"torch"} <= set(ours), record
+    T, H, I, E, R = 16, 32, 16, 8, 32
+    assert [record["bytes"] for record in report["records"]] == [
+        *(4 * T * E + 12 * R, 8 * T * E + 12 * R, 2 * (T + R) * H, 2 * (T + R) * H),
+        *(2 * (T + R) * H + 4 * R, 2 * (T + 2 * R) * H + 8 * R, 2 * 3 * R * I + 4 * R, 2 * 5 * R * I + 8 * R),
+        *(0, 0),
+    ]
     said = " ".join(report["notes"])
     assert "tables and permute: twice skipped, another result than moekit's: twice (1)" in said
     assert "SwiGLU, weighted: fails skipped, RuntimeError: no compiler" in said and "gone: skipped" in said

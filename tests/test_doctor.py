@@ -106,7 +106,7 @@ def test_shares_are_of_a_copy_of_as_many_bytes(monkeypatch):
     assert (T, H, I, E, K) == (32, 64, 32, 8, 2)
     copied = 2 * T * K * 2 * I * 2  # the gate and up halves in bfloat16, read and written
     assert found["copy_gb_per_s"] == pytest.approx(copied / 0.5 / 1e9)
-    moved = {"permute": (T + T * K) * H * 2, "glu": 3 * T * K * I * 2 + 4 * T * K, "route": 4 * T * E + 8 * T * K}
+    moved = {"permute": (T + T * K) * H * 2, "glu": 3 * T * K * I * 2 + 4 * T * K, "route": 4 * T * E + 12 * T * K}
     for name, size in moved.items():
         assert found["operators"][name] == {"ms": 500.0, "share": pytest.approx(size / copied)}
 

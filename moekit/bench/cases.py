@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moekit
+from moekit.bench import moved
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _route(x: Inputs) -> Case:
         "moekit": lambda: moekit.topk_router(x.logits, K)[0],
         "torch": lambda: x.logits.topk(K).values.softmax(-1),
     }
-    return Case("route", _by([x.logits], calls), 4 * T * E + 12 * T * K, 8 * T * E + 12 * T * K)
+    return Case("route", _by([x.logits], calls), moved.route(T, E, K), moved.route_backward(T, E, K))
 
 
 def _permute(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -98,8 +99,8 @@ def _permute(x: Inputs, peers: Mapping[str, Any]) -> Case:
     routing_map, _ = x.routing.to_map()
     for name, peer in _with(peers, "permute"):
         calls[name] = lambda peer=peer: peer.permute(x.tokens, routing_map, num_out_tokens=rows)[0]
-    moved = (x.shape.tokens + rows) * x.shape.hidden * x.dtype.itemsize
-    return Case("tables and permute", _by([x.tokens], calls), moved, moved)
+    size = moved.permute(x.shape.tokens, rows, x.shape.hidden, x.dtype.itemsize)
+    return Case("tables and permute", _by([x.tokens], calls), size, size)
 
 
 def _unpermute(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -117,8 +118,8 @@ def _unpermute(x: Inputs, peers: Mapping[str, Any]) -> Case:
         extra = {"probs": probs, "routing_map": routing_map}
         call = functools.partial(peer.unpermute, rows, token, torch.Size((T, H)), **extra)
         calls[name] = Call(call, [rows, probs])
-    moved = (T + R) * H * x.dtype.itemsize
-    return Case("unpermute, weighted", calls, moved + 4 * R, moved + R * H * x.dtype.itemsize + 8 * R)
+    sizes = T, R, H, x.dtype.itemsize
+    return Case("unpermute, weighted", calls, moved.unpermute(*sizes), moved.unpermute_backward(*sizes))
 
 
 def _glu(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -138,8 +139,8 @@ def _glu(x: Inputs, peers: Mapping[str, Any]) -> Case:
             return (peer.silu_mul(*halves) * weights.unsqueeze(1)).to(x.dtype)
 
         calls[name] = silu_mul
-    size = x.shape.rows * x.shape.inner * x.dtype.itemsize
-    return Case("SwiGLU, weighted", _by([gate_up, weights], calls), 3 * size, 5 * size)
+    sizes = x.shape.rows, x.shape.inner, x.dtype.itemsize
+    return Case("SwiGLU, weighted", _by([gate_up, weights], calls), moved.glu(*sizes), moved.glu_backward(*sizes))
 
 
 def experts_case(x: Inputs, peers: Mapping[str, Any]) -> Case:
