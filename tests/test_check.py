@@ -379,6 +379,11 @@ def test_the_command(tmp_path, monkeypatch):
     assert max(len(line) for line in shown.stdout.split("Where published")[0].splitlines()[1:]) <= 80
     (tmp_path / "made_up_fork_2.py").write_text("from moekit.moe_utils import swiglu")
     assert CliRunner().invoke(app, ["check", "made_up_fork_2"]).exit_code == 0
+    (tmp_path / "made_up_lazy.py").write_text("def __getattr__(name):\n    raise RuntimeError(name)\n")
+    told = CliRunner().invoke(app, ["check", "made_up_lazy", "--json"])
+    found = json.loads(told.stdout)
+    assert told.exit_code == 1 and found["package"] == "of no installed package" and not found["missing"]
+    assert found["cases"] == found["failed"] >= 190 and {o["status"] for o in found["outcomes"]} == {"raises"}
     (tmp_path / "made_up_program.py").write_text("import sys\nsys.exit(0)\n")
     told = CliRunner().invoke(app, ["check", "made_up_program"])
     assert told.exit_code == 2 and "made_up_program cannot be imported: SystemExit: 0" in told.stderr

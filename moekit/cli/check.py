@@ -93,7 +93,10 @@ def _package(module: str) -> str:
     owners = metadata.packages_distributions().get(top, [])
     if owners:
         return f"{owners[0]} {metadata.version(owners[0])}"
-    version = getattr(sys.modules.get(top), "__version__", None)
+    try:
+        version = getattr(sys.modules.get(top), "__version__", None)
+    except (Exception, SystemExit):  # of a module's own __getattr__
+        version = None
     return f"{top} {version}" if version else "of no installed package"
 
 
