@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def published(monkeypatch):
 
 
 def settings(**changes) -> run.Settings:
-    usual = {"shape": TINY, "dtype": "bf16", "device": "cpu", "what": "all", "seconds": 0.0, "compiled": False}
+    usual = {"shape": TINY, "dtype": "bfloat16", "device": "cpu", "what": "all", "seconds": 0.0, "compiled": False}
     return run.Settings(**{**usual, **changes})
 
 
@@ -65,6 +66,12 @@ def test_contenders_are_compared_before_they_are_timed(published):
     for record in report["records"]:
         ours = {name: value for name, value in record["differences"].items() if name != "twice"}
         assert all(value < 0.03 for value in ours.values()) and {"torch"} <= set(ours), record
+    T, H, I, E, R = 16, 32, 16, 8, 32
+    assert [record["bytes"] for record in report["records"]] == [
+        *(4 * T * E + 12 * R, 8 * T * E + 12 * R, 2 * (T + R) * H, 2 * (T + R) * H),
+        *(2 * (T + R) * H + 4 * R, 2 * (T + 2 * R) * H + 8 * R, 2 * 3 * R * I + 4 * R, 2 * 5 * R * I + 8 * R),
+        *(0, 0),
+    ]
     said = " ".join(report["notes"])
     assert "tables and permute: twice skipped, another result than moekit's: twice (1)" in said
     assert "SwiGLU, weighted: fails skipped, RuntimeError: no compiler" in said and "gone: skipped" in said
@@ -106,20 +113,72 @@ def test_a_contender_may_differ_where_that_is_asked_for():
     assert set(found.times) == {"moekit"} and found.failed == {"far": "another result than moekit's: far (1)"}
 
 
+def nan(size=8):
+    return torch.full((size,), math.nan)
+
+
+def test_a_result_that_is_not_finite_is_another_and_no_number_in_json():
+    contenders = [timing.Contender("moekit", lambda: torch.ones(8)), timing.Contender("peer", nan)]
+    found = timing.measure(contenders, 0.0, 1, 1, alike_only=True)
+    assert set(found.times) == {"moekit"} and found.differences == {"peer": None}
+    assert found.failed == {"peer": "another result than moekit's: peer (not finite)"}
+    assert timing.unlike({"far": 0.06, "near": 0.05, "peer": None}) == ["far (0.06)", "peer (not finite)"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "why"),
+    [(lambda: 1 / 0, "ZeroDivisionError: division by zero"), (nan, "ValueError: the result has NaN or infinity")],
+)
+def test_nobody_is_compared_with_another_than_the_first(ours, why):
+    peers_ = [timing.Contender("bad", lambda: torch.zeros(8)), timing.Contender("good", lambda: torch.ones(8))]
+    found = timing.measure([timing.Contender("moekit", ours), *peers_], 0.0, 1, 1, alike_only=True)
+    assert (found.failed, found.differences, found.times) == ({"moekit": why}, {}, {})
+    found = timing.measure([timing.Contender("moekit", ours), *peers_], 0.0, 1, 1)
+    assert (found.failed, found.differences, set(found.times)) == ({"moekit": why}, {}, {"bad", "good"})
+
+
+def test_where_moekit_fails_its_row_says_so(published, monkeypatch, tmp_path):
+    def wrong(gate_up, weights):
+        return moe_utils.swiglu(gate_up) * math.nan
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(run.moekit, "glu", wrong)
+    monkeypatch.setattr(run.moekit, "unpermute", fails)
+    options = ["--shape", "16,32,16,8,2", "--device", "cpu", "--what", "ops", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
+    assert result.exit_code == 1, result.output
+    rows = {line.split("  ")[0]: line.split() for line in result.output.splitlines()}
+    records = json.loads((tmp_path / "bench.json").read_text(), parse_constant=fails)["records"]
+    for record in records:
+        ours = record["case"].startswith(("unpermute", "SwiGLU"))
+        assert set(record["failed"]) - {"twice", "fails"} == ({"moekit"} if ours else set()), record
+        assert ("failed" in rows[record["case"]]) is ours
+        if ours:
+            assert not record["differences"] and not record["seconds"]
+
+
 def test_waits_are_timed():
     waited = []
     timing.measure([timing.Contender("moekit", lambda: torch.ones(8), wait=lambda: waited.append(1))], 0.0, 1, 1)
     assert len(waited) >= 3
 
 
+def test_the_device_that_is_named_is_waited_for():
+    assert run._wait(torch.device("cpu:0")) is None
+    wait = run._wait(torch.device("cuda:1"))
+    assert wait.func is torch.accelerator.synchronize and wait.args == (torch.device("cuda:1"),)
+
+
 def test_the_command(published, tmp_path):
     options = [
         "--shape",
-        "16,32,16,8,2",
-        "--tokens",
-        "24",
+        "24,32,16,8,2",
         "--device",
-        "cpu",
+        "cpu:0",
+        "--dtype",
+        "bf16",
         "--seconds",
         "0.01",
         "--out",
@@ -128,6 +187,7 @@ def test_the_command(published, tmp_path):
     result = CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "a" / "bench.json").read_text())
+    assert (report["settings"]["dtype"], report["settings"]["device"]) == ("bfloat16", "cpu:0")
     assert report["settings"]["shape"] == {
         "name": "custom",
         "tokens": 24,
@@ -155,8 +215,13 @@ def test_the_command(published, tmp_path):
         (["--shape", "1,2"], "--shape: wanted T,H,I,E,K, got '1,2'"),
         (["--shape", "4,4,4,2,3"], "--shape: wanted positive numbers and K <= E, got '4,4,4,2,3'"),
         (["OLMoE", "--shape", "4,4,4,2,1"], "--shape: takes the place of a config"),
+        (["--shape", "4,4,4,2,1", "--tokens", "8"], "--tokens: the T of --shape says it"),
         (["--device", "nonsense"], "--device: "),
-        (["--dtype", "int8"], "--dtype: wanted bf16, float16, float32, got 'int8'"),
+        (["--device", "meta"], "--device: tensors on meta have no values"),
+        (["--seconds", "inf"], "--seconds: wanted a finite number, got inf"),
+        (["--seconds", "nan"], "'--seconds'"),
+        (["--out", "/dev/null"], "--out: wanted a folder to write to, got '/dev/null' (File exists)"),
+        (["--dtype", "int8"], "--dtype: wanted bfloat16, float16, float32, got 'int8'"),
         (["--what", "all of it"], "--what: wanted ops, experts, all, got 'all of it'"),
         (["--peers", "/no/such/folder"], "--peers: no such folder: /no/such/folder"),
     ],
@@ -165,6 +230,17 @@ def test_bad_options_are_one_line(options, said):
     result = CliRunner().invoke(app, ["bench", *options])
     assert result.exit_code == 2
     assert said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "run", None)
+    (tmp_path / "bench.png").mkdir()
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "(Is a directory)" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--out", str(tmp_path / "other")])
+    assert result.exit_code == 2 and "the picture needs matplotlib: pip install 'moekit[cli]'" in result.output
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,24 @@ def test_what_raises_and_what_has_another_signature_is_said():
         check(SimpleNamespace())
 
 
+def test_what_exits_or_cannot_be_read_fails_and_does_not_stop_the_run():
+    class Module:
+        def __getattr__(self, name):
+            if name == "geglu":
+                raise RuntimeError("no geglu")
+            raise AttributeError(name)
+
+        swiglu = staticmethod(lambda y: sys.exit(0))
+        geglu_back = staticmethod(ours.geglu_back)
+
+    found = check(Module())
+    assert {(o.status, o.note) for o in found.of("swiglu")} == {("raises", "SystemExit: 0")}
+    assert {(o.status, o.note) for o in found.of("geglu")} == {("raises", "RuntimeError: no geglu")}
+    assert {o.status for o in found.of("geglu_back")} == {"passed"}
+    assert set(found.missing) == set(NAMES) - {"swiglu", "geglu", "geglu_back"}
+    assert found.signatures == {"geglu": "cannot be read: RuntimeError: no geglu"}
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +379,14 @@ def test_the_command(tmp_path, monkeypatch):
     assert max(len(line) for line in shown.stdout.split("Where published")[0].splitlines()[1:]) <= 80
     (tmp_path / "made_up_fork_2.py").write_text("from moekit.moe_utils import swiglu")
     assert CliRunner().invoke(app, ["check", "made_up_fork_2"]).exit_code == 0
+    (tmp_path / "made_up_lazy.py").write_text("def __getattr__(name):\n    raise RuntimeError(name)\n")
+    told = CliRunner().invoke(app, ["check", "made_up_lazy", "--json"])
+    found = json.loads(told.stdout)
+    assert told.exit_code == 1 and found["package"] == "of no installed package" and not found["missing"]
+    assert found["cases"] == found["failed"] >= 190 and {o["status"] for o in found["outcomes"]} == {"raises"}
+    (tmp_path / "made_up_program.py").write_text("import sys\nsys.exit(0)\n")
+    told = CliRunner().invoke(app, ["check", "made_up_program"])
+    assert told.exit_code == 2 and "made_up_program cannot be imported: SystemExit: 0" in told.stderr
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_shares_are_of_a_copy_of_as_many_bytes(monkeypatch):
     assert (T, H, I, E, K) == (32, 64, 32, 8, 2)
     copied = 2 * T * K * 2 * I * 2  # the gate and up halves in bfloat16, read and written
     assert found["copy_gb_per_s"] == pytest.approx(copied / 0.5 / 1e9)
-    moved = {"permute": (T + T * K) * H * 2, "glu": 3 * T * K * I * 2 + 4 * T * K, "route": 4 * T * E + 8 * T * K}
+    moved = {"permute": (T + T * K) * H * 2, "glu": 3 * T * K * I * 2 + 4 * T * K, "route": 4 * T * E + 12 * T * K}
     for name, size in moved.items():
         assert found["operators"][name] == {"ms": 500.0, "share": pytest.approx(size / copied)}
 
@@ -129,11 +129,20 @@ def wrong(*args):
     return KERNEL(*args) + 1
 
 
+def not_finite(*args):
+    return KERNEL(*args) * float("nan")
+
+
 KERNEL = KERNELS["permute"]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "said"), [(wrong, r"off by \S+ of the largest value, 0 may be"), (broken, "RuntimeError: it broke")]
+    ("kernel", "said"),
+    [
+        (wrong, r"off by \S+ of the largest value, 0 may be"),
+        (broken, "RuntimeError: it broke"),
+        (not_finite, "off by nan of the largest value"),
+    ],
 )
 def test_a_wrong_kernel_is_found(monkeypatch, capsys, kernel, said):
     monkeypatch.setitem(KERNELS, "permute", kernel)
@@ -142,7 +151,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys, kernel, said):
     monkeypatch.setattr(choices, "environment", list)
     monkeypatch.setattr(trials, "rates", lambda device: None)
     found = report()
-    assert not found["ok"]
+    assert not found["ok"] and json.dumps(found["parity"], allow_nan=False)
     assert re.fullmatch(f"permute by numba on cpu: {said}", found["problems"][0])
     assert {t["operator"] for t in found["parity"] if not t["ok"]} == {"permute", "experts"}  # which permute, too
     text = plain(found, capsys, monkeypatch)

@@ -1,5 +1,5 @@
 """What ``moekit bench`` runs: the main operators and the expert MLP of a layer, against whoever else is installed.
 
-``cases`` has what is computed, ``peers`` who else computes it, ``timing`` the
-clock, ``run`` puts them together. The repository's ``benchmarks/`` use the same parts.
+``cases`` has what is computed, ``moved`` the bytes that it moves, ``peers`` who else computes it, ``timing`` the clock,
+``run`` puts them together. Of the repository's ``benchmarks/``, ``ops.py`` and ``experts.py`` use the same clock.
 """

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moekit
+from moekit.bench import moved
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Case:
 class Inputs:
     """The tensors of one layer; the floating ones want gradients."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         T, E, K, H = shape.tokens, shape.experts, shape.topk, shape.hidden
         self.logits = self.normal(T, E, dtype=torch.float32)
@@ -86,7 +87,7 @@ def _route(x: Inputs) -> Case:
         "moekit": lambda: moekit.topk_router(x.logits, K)[0],
         "torch": lambda: x.logits.topk(K).values.softmax(-1),
     }
-    return Case("route", _by([x.logits], calls), 4 * T * E + 12 * T * K, 8 * T * E + 12 * T * K)
+    return Case("route", _by([x.logits], calls), moved.route(T, E, K), moved.route_backward(T, E, K))
 
 
 def _permute(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -98,8 +99,8 @@ def _permute(x: Inputs, peers: Mapping[str, Any]) -> Case:
     routing_map, _ = x.routing.to_map()
     for name, peer in _with(peers, "permute"):
         calls[name] = lambda peer=peer: peer.permute(x.tokens, routing_map, num_out_tokens=rows)[0]
-    moved = (x.shape.tokens + rows) * x.shape.hidden * x.dtype.itemsize
-    return Case("tables and permute", _by([x.tokens], calls), moved, moved)
+    size = moved.permute(x.shape.tokens, rows, x.shape.hidden, x.dtype.itemsize)
+    return Case("tables and permute", _by([x.tokens], calls), size, size)
 
 
 def _unpermute(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -117,8 +118,8 @@ def _unpermute(x: Inputs, peers: Mapping[str, Any]) -> Case:
         extra = {"probs": probs, "routing_map": routing_map}
         call = functools.partial(peer.unpermute, rows, token, torch.Size((T, H)), **extra)
         calls[name] = Call(call, [rows, probs])
-    moved = (T + R) * H * x.dtype.itemsize
-    return Case("unpermute, weighted", calls, moved + 4 * R, moved + R * H * x.dtype.itemsize + 8 * R)
+    sizes = T, R, H, x.dtype.itemsize
+    return Case("unpermute, weighted", calls, moved.unpermute(*sizes), moved.unpermute_backward(*sizes))
 
 
 def _glu(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -138,8 +139,8 @@ def _glu(x: Inputs, peers: Mapping[str, Any]) -> Case:
             return (peer.silu_mul(*halves) * weights.unsqueeze(1)).to(x.dtype)
 
         calls[name] = silu_mul
-    size = x.shape.rows * x.shape.inner * x.dtype.itemsize
-    return Case("SwiGLU, weighted", _by([gate_up, weights], calls), 3 * size, 5 * size)
+    sizes = x.shape.rows, x.shape.inner, x.dtype.itemsize
+    return Case("SwiGLU, weighted", _by([gate_up, weights], calls), moved.glu(*sizes), moved.glu_backward(*sizes))
 
 
 def experts_case(x: Inputs, peers: Mapping[str, Any]) -> Case:
@@ -163,7 +164,7 @@ def experts_case(x: Inputs, peers: Mapping[str, Any]) -> Case:
         module = peer.grouped_mm_experts(gate_up, down)
         calls[name] = lambda module=module: module(x.tokens, x.indices, p)
     for name, peer in _with(peers, "experts"):
-        if x.device != "cpu":
+        if x.device.type != "cpu":
             calls[name] = lambda peer=peer: peer.experts(x.tokens, gate_up, down, x.indices.int(), p)
     return Case("experts", _by([x.tokens, p, gate_up, down], calls), whole_step=True)
 

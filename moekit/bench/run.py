@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from moekit.bench.cases import Call, Case, Inputs, Shape, experts_bytes, experts
 from moekit.bench.timing import Contender, copy_contender, measure
 from moekit.doctor import system
 
-DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WHAT = ("ops", "experts", "all")
 _PASSES = 10  # forward and backward of four operators and of the experts
 
@@ -54,7 +55,8 @@ def run(settings: Settings, progress: Callable[[str, int], None] = lambda name, 
         peers |= published.load_transformers()
     except Exception as error:  # whatever keeps a peer from being imported, it is skipped
         notes.append(f"transformers: skipped, cannot be imported ({type(error).__name__}: {error})")
-    inputs = Inputs(settings.shape, DTYPES[settings.dtype], settings.device)
+    device = torch.device(settings.device)
+    inputs = Inputs(settings.shape, DTYPES[settings.dtype], device)
     records: list[dict[str, Any]] = []
     total = {"ops": _PASSES - 2, "experts": 2, "all": _PASSES}[settings.what]
     for case in _cases(settings, inputs, peers, notes):
@@ -64,7 +66,7 @@ def run(settings: Settings, progress: Callable[[str, int], None] = lambda name, 
             name = f"{case.name}{_SUFFIX[backward, case.whole_step]}"
             progress(name, total)
             records.append(_record(name, case, inputs, settings.seconds / total, backward))
-    about = machine(settings.device)
+    about = machine(device)
     if (about["load"] or 0) > about["cores"] / 2:
         notes.append(f"others were at work (load {about['load']:g} on {about['cores']} cores): these figures mean little")
     failed = {who: f"{r['case']}: {who} skipped, {why}" for r in records[::-1] for who, why in r["failed"].items()}
@@ -79,15 +81,15 @@ def _cases(settings: Settings, inputs: Inputs, peers: dict[str, Any], notes: lis
     if settings.what != "experts":
         yield from operator_cases(inputs, peers)
     if settings.what != "ops":
-        needed, free = experts_bytes(settings.shape, inputs.dtype), _free_bytes(settings.device)
+        needed, free = experts_bytes(settings.shape, inputs.dtype), _free_bytes(inputs.device)
         if needed > free:
             notes.append(f"experts: skipped, they need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
         else:
             yield experts_case(inputs, peers)
 
 
-def _free_bytes(device: str) -> int:
-    if device.startswith("cuda"):
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return system.memory_bytes("MemAvailable") or 2**63
 
@@ -99,18 +101,25 @@ def _add_compiled(case: Case) -> None:
     case.calls["torch compile"] = Call(torch.compile(function, dynamic=False), leaves)
 
 
+def _wait(device: torch.device) -> Callable[[], None] | None:
+    """For what calls have left the device to do, which need not be the current one."""
+    return None if device.type == "cpu" else functools.partial(torch.accelerator.synchronize, device)
+
+
 def _record(name: str, case: Case, inputs: Inputs, budget: float, backward: bool) -> dict[str, Any]:
-    wait = None if inputs.device == "cpu" else torch.accelerator.synchronize
+    wait = _wait(inputs.device)
     contenders, failed = [], {}
     for who, call in case.calls.items():
         try:
             timed = _timed(call, backward, whole=case.whole_step)
         except Exception as error:  # its forward failed: the others go on
             failed[who] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            if who == "moekit":  # no result to compare theirs with
+                break
             continue
         contenders.append(Contender(who, timed, wait=wait))
     moved = case.backward_bytes if backward else case.bytes
-    if moved:
+    if moved and contenders:
         contenders.append(copy_contender(moved, inputs.dtype, inputs.device, wait))
     found = measure(contenders, budget, least=3, alike_only=True)
     times = {contender.name: found.times[contender.name] for contender in contenders if contender.name in found.times}
@@ -131,12 +140,21 @@ def _timed(call: Call, backward: bool, *, whole: bool) -> Callable[[], Any]:
     return both if whole else functools.partial(torch.autograd.grad, out, call.leaves, grad, retain_graph=True)
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on; no host names, no paths."""
     packages = ("moekit", "torch", "numba", "triton", "transformers", "nemo-automodel", "megatron-core", "liger-kernel")
     versions = {name: version for name in packages if (version := system.version_of(name))}
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {**system.cpu(), **system.threads(), "gpu": gpu, "versions": versions}
+
+
+def need_matplotlib() -> None:
+    """What :func:`plot` would run into, before minutes of timing.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    importlib.import_module("matplotlib.figure")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ spread evenly.
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -37,11 +38,14 @@ class Contender:
 
 @dataclass
 class Measured:
-    """Seconds of each contender: median, quartiles and number of samples; errors; how far results differ."""
+    """Seconds of each contender: median, quartiles and number of samples; errors; how far results differ from the first's.
+
+    A difference is relative to the largest value, and None where it is not finite.
+    """
 
     times: dict[str, dict[str, float]]
     failed: dict[str, str]
-    differences: dict[str, float]
+    differences: dict[str, float | None]
 
     def ratio(self, against: str, ours: str = "moekit") -> float | None:
         """How many times faster ``ours`` is, or None where one of them did not run."""
@@ -56,26 +60,30 @@ def measure(
     """Time all contenders in turns.
 
     Args:
-        contenders: the first is the one whose result the others are compared with.
+        contenders: the first is the one whose result the others are compared with. Where it fails, or its result is not
+            finite, nobody is compared.
         budget: seconds to spend, in equal parts; more where ``least`` samples take longer.
         least: samples of each contender (one of a contender that takes longer than 30 s).
         most: samples of each contender.
-        alike_only: whether a contender with another result than the first's has failed, and is not timed.
+        alike_only: whether a contender with another result than the first's has failed, and is not timed. Nor is anybody
+            where the first fails.
     """
     result = Measured({}, {}, {})
     first: Tensor | None = None
     samples: dict[str, list[float]] = {}
     ready: list[tuple[Contender, int, int]] = []  # with calls in a sample and samples to take
     gc.collect()
-    for contender in contenders:
+    for place, contender in enumerate(contenders):
         try:
             seconds, probe = _warm_up(contender)
+            if place == 0:
+                first = _finite(probe)
         except Exception as error:  # a peer's compiler or memory may fail; the others go on
             result.failed[contender.name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            if alike_only and place == 0:
+                break
             continue
-        if first is None:
-            first = probe
-        elif probe is not None and first is not None and probe.shape == first.shape:
+        if place and probe is not None and first is not None and probe.shape == first.shape:
             result.differences[contender.name] = _difference(probe, first)
             if alike_only and (strange := unlike({contender.name: result.differences[contender.name]})):
                 result.failed[contender.name] = f"another result than {contenders[0].name}'s: {strange[0]}"
@@ -160,14 +168,20 @@ def _probe(output: Any) -> Tensor | None:
     return value.detach().reshape(-1)[:: (value.numel() // 65536) | 1].float().clone()
 
 
-def _difference(value: Tensor, wanted: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite if either has a NaN."""
+def _finite(probe: Tensor | None) -> Tensor | None:
+    if probe is not None and not bool(probe.isfinite().all()):
+        raise ValueError("the result has NaN or infinity")
+    return probe
+
+
+def _difference(value: Tensor, wanted: Tensor) -> float | None:
+    """The largest difference relative to the largest value; None, as JSON has it, if that is not finite."""
     difference = float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-    return difference if difference == difference else float("inf")
+    return difference if math.isfinite(difference) else None
 
 
 def copy_contender(
-    num_bytes: int, dtype: torch.dtype, device: str = "cpu", wait: Callable[[], None] | None = None
+    num_bytes: int, dtype: torch.dtype, device: str | torch.device = "cpu", wait: Callable[[], None] | None = None
 ) -> Contender:
     """The yardstick: ``copy_`` into an existing buffer that moves as many bytes, half read and half written."""
     source = torch.ones(max(num_bytes // 2 // dtype.itemsize, 1), dtype=dtype, device=device)
@@ -179,6 +193,10 @@ def copy_contender(
     return Contender("copy_", call, wait=wait)
 
 
-def unlike(differences: Mapping[str, float]) -> list[str]:
+def unlike(differences: Mapping[str, float | None]) -> list[str]:
     """Contenders whose results differ from moekit's by more than rounding explains."""
-    return [f"{name} ({value:.2g})" for name, value in differences.items() if value > _ALIKE]
+    return [
+        f"{name} ({'not finite' if value is None else f'{value:.2g}'})"
+        for name, value in differences.items()
+        if value is None or value > _ALIKE
+    ]

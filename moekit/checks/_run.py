@@ -88,14 +88,14 @@ def check(
         progress: called with the number of cases that are done, and of all.
 
     Returns:
-        the report. A function that raises is reported, and does not stop the run.
+        the report. A function that raises or exits, or a name whose reading raises, is reported and does not stop the run.
 
     Raises:
         ValueError: ``module`` has none of the names.
         FileNotFoundError, ModuleNotFoundError: the golden cases, or safetensors, are not there.
     """
     names = _signatures.names()
-    missing = tuple(name for name in names if not hasattr(module, name))
+    missing = tuple(name for name in names if not _signatures.has(module, name))
     if len(missing) == len(names):
         title = getattr(module, "__name__", str(module))
         raise ValueError(f"moekit.check: module must have functions of moe_utils ({names[5]}, ...), got {title}")
@@ -135,7 +135,7 @@ def _outcome(case: Case, module: Any, device: torch.device) -> Iterator[Outcome]
         differences = case.measure(getattr(module, case.function), device)
     except OtherSignatureError as error:
         yield Outcome(*known, "other signature", math.inf, "", str(error))
-    except Exception as error:  # whatever the module does, the other cases are of interest
+    except (Exception, SystemExit) as error:  # whatever the module does, the other cases are of interest
         words = str(error).strip().splitlines()
         yield Outcome(*known, "raises", math.inf, "", f"{type(error).__name__}: {words[0] if words else ''}")
     else:

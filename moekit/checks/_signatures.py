@@ -24,6 +24,14 @@ def names() -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in published()))
 
 
+def has(module: Any, name: str) -> bool:
+    """Whether the module has it. A name whose reading raises is there: its cases say what it raises."""
+    try:
+        return hasattr(module, name)
+    except (Exception, SystemExit):
+        return True
+
+
 def differences(module: Any) -> dict[str, str]:
     """What is there under a published name with other parameters. More parameters, with defaults, are no difference."""
     found = {}
@@ -31,16 +39,19 @@ def differences(module: Any) -> dict[str, str]:
         try:
             value = attrgetter(name)(module)
         except AttributeError:
-            if "." in name and hasattr(module, name.split(".")[0]):
+            if "." in name and has(module, name.split(".")[0]):
                 found[name] = "missing"
             continue
+        except (Exception, SystemExit) as error:
+            found[name] = f"cannot be read: {type(error).__name__}: {error}"
+            continue
         try:
-            has = [(p.name, p.kind, p.default) for p in inspect.signature(value).parameters.values()]
+            there = [(p.name, p.kind, p.default) for p in inspect.signature(value).parameters.values()]
         except (TypeError, ValueError) as error:
             found[name] = f"no signature: {error}"
             continue
-        if not _fits(has, wanted):
-            found[name] = f"({_words(has)}), published ({_words(wanted)})"
+        if not _fits(there, wanted):
+            found[name] = f"({_words(there)}), published ({_words(wanted)})"
     return found
 
 

@@ -27,7 +27,7 @@ def run_doctor(*, as_json: bool) -> int:
         print("Looking; kernels that are not on disk yet are compiled (half a minute at most) ...", file=sys.stderr)
     report = judged(examine())
     if as_json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report, indent=1, allow_nan=False))
     else:
         show(list(lines(report)))
     return 0 if report["ok"] else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+_FILES = ("bench.json", "bench.png")
 _TOKENS = {True: 512, False: 16384}  # on a CPU or not
 
 
@@ -24,8 +26,8 @@ def bench(
         str | None,
         typer.Option(metavar="T,H,I,E,K", help="A layer of one's own: tokens, hidden, intermediate, experts, top-k."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Default: 512 on a CPU, else 16384.")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, float16 or float32.")] = "bf16",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of a model's layer. Default: 512 on a CPU, else 16384.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 (or bf16), float16 or float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU, if there is one.")] = None,
     what: Annotated[str, typer.Option(help="ops, experts or all.")] = "all",
     seconds: Annotated[
@@ -46,15 +48,17 @@ def bench(
     from moekit.bench.run import Settings, plot
 
     device = _device(device)
-    _check(dtype, what)
+    dtype = "bfloat16" if dtype == "bf16" else dtype
+    _check(dtype, what, seconds)
     layer = _layer(config, shape, tokens, device)
+    _check_out(out)
     report = _measured(Settings(layer, dtype, device, what, seconds, compiled, keep_pages))
     console = Console(highlight=False)
     _print(report, console)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(report, out / "bench.png")
-    console.print(f"N.NNx: so many times moekit's time. Written: {out / 'bench.json'}, {out / 'bench.png'}", markup=False)
+    numbers, picture = (out / name for name in _FILES)
+    numbers.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    plot(report, picture)
+    console.print(f"N.NNx: so many times moekit's time. Written: {numbers}, {picture}", markup=False)
     if any("moekit" in record["failed"] for record in report["records"]):
         raise typer.Exit(1)
 
@@ -82,22 +86,51 @@ def _device(wanted: str | None) -> str:
         torch.empty(0, device=device, dtype=torch.int8)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(str(error).split("\n")[0], param_hint="--device") from error
+    if torch.device(device).type == "meta":
+        raise typer.BadParameter("tensors on meta have no values: there is nothing to time", param_hint="--device")
     return device
 
 
-def _check(dtype: str, what: str) -> None:
+def _check(dtype: str, what: str, seconds: float) -> None:
     from moekit.bench.run import DTYPES, WHAT
 
     for name, value, known in (("--dtype", dtype, tuple(DTYPES)), ("--what", what, WHAT)):
         if value not in known:
             raise typer.BadParameter(f"wanted {', '.join(known)}, got {value!r}", param_hint=name)
+    if not math.isfinite(seconds):
+        raise typer.BadParameter(f"wanted a finite number, got {seconds}", param_hint="--seconds")
+
+
+def _check_out(out: Path) -> None:
+    """What would keep the results from being written, before minutes of timing."""
+    from moekit.bench.run import need_matplotlib
+
+    try:
+        need_matplotlib()
+    except ImportError as error:
+        typer.echo(f"moekit bench: the picture needs matplotlib: pip install 'moekit[cli]' ({error})", err=True)
+        raise typer.Exit(2) from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / name for name in _FILES):
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+    except OSError as error:
+        words = f"wanted a folder to write to, got {str(out)!r} ({error.strerror})"
+        raise typer.BadParameter(words, param_hint="--out") from error
 
 
 def _layer(config: str | None, shape: str | None, tokens: int | None, device: str) -> Any:
+    import torch
+
     from moekit.bench.cases import Shape
     from moekit.plan import read
 
     if shape is not None:
+        if tokens is not None:
+            raise typer.BadParameter("the T of --shape says it: give one of them", param_hint="--tokens")
         if config is not None:
             raise typer.BadParameter("takes the place of a config: give one of them", param_hint="--shape")
         try:
@@ -107,12 +140,13 @@ def _layer(config: str | None, shape: str | None, tokens: int | None, device: st
             raise typer.BadParameter(f"wanted T,H,I,E,K, got {shape!r}", param_hint="--shape") from None
         if min(numbers) < 1 or K > E:
             raise typer.BadParameter(f"wanted positive numbers and K <= E, got {shape!r}", param_hint="--shape")
-        return Shape("custom", tokens or T, H, I, E, K)
+        return Shape("custom", T, H, I, E, K)
     try:
         model = read(config or "Qwen3-30B-A3B")
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error).removeprefix("moekit.plan: "), param_hint="CONFIG") from error
-    return Shape(model.name, tokens or _TOKENS[device == "cpu"], model.hidden, model.inner, model.experts, model.topk)
+    tokens = tokens or _TOKENS[torch.device(device).type == "cpu"]
+    return Shape(model.name, tokens, model.hidden, model.inner, model.experts, model.topk)
 
 
 def _print(report: dict[str, Any], console: Console) -> None:

@@ -52,7 +52,7 @@ def check(
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever an import may run into
+    except (Exception, SystemExit) as error:  # whatever an import may run into; a program exits
         _stop(f"{name} cannot be imported: {type(error).__name__}: {error}")
 
 
@@ -93,7 +93,10 @@ def _package(module: str) -> str:
     owners = metadata.packages_distributions().get(top, [])
     if owners:
         return f"{owners[0]} {metadata.version(owners[0])}"
-    version = getattr(sys.modules.get(top), "__version__", None)
+    try:
+        version = getattr(sys.modules.get(top), "__version__", None)
+    except (Exception, SystemExit):  # of a module's own __getattr__
+        version = None
     return f"{top} {version}" if version else "of no installed package"
 
 
