@@ -453,6 +453,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "odd": ({**MIXTRAL, "hidden_size": "32"}, {}, "hidden_size of mixtral must be an integer of at least 1, got '32'"),
     "odd flag": ({**MIXTRAL, "tie_word_embeddings": 1}, {}, "tie_word_embeddings of mixtral must be true or false, got 1"),
     "topk": ({**MIXTRAL, "num_experts_per_tok": 9}, {}, "experts a token must be at most the 5 experts of mixtral, got 9"),
+    "more than groups hold": (
+        {**CASES["deepseek_v3-0-untied"][1], "model_type": "deepseek_v3", "topk_group": 1, "num_experts_per_tok": 3},
+        {"ep": 4},
+        "num_experts_per_tok of deepseek_v3 must be at most the 2 experts that topk_group 1 of n_group 4 leaves, got 3",
+    ),
     "no layer": (
         {"model_type": "qwen3_moe", **CASES["qwen3_moe-0-untied"][1], "mlp_only_layers": [0, 1, 2, 3, 4]},
         {},
@@ -555,6 +560,23 @@ def test_sizes_in_the_place_of_a_config(tmp_path: Path):
         assert found["fit"] is None
     assert "nothing is said of the rest" in " ".join(command("--tokens", 64, *sizes).output.split())
     assert command("--presets").output.split() == presets()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{nope", "the config must be JSON"),
+        ("[1]", "the config must be a JSON object"),
+        (json.dumps({**MIXTRAL, "hidden_size": "32"}), "hidden_size of "),
+        (json.dumps(MIXTRAL), "--topk must be left out"),
+    ],
+)
+def test_sizes_do_not_hide_what_is_wrong_with_a_config(content: str, said: str, tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(content, encoding="utf-8")
+    sizes = ("--layers", 4, "--hidden", 256, "--intermediate", 128, "--experts", 8, "--topk", 2)
+    result = command(path, "--tokens", 64, *sizes)
+    assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(

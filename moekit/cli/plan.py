@@ -107,7 +107,7 @@ def _model(config: str | None, sizes: dict[str, int | None]) -> Model:
         return plans.given("as given", **sizes)
     try:
         found = plans.read(config)
-    except ValueError:  # the sizes say what the config does not
+    except plans.UnknownModelError:  # the sizes say what the config does not
         return plans.given(config, **sizes)
     raise ValueError(f"{', '.join(own)} must be left out, as the config of {found.name} says it")
 
