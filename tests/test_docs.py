@@ -125,6 +125,7 @@ def script(name: str) -> Any:
 def test_the_tables_are_those_of_the_figures():
     tables = script("tables")
     assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "python docs/tables.py writes the page"
+    assert tables.PLAN.read_text(encoding="utf-8") == tables.plan_page(), "python docs/tables.py writes its table of times"
     prose = (DOCS / "performance" / "gpu.md").read_text(encoding="utf-8")
     for shape in ("Mixtral-8x7B", "DeepSeek-V3"):
         assert tables.operators(shape).split("\n", 2)[2] in prose
