@@ -1,6 +1,7 @@
-"""The tables of docs/performance/measured.md, from the JSON files beside it: ``python docs/tables.py`` writes the page.
+"""The tables of docs/performance/measured.md, and that of times in plan.md, from the JSON files beside them.
 
-Each table has the columns that its file has: a contender that is measured later becomes a column or a line by itself.
+``python docs/tables.py`` writes them. Each table of measured.md has the columns that its file has: a contender that is
+measured later becomes a column or a line by itself.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moekit.plan import MACHINES, Model, given, plan
+
 FOLDER = Path(__file__).parent / "performance"
-PAGE = FOLDER / "measured.md"
+PAGE, PLAN = FOLDER / "measured.md", FOLDER / "plan.md"
 NAMES = {"compile": "torch.compile", "nemo": "NeMo", "megatron": "Megatron", "liger": "Liger"}
 PRODUCTS, MLP = "grouped_mm, ", "expert MLP, forward and backward"
 SHAPES = {  # the settings of benchmarks/gpu.py and benchmarks/gpu_experts.py
     "Qwen3-30B-A3B": "T=16384, H=2048, I=768, E=128, K=8",
     "Mixtral-8x7B": "T=16384, H=4096, I=14336, E=8, K=2",
     "DeepSeek-V3": "T=4096, H=7168, I=2048, E=256, K=8",
+}
+EXPERTS = {  # tokens, H, I, E, K, in benchmarks/gpu_experts.py
+    "qwen3": (16384, 2048, 768, 128, 8),
+    "qwen3-8k": (8192, 2048, 768, 128, 8),
+    "small": (24576, 1536, 256, 128, 8),
+    "fine": (32768, 4096, 1024, 128, 8),
+    "olmoe": (16384, 2048, 1024, 64, 8),
+    "gpt-oss": (16384, 2880, 2880, 32, 4),
+    "mixtral": (16384, 4096, 14336, 8, 2),
 }
 
 
@@ -116,6 +128,39 @@ def whole_models() -> str:
     return table(head, lines)
 
 
+def planned(model: str | Model, measured: float, **options: Any) -> list[str]:
+    """What a plan has for a step of a layer on an H200, beside its measured ms."""
+    found = plan(model, rates=MACHINES["H200"], **options).times
+    parts = f"{1e3 * found.products:.2f} + {1e3 * found.moves:.2f}"
+    return [parts, f"{measured:.2f}", f"{1e3 * found.layer / measured:.2f}"]
+
+
+def times() -> str:
+    """Planned beside measured: trained layers of gpu_experts.json, and steps with adapters of packed_h200.json."""
+    lines = []
+    for name, shape in load("gpu_experts.json")["shapes"].items():
+        tokens, *sizes = EXPERTS[name]
+        model = given(layers=1, **dict(zip(("hidden", "intermediate", "experts", "topk"), sizes, strict=True)))
+        measured = shape["forward + backward, graph"]["moekit"]
+        lines.append([f"{name}, trained", *planned(model, measured, tokens=tokens)])
+    for row in load("packed_h200.json"):
+        format = {"moekit, dense": None, "moekit, nf4": "nf4"}.get(row["name"], "")
+        if row["what"] == "LoRA step" and format != "":
+            step = f"{row['layer']}, {row['tokens']:,} tokens, adapters on {format or 'dense'} weights"
+            options = {"tokens": row["tokens"], "lora": 16, "format": format}
+            lines.append([step, *planned(row["layer"], row["graph ms"], **options)])
+    return table(["step", "products + moves", "measured", "planned / measured"], lines)
+
+
+def plan_page() -> str:
+    """plan.md as it is, but for its table of times."""
+    made = times()
+    before, head, rest = PLAN.read_text(encoding="utf-8").partition(made.split("\n", 1)[0] + "\n")
+    if not head:
+        raise ValueError(f"{PLAN} must have a table of times, got none")
+    return before + made + "\n\n" + rest.partition("\n\n")[2]
+
+
 def page() -> str:
     """The whole page."""
     of, experts = load("h200.json"), load("gpu_experts.json")
@@ -155,3 +200,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    PLAN.write_text(plan_page(), encoding="utf-8")

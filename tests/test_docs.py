@@ -125,6 +125,7 @@ def script(name: str) -> Any:
 def test_the_tables_are_those_of_the_figures():
     tables = script("tables")
     assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "python docs/tables.py writes the page"
+    assert tables.PLAN.read_text(encoding="utf-8") == tables.plan_page(), "python docs/tables.py writes its table of times"
     prose = (DOCS / "performance" / "gpu.md").read_text(encoding="utf-8")
     for shape in ("Mixtral-8x7B", "DeepSeek-V3"):
         assert tables.operators(shape).split("\n", 2)[2] in prose
@@ -160,7 +161,10 @@ def test_the_site_needs_nothing_from_elsewhere(site: Path):
         assert not found, f"{page.relative_to(site)}: {found[0]}"
 
 
-@pytest.mark.parametrize("module", ["moekit", "moekit.nn", "moekit.ep", "moekit.hf", "moekit.monitor", "moekit.moe_utils"])
+REFERENCE = ("", ".nn", ".ep", ".hf", ".monitor", ".moe_utils", ".plan", ".checks")
+
+
+@pytest.mark.parametrize("module", [f"moekit{part}" for part in REFERENCE])
 def test_every_public_name_is_in_the_reference(site: Path, module: str):
     written = "".join(page.read_text(encoding="utf-8") for page in (site / "reference" / "api").glob("*.html"))
     names = {f"{module}.{name}" for name in importlib.import_module(module).__all__} - {"moekit.hf.routers"}

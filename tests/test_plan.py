@@ -299,6 +299,7 @@ GPU_SHAPES = {  # those of benchmarks/gpu_experts.py
     "qwen3": (16384, 2048, 768, 128, 8),
     "qwen3-8k": (8192, 2048, 768, 128, 8),
     "small": (24576, 1536, 256, 128, 8),
+    "fine": (32768, 4096, 1024, 128, 8),
     "olmoe": (16384, 2048, 1024, 64, 8),
     "gpt-oss": (16384, 2880, 2880, 32, 4),
     "mixtral": (16384, 4096, 14336, 8, 2),
@@ -404,6 +405,71 @@ def test_own_rates_take_the_place_of_known_ones():
     assert mixed.flops == MACHINES["B200"].flops and mixed.sources["bandwidth"] == "as given"
     here = rates.measured("cpu")
     assert here.flops > 1e8 and here.bandwidth > 1e7 and set(here.sources.values()) == {"measured here"}
+    assert here.products_in("bfloat16") == here.flops and here.products_in("float32") is None
+
+
+def table_of_times(made: Any) -> str:
+    printed = io.StringIO()
+    Console(width=120, file=printed).print(show.tables(made)[-1 if made.fit is None else -2])
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("speeds", "dtype", "known"),
+    [
+        (MACHINES["H200"], "bfloat16", True),
+        (MACHINES["H200"], "float16", True),
+        (MACHINES["H200"], "float32", False),
+        (changed(MACHINES["H200"], bandwidth=4e12), "float32", False),
+        (changed(MACHINES["H200"], flops=5e13), "float32", True),
+        (
+            Rates("measured", 5e13, 4e12, 8, None, None, dict.fromkeys(("flops", "bandwidth"), "x"), ("float32",)),
+            "float32",
+            True,
+        ),
+    ],
+)
+def test_a_rate_of_products_is_of_its_dtype(speeds: Rates, dtype: str, known: bool):
+    made = plan("OLMoE-1B-7B", tokens=64, dtype=dtype, rates=speeds)
+    found, text = made.times, table_of_times(made)
+    assert found.moves == rates.traffic(load_of((64, 2048, 1024, 64, 8), itemsize=planning.DTYPES[dtype])) / speeds.bandwidth
+    if known:
+        assert found.products == rates.operations(load_of((64, 2048, 1024, 64, 8))) / speeds.flops
+        assert found.layer == found.products + found.moves and found.layers == 16 * found.layer
+        assert "No sums" not in text and "--flops" not in text
+    else:
+        assert found.products is found.layer is found.layers is None
+        assert "known in bfloat16 and float16 only: give --flops" in text and "No sums" in text
+
+
+@pytest.mark.parametrize("name", ["B200", "GB200"])
+def test_no_sum_leaves_out_a_part(name: str):
+    made = plan("OLMoE-1B-7B", tokens=64, ep=4, rates=MACHINES[name])
+    assert made.times.moves is made.times.layer is made.times.layers is None
+    assert made.times.products > 0 and made.times.exchange > 0 and "No sums" in table_of_times(made)
+    found = plan("OLMoE-1B-7B", tokens=64, ep=4, rates=changed(MACHINES[name], bandwidth=7e12)).times
+    assert found.layer == pytest.approx(found.products + found.moves + found.exchange)
+
+
+@pytest.mark.parametrize(
+    ("ep", "links", "said"),
+    [
+        (8, {"inside": 1e11}, ""),
+        (8, {"between": 1e10}, "not known: give --link "),
+        (16, {"inside": 1e11}, "not known: give --between "),
+        (16, {"inside": 1e11, "between": 1e10}, ""),
+        (16, {}, "not known: give --link and --between "),
+    ],
+)
+def test_links_between_nodes_are_needed_between_nodes(ep: int, links: dict[str, float], said: str):
+    made = plan("OLMoE-1B-7B", tokens=64, ep=ep, rates=changed(None, flops=1e12, bandwidth=1e11, **links))
+    text = table_of_times(made)
+    if said:
+        assert made.times.exchange is made.times.layer is None and said in text
+        return
+    each = 64 * 2048 * 2 * (1 - math.comb(64 - 64 // ep, 8) / math.comb(64, 8))  # of a peer: E=64, K=8
+    slowest = max(7 * each / 1e11, (ep - 8) * each / links.get("between", math.inf))
+    assert made.times.exchange == made.exchange.seconds == pytest.approx(4 * slowest) and "not known" not in text
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -453,6 +519,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "odd": ({**MIXTRAL, "hidden_size": "32"}, {}, "hidden_size of mixtral must be an integer of at least 1, got '32'"),
     "odd flag": ({**MIXTRAL, "tie_word_embeddings": 1}, {}, "tie_word_embeddings of mixtral must be true or false, got 1"),
     "topk": ({**MIXTRAL, "num_experts_per_tok": 9}, {}, "experts a token must be at most the 5 experts of mixtral, got 9"),
+    "more than groups hold": (
+        {**CASES["deepseek_v3-0-untied"][1], "model_type": "deepseek_v3", "topk_group": 1, "num_experts_per_tok": 3},
+        {"ep": 4},
+        "num_experts_per_tok of deepseek_v3 must be at most the 2 experts that topk_group 1 of n_group 4 leaves, got 3",
+    ),
     "no layer": (
         {"model_type": "qwen3_moe", **CASES["qwen3_moe-0-untied"][1], "mlp_only_layers": [0, 1, 2, 3, 4]},
         {},
@@ -558,6 +629,23 @@ def test_sizes_in_the_place_of_a_config(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{nope", "the config must be JSON"),
+        ("[1]", "the config must be a JSON object"),
+        (json.dumps({**MIXTRAL, "hidden_size": "32"}), "hidden_size of "),
+        (json.dumps(MIXTRAL), "--topk must be left out"),
+    ],
+)
+def test_sizes_do_not_hide_what_is_wrong_with_a_config(content: str, said: str, tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(content, encoding="utf-8")
+    sizes = ("--layers", 4, "--hidden", 256, "--intermediate", 128, "--experts", 8, "--topk", 2)
+    result = command(path, "--tokens", 64, *sizes)
+    assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (("Mixtral-8x7B",), "say how many --tokens a step has"),
@@ -571,6 +659,9 @@ def test_sizes_in_the_place_of_a_config(tmp_path: Path):
         (("Mixtral-8x7B", "--tokens", 8, "--machine", "TPU"), "machine must be one of H200, B200, GB200, got 'TPU'"),
         (("Mixtral-8x7B", "--tokens", 8, "--machine", "H200", "--measure"), "--machine or --measure, not both"),
         (("Mixtral-8x7B", "--tokens", 8, "--flops", 0), "flops must be positive"),
+        (("Mixtral-8x7B", "--tokens", 8, "--device", "cpu", "--machine", "H200"), "--machine H200 is a GPU's: with"),
+        (("Mixtral-8x7B", "--tokens", 8, "--device", "tpu", "--measure"), "device must be one of 'cpu', 'cuda', got 'tpu'"),
+        (("Mixtral-8x7B", "--tokens", 8, "--dtype", "int4", "--measure"), "dtype must be one of "),
     ],
 )
 def test_the_command_says_what_is_wrong(args: tuple, said: str):
@@ -586,7 +677,7 @@ def test_every_part_of_a_plan_has_a_table():
     for table in show.tables(made):
         console.print(table)
     text = " ".join(printed.getvalue().split())
-    assert "give --bandwidth" in text and "give --link and --between" in text and made.times.exchange is None
+    assert "give --bandwidth" in text and "give --link │" in text and made.times.exchange is None
     assert planning.SAVES == SAVES
 
 

@@ -40,6 +40,7 @@ SEAMS = {
     "ties and NaN": "ties go to the lowest expert or token, and every token has k experts whatever the logits",
     "zero and bias": "scaling_factor=0.0 is zero, and expert_bias acts with softmax",
 }
+"""What each seam is about, by its name."""
 _IMPLS = {"weighted_bias_swiglu_impl": silu, "weighted_bias_geglu_impl": gelu_tanh}
 
 

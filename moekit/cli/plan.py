@@ -34,7 +34,7 @@ def plan(
     bandwidth: Annotated[float | None, typer.Option(help="Own rate of a copy, read and written, GB/s.")] = None,
     link: Annotated[float | None, typer.Option(help="Own rate of links within a node, GB/s.")] = None,
     between: Annotated[float | None, typer.Option(help="Own rate of links between nodes, GB/s.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure products and copies here.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure products (in --dtype) and copies here.")] = False,
     layers: Annotated[int | None, typer.Option(help=f"{_SIZE}layers with experts.")] = None,
     hidden: Annotated[int | None, typer.Option(help=f"{_SIZE}of the hidden state.")] = None,
     intermediate: Annotated[int | None, typer.Option(help=f"{_SIZE}of an expert.")] = None,
@@ -68,7 +68,7 @@ def plan(
             device=device,
             dtype=dtype,
             memory=memory,
-            rates=_rates(device, machine, own, measure=measure),
+            rates=_rates(device, dtype, machine, own, measure=measure),
         )
         if out is not None:
             chart(found, out)
@@ -107,12 +107,12 @@ def _model(config: str | None, sizes: dict[str, int | None]) -> Model:
         return plans.given("as given", **sizes)
     try:
         found = plans.read(config)
-    except ValueError:  # the sizes say what the config does not
+    except plans.UnknownModelError:  # the sizes say what the config does not
         return plans.given(config, **sizes)
     raise ValueError(f"{', '.join(own)} must be left out, as the config of {found.name} says it")
 
 
-def _rates(device: str, machine: str | None, own: dict[str, float | None], *, measure: bool) -> Rates | None:
+def _rates(device: str, dtype: str, machine: str | None, own: dict[str, float | None], *, measure: bool) -> Rates | None:
     """Of a named machine, of this one, or one's own; the units of the command line are thousands of millions."""
     from moekit import plan as plans
 
@@ -121,11 +121,13 @@ def _rates(device: str, machine: str | None, own: dict[str, float | None], *, me
         raise ValueError(f"{', '.join(wrong)} must be positive")
     if machine is not None and machine not in plans.MACHINES:
         raise ValueError(f"machine must be one of {', '.join(plans.MACHINES)}, got {machine!r}")
+    if machine is not None and device == "cpu":
+        raise ValueError(f"--machine {machine} is a GPU's: with --device cpu give --flops and --bandwidth, or --measure")
     if machine is not None and measure:
         raise ValueError("give --machine or --measure, not both")
     if machine is None and device == "cuda" and own["flops"] is None:
         machine = "H200"
-    base = plans.measured(device) if measure else plans.MACHINES[machine] if machine else None
+    base = plans.measured(device, dtype) if measure else plans.MACHINES[machine] if machine else None
     units = {"flops": 1e12, "bandwidth": 1e9, "inside": 1e9, "between": 1e9}
     return plans.changed(base, **{name: value and value * units[name] for name, value in own.items()})
 

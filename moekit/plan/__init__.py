@@ -4,7 +4,7 @@
 figure comes about is in docs/performance/plan.md.
 """
 
-from moekit.plan.models import Model, given, presets, read
+from moekit.plan.models import Model, UnknownModelError, given, presets, read
 from moekit.plan.planning import Activations, Exchange, Fit, Parameters, Plan, Times, plan
 from moekit.plan.rates import MACHINES, Rates, changed, measured
 
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Rates",
     "Times",
+    "UnknownModelError",
     "changed",
     "given",
     "measured",

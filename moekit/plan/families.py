@@ -197,8 +197,12 @@ def _after_some_dense(keys: Keys, attention: int) -> Counts:
     if experts % groups or chosen > groups:
         wanted = f"groups that share the {experts} experts equally, and no fewer than topk_group"
         raise _check.fail(_OP, f"n_group of {keys.name}", wanted, f"{groups} with topk_group {chosen}")
+    topk, reached = keys.size("num_experts_per_tok"), experts // groups * chosen
+    if topk > reached:
+        wanted = f"at most the {reached} experts that topk_group {chosen} of n_group {groups} leaves"
+        raise _check.fail(_OP, f"num_experts_per_tok of {keys.name}", wanted, topk)
     return Counts(
-        *(layers, max(layers - dense, 0), hidden, inner, experts, keys.size("num_experts_per_tok"), attention),
+        *(layers, max(layers - dense, 0), hidden, inner, experts, topk, attention),
         ends=_ends(keys, hidden),
         router=experts * hidden,
         shared=3 * hidden * inner * keys.size("n_shared_experts"),

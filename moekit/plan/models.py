@@ -23,6 +23,10 @@ SIZES = ("layers", "hidden", "intermediate", "experts", "topk")
 _OF_EXPERTS = ("expert", "moe", "shared_intermediate")
 
 
+class UnknownModelError(ValueError):
+    """A config that is sound but of no known ``model_type``; :func:`given` takes its sizes."""
+
+
 @dataclass(frozen=True)
 class Model:
     """Sizes of a model.
@@ -104,8 +108,8 @@ def read(config: str | Path | Mapping[str, Any]) -> Model:
 
     Raises:
         FileNotFoundError: neither a file, nor a folder with a config, nor a preset.
-        ValueError: no JSON object, a model without experts, a ``model_type`` that is not known, or keys that are missing
-            or make no sense. The message names the keys that were found.
+        UnknownModelError: a ``model_type`` that is not known. The message names the keys that were found.
+        ValueError: no JSON object, a model without experts, or keys that are missing or make no sense.
     """
     name, content = _content(config)
     if not isinstance(content, Mapping):
@@ -166,7 +170,7 @@ def _content(config: str | Path | Mapping[str, Any]) -> tuple[str, Any]:
         raise _check.fail(_OP, "the config", "JSON", f"{found}: {error}") from error
 
 
-def _unknown(name: str, kind: Any, content: Mapping[str, Any]) -> ValueError:
+def _unknown(name: str, kind: Any, content: Mapping[str, Any]) -> UnknownModelError:
     """What to say of a config that nobody can read."""
     hint = "for others give the sizes: --layers, --hidden, --intermediate, --experts, --topk"
     keys = sorted(key for key in content if any(part in key.lower() for part in _OF_EXPERTS))
@@ -174,7 +178,8 @@ def _unknown(name: str, kind: Any, content: Mapping[str, Any]) -> ValueError:
         nested = [key for key, value in content.items() if isinstance(value, Mapping) and "model_type" in value]
         inside = f" (there may be some in {', '.join(nested)}: give that part as a config of its own)" if nested else ""
         wanted = f"of a model with experts{inside}"
-        return _check.fail(_OP, "the config", wanted, f"model_type {kind!r} and no key of experts in {name}")
+        error = _check.fail(_OP, "the config", wanted, f"model_type {kind!r} and no key of experts in {name}")
+        return UnknownModelError(*error.args)
     found = ", ".join(f"{key}={content[key]!r}" for key in keys)
     wanted = f"one of {', '.join(sorted(FAMILIES))} ({hint})"
-    return _check.fail(_OP, "model_type", wanted, f"{kind!r} with {found} in {name}")
+    return UnknownModelError(*_check.fail(_OP, "model_type", wanted, f"{kind!r} with {found} in {name}").args)

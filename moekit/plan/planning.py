@@ -86,19 +86,19 @@ class Times:
     """Seconds of a forward and backward.
 
     Attributes:
-        products: of a layer, at the rate of a dense product.
+        products: of a layer, at the rate of a dense product; None if that is not known in the plan's dtype.
         moves: of a layer: bytes that kernels read and write; None if the bandwidth is not known.
         exchange: of a layer; None without expert parallelism or the speeds of links.
-        layer: the sum.
-        layers: of all layers.
+        layer: the sum; None if a part of it is not known.
+        layers: of all layers; None likewise.
         rates: what they are computed from.
     """
 
-    products: float
+    products: float | None
     moves: float | None
     exchange: float | None
-    layer: float
-    layers: float
+    layer: float | None
+    layers: float | None
     rates: Rates
 
 
@@ -235,7 +235,7 @@ def plan(
         inputs=inputs,
         activations=activations,
         exchange=exchanged,
-        times=None if rates is None else _times(load, model.moe_layers, exchanged, rates),
+        times=None if rates is None else _times(load, model.moe_layers, exchanged, rates, dtype),
         fit=None if model.others is None else _fit(model, load, stack, activations, inputs, memory),
     )
 
@@ -310,19 +310,21 @@ def _gradients(load: Load) -> int:
 
 
 def _exchange(layer: exchange.Layer, load: Load, ep: int, speeds: Rates | None) -> Exchange:
-    machine = speeds.machine() if speeds is not None else None
-    node = min(ep, 8 if machine is None else machine.node)
+    machine = speeds.machine(ep) if speeds is not None else None
+    node = min(ep, 8 if speeds is None else speeds.node)
     messages = {way: exchange.message(layer, ep, node, way) for way in exchange.WAYS if way != "node" or ep % node == 0}
     seconds = None if machine is None else exchange.times(layer, machine, ep, "rank").exchange
     return Exchange(load.tokens, messages, exchange.sent(layer, ep), seconds)
 
 
-def _times(load: Load, layers: int, exchanged: Exchange | None, speeds: Rates) -> Times:
-    products = rates.operations(load) / speeds.flops
+def _times(load: Load, layers: int, exchanged: Exchange | None, speeds: Rates, dtype: str) -> Times:
+    flops = speeds.products_in(dtype)
+    products = None if flops is None else rates.operations(load) / flops
     moves = None if speeds.bandwidth is None else rates.traffic(load) / speeds.bandwidth
     sending = None if exchanged is None else exchanged.seconds
-    layer = products + (moves or 0.0) + (sending or 0.0)
-    return Times(products, moves, sending, layer, layers * layer, speeds)
+    parts = [part for part in (products, moves, *([] if exchanged is None else [sending])) if part is not None]
+    whole = len(parts) == (2 if exchanged is None else 3)
+    return Times(products, moves, sending, *((sum(parts), layers * sum(parts)) if whole else (None, None)), speeds)
 
 
 def _fit(model: Model, load: Load, stack: int, found: dict[str, Activations], inputs: int, memory: float | None) -> Fit:

@@ -7,15 +7,17 @@ are slower than one dense product. docs/performance/plan.md has this sum beside 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moekit import _check
 from moekit.plan.exchange import B200, GB200, H200, Machine
-from moekit.plan.memory import Load, unpacks_on_the_way
+from moekit.plan.memory import DEVICES, Load, unpacks_on_the_way
 
 _OWN = "as given"
 _REACHED = 0.75  # of a link's published speed, where nobody has measured
+_16_BITS = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Rates:
         inside: bytes of a device to others of its node, in one direction; None without a link.
         between: bytes of a device to other nodes, in one direction; None without a link.
         sources: where each comes from.
+        dtypes: of products with this rate; None: of whichever are asked for, as the rate is one's own.
     """
 
     name: str
@@ -39,19 +42,30 @@ class Rates:
     inside: float | None
     between: float | None
     sources: dict[str, str]
+    dtypes: tuple[str, ...] | None = None
 
-    def machine(self) -> Machine | None:
-        """As :mod:`moekit.plan.exchange` takes it; None where a link is not known."""
-        if self.inside is None or self.between is None:
+    def products_in(self, dtype: str) -> float | None:
+        """``flops`` of products in ``dtype``; None where it is not known."""
+        return self.flops if self.dtypes is None or dtype in self.dtypes else None
+
+    def unknown_links(self, ranks: int) -> list[str]:
+        """Those that so many ranks need and that are not known, of ``inside`` and ``between``."""
+        needed = {"inside": self.inside} | ({"between": self.between} if ranks > self.node else {})
+        return [name for name, rate in needed.items() if rate is None]
+
+    def machine(self, ranks: int) -> Machine | None:
+        """As :mod:`moekit.plan.exchange` takes it; None where a link that so many ranks need is not known."""
+        if self.inside is None or self.unknown_links(ranks):
             return None
-        return Machine(self.name, self.node, self.inside, self.between, self.flops)
+        between = math.inf if self.between is None else self.between  # nothing goes there
+        return Machine(self.name, self.node, self.inside, between, self.flops)
 
 
 def _published(name: str, machine: Machine) -> Rates:
     sources = {"flops": "60% of the published 16-bit rate"}
     sources |= dict.fromkeys(("inside", "between"), "75% of the published link")
     links = (machine.node, _REACHED * machine.inside, _REACHED * machine.between)
-    return Rates(name, machine.flops, None, *links, sources)
+    return Rates(name, machine.flops, None, *links, sources, _16_BITS)
 
 
 def _h200() -> Rates:
@@ -62,6 +76,7 @@ def _h200() -> Rates:
 
 
 MACHINES = {"H200": _h200(), "B200": _published("B200", B200), "GB200": _published("GB200", GB200)}
+"""Rates of published machines, of products in 16 bits."""
 
 
 def changed(rates: Rates | None, **own: float | None) -> Rates | None:
@@ -77,23 +92,26 @@ def changed(rates: Rates | None, **own: float | None) -> Rates | None:
         if "flops" not in given:
             raise _check.fail("plan", "flops", f"given with {', '.join(given)}, or a machine named or measured", "none")
         rates = Rates(_OWN, given["flops"], None, 8, None, None, {})
-    return replace(rates, **given, sources=rates.sources | dict.fromkeys(given, _OWN))
+    dtypes = None if "flops" in given else rates.dtypes
+    return replace(rates, **given, sources=rates.sources | dict.fromkeys(given, _OWN), dtypes=dtypes)
 
 
-def measured(device: str) -> Rates:
-    """Measure a dense bfloat16 product and a copy here, in a second or two.
+def measured(device: str, dtype: str = "bfloat16") -> Rates:
+    """Measure a dense product in ``dtype`` and a copy here, in a second or two.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: a device that is not there, or another dtype than ``bfloat16``, ``float16`` and ``float32``.
     """
     import time
 
     import torch
 
+    _check.one_of("plan", "device", device, DEVICES)
+    _check.one_of("plan", "dtype", dtype, (*_16_BITS, "float32"))
     if device == "cuda" and not torch.cuda.is_available():
         raise _check.fail("plan", "measure", "asked for on a machine with a GPU, or with device 'cpu'", "no GPU")
     size, room = (8192, 2**31) if device == "cuda" else (1024, 2**27)
-    a = torch.randn(size, size, dtype=torch.float32, device=device).bfloat16()
+    a = torch.randn(size, size, dtype=torch.float32, device=device).to(getattr(torch, dtype))
     source = torch.zeros(room, dtype=torch.uint8, device=device)
     target = torch.empty_like(source).fill_(1)
 
@@ -109,7 +127,8 @@ def measured(device: str) -> Rates:
 
     flops, bandwidth = 2 * size**3 / fastest(lambda: a @ a), 2 * room / fastest(lambda: target.copy_(source))
     name = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    return Rates(name, flops, bandwidth, 8, None, None, dict.fromkeys(("flops", "bandwidth"), "measured here"))
+    sources: dict[str, str] = dict.fromkeys(("flops", "bandwidth"), "measured here")
+    return Rates(name, flops, bandwidth, 8, None, None, sources, (dtype,))
 
 
 # --- work -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ _WAYS = {
     "slot": "a row an expert",
     "node": "two hops: a row a node",
 }
+_LINKS = {"inside": "--link", "between": "--between"}
 _SHOWN = 0.05  # GiB: what is less has no slice of its own
 
 
@@ -96,19 +97,27 @@ def _exchange(found: Exchange, ep: int) -> Table:
 
 
 def _times(found: Times, ep: int) -> Table:
-    sources = found.rates.sources
-    lines = [("products", f"{1e3 * found.products:.3f}", f"{found.rates.flops / 1e12:,.4g} TFLOP/s, {sources['flops']}")]
-    if found.moves is not None and found.rates.bandwidth is not None:
-        rate = f"{found.rates.bandwidth / 1e9:,.4g} GB/s, {sources['bandwidth']}"
-        lines.append(("reading and writing", f"{1e3 * found.moves:.3f}", rate))
-    else:
-        lines.append(("reading and writing", "-", "no rate is known: give --bandwidth"))
+    speeds, sources = found.rates, found.rates.sources
+    rate = f"{speeds.flops / 1e12:,.4g} TFLOP/s, {sources['flops']}"
+    if found.products is None:
+        rate = f"known in {' and '.join(speeds.dtypes or ())} only: give --flops"
+    lines = [("products", _ms(found.products), rate)]
+    rate = "no rate is known: give --bandwidth"
+    if speeds.bandwidth is not None:
+        rate = f"{speeds.bandwidth / 1e9:,.4g} GB/s, {sources['bandwidth']}"
+    lines.append(("reading and writing", _ms(found.moves), rate))
     if ep > 1:
-        known = [sources[link] for link in ("inside", *(["between"] if ep > found.rates.node else [])) if link in sources]
-        rate = f"links: {'; between nodes: '.join(known) or 'none known: give --link and --between'}"
-        lines.append(("exchange", "-" if found.exchange is None else f"{1e3 * found.exchange:.3f}", rate))
-    lines += [("a layer", f"{1e3 * found.layer:.3f}", ""), ("all layers", f"{1e3 * found.layers:.1f}", "")]
-    return _table(f"Expected time of the experts, {found.rates.name}", ("forward + backward", "ms", "rate"), lines)
+        known = [sources[link] for link in ("inside", *(["between"] if ep > speeds.node else [])) if link in sources]
+        missing = [_LINKS[link] for link in speeds.unknown_links(ep)]
+        rate = f"not known: give {' and '.join(missing)}" if missing else "; between nodes: ".join(known)
+        lines.append(("exchange", _ms(found.exchange), f"links: {rate}"))
+    lines += [("a layer", _ms(found.layer), ""), ("all layers", _ms(found.layers, 1), "")]
+    note = "No sums, as a part of them is not known." if found.layer is None else ""
+    return _table(f"Expected time of the experts, {speeds.name}", ("forward + backward", "ms", "rate"), lines, note)
+
+
+def _ms(seconds: float | None, digits: int = 3) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.{digits}f}"
 
 
 def _fit(found: Fit) -> Table:
