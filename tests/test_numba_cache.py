@@ -35,10 +35,13 @@ def place(root: Path) -> Path:
     return found
 
 
-def filled(folder: Path, *more: str) -> Path:
+def filled(folder: Path, *more: str, hours: float = 25) -> Path:
+    """Kernels that were last used so long ago."""
     folder.mkdir(parents=True)
     for name in (*FILES, *more):
         (folder / name).write_bytes(b"x")
+    then = time.time() - hours * 3600
+    os.utime(folder, (then, then))
     return folder
 
 
@@ -47,6 +50,33 @@ def test_kernels_are_kept_in_the_users_folder(root, monkeypatch):
     monkeypatch.setattr(config, "CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(root))
     assert _cache.root() == root / "moekit" / "kernels"
+
+
+@pytest.mark.parametrize("value", ["", "sh", "./sh"])
+def test_it_is_never_relative(root, monkeypatch, tmp_path, value):
+    """Not even in the current folder: that of a clone has a moekit/kernels, which is the source's."""
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert _cache.root() == tmp_path / "home" / ".cache" / "moekit" / "kernels"
+    monkeypatch.setenv("HOME", "here")  # nor is there another place to go to
+    monkeypatch.setenv("USERPROFILE", "here")
+    with pytest.raises(FileNotFoundError, match="the user has no home folder"):
+        _cache.folder()
+
+
+def test_a_relative_choice_stays_where_it_was_made(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", "sh")
+    monkeypatch.chdir(tmp_path)
+    made = _cache.folder()
+    assert made.is_relative_to(tmp_path / "sh" / "moekit" / "kernels") and made.is_absolute()
+    filled(made.parent / f"{'0' * 12}-0.62.1-{PYTHON}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = _cache.kept()
+    assert (found.folder, found.kernels, found.others) == (str(made), 0, 1)
+    assert not [*Path().iterdir()]
 
 
 def test_numba_is_told_of_it_for_this_package_alone(root):
@@ -73,12 +103,27 @@ def test_a_folder_that_another_process_has_cleared_costs_a_compilation(root):
     assert sum(again.stats.cache_hits.values()) == 0 and again is not first and _cache.folder().exists()
 
 
-def test_a_new_version_clears_those_before_it(root):
+def test_a_new_version_clears_those_unused_for_a_day(root):
     here = place(root)
     for old in (f"{'0' * 12}-0.62.1-{PYTHON}", f"{'1' * 12}-0.68.1rc1+cpu-{PYTHON}"):
         filled(here / old)
     mine = _cache.folder()
     assert [path.name for path in here.iterdir()] == [mine.name] and mine.name.endswith(f"-{PYTHON}")
+
+
+def test_versions_in_use_at_one_path_leave_each_others_kernels(root, monkeypatch):
+    """Containers with one home, or a clone that changes between branches."""
+    here = place(root)
+    other = filled(here / f"{'0' * 12}-0.62.1-{PYTHON}", hours=23)
+    mine = filled(_cache.folder().parent / f"{'1' * 12}-0.62.1-{PYTHON}", hours=1000)
+    monkeypatch.setattr(_cache, "_version", lambda: mine.name)
+    _cache.folder.cache_clear()
+    assert _cache.folder() == mine and time.time() - mine.stat().st_mtime < 3600  # used now, though nothing was written
+    monkeypatch.setattr(_cache, "_version", lambda: f"{'2' * 12}-0.62.1-{PYTHON}")
+    _cache.folder.cache_clear()
+    _cache.folder()
+    for folder in (mine, other):
+        assert {path.name for path in folder.iterdir()} == set(FILES)
 
 
 def test_what_is_anothers_is_left(root):

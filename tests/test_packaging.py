@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,14 +31,24 @@ def run_python(code: str, **kwargs) -> str:
     return result.stdout
 
 
+def build(target: str, tree: Path, folder: Path) -> Path:
+    """A wheel or an sdist of a tree as it is, without a network."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    built = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+def files_below(folder: Path) -> set[str]:
+    """What is source in a tree's folder, as paths in the tree."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.suffix not in (".nbi", ".nbc")}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel, built from the tree as it is, without a network."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
+    path = build("wheel", ROOT, tmp_path_factory.mktemp("dist"))
     assert path.name == f"moekit-{moekit.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(path) as archive:
         yield archive
@@ -54,13 +65,35 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"moekit", f"moekit-{moekit.__version__}.dist-info"}
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".so"))]
-    in_tree = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "moekit").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".nbi", ".nbc")
-    }
-    assert {name for name in names if name.startswith("moekit/")} == in_tree
+    assert {name for name in names if name.startswith("moekit/")} == files_below(ROOT / "moekit")
     assert "moekit/py.typed" in names
+
+
+def test_wheel_is_small(wheel):
+    """548 kB when this was written: what makes it grow past this is worth a look."""
+    assert Path(wheel.filename).stat().st_size < 600_000
+
+
+def test_sdist_can_be_tested_and_built(wheel, wheel_metadata, tmp_path):
+    """It holds the tree, so that its own tests are collected, and the wheel built from it is the wheel of the tree."""
+    shutil.unpack_archive(build("sdist", ROOT, tmp_path / "dist"), tmp_path)
+    tree = tmp_path / f"moekit-{moekit.__version__}"
+    held = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    single = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"}
+    single |= {"constraints.txt", "hatch_build.py", "mkdocs.yml", "pyproject.toml"}
+    folders = [files_below(ROOT / name) for name in ("moekit", "tests", "docs", "benchmarks", "examples")]
+    assert all(folders) and held == single.union(*folders, {".gitignore", "PKG-INFO"})
+    assert all((tree / name).read_bytes() == (ROOT / name).read_bytes() for name in held - {"PKG-INFO"})
+
+    with zipfile.ZipFile(build("wheel", tree, tmp_path / "wheel")) as again:
+        assert set(again.namelist()) == set(wheel.namelist())
+        (name,) = (name for name in again.namelist() if name.endswith(".dist-info/METADATA"))
+        assert Parser().parsestr(again.read(name).decode()).as_string() == wheel_metadata.as_string()
+
+    command = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "tests/test_docs.py", "tests/test_packaging.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    collected = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert collected.returncode == 0 and "test_code_runs[README.md]" in collected.stdout, collected.stdout + collected.stderr
 
 
 def test_wheel_metadata(wheel, wheel_metadata):

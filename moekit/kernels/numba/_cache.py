@@ -2,8 +2,9 @@
 
 It is ``moekit/kernels`` in the user's cache folder (``XDG_CACHE_HOME``, or where the system has it), or in the folder that
 ``NUMBA_CACHE_DIR`` names. In it, ``<place>-<processor>/<sources>-<Numba>-<Python>``: what is another's (another
-environment's, another machine's in a shared home) has another folder. The first process of a new version clears the folders
-of those before it in the same place, and places that nothing has used for a month.
+environment's, another machine's in a shared home) has another folder. Places are paths, which containers may have in common,
+and a clone changes its version with its branch: so the first process of a version clears other versions of its place only if
+nothing has used them for a day, and places that nothing has used for a month.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from numba.core.registry import cpu_target
 from numba.misc.appdirs import AppDirs
 
 _HERE = Path(__file__).parent
-_UNUSED = 30 * 24 * 3600  # seconds
+_SUPERSEDED = 24 * 3600  # seconds without use, of another version in the same place
+_UNUSED = 30 * 24 * 3600  # and of another place
 # Names that are made here; nothing else is ever removed.
 _PLACE = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}")
 _VERSION = re.compile(rf"[0-9a-f]{{12}}-[\w.+]+-{re.escape(str(sys.implementation.cache_tag))}")
@@ -35,9 +37,19 @@ _KERNEL = re.compile(r".+\.nb[ic](\.tmp\.\w+)?")
 
 
 def root() -> Path:
-    """The folder of all kernels of all versions. It need not exist."""
+    """The folder of all kernels of all versions, an absolute path. It need not exist.
+
+    Raises:
+        OSError: neither ``NUMBA_CACHE_DIR`` nor the user's cache or home folder is known.
+    """
     chosen = getattr(config, "CACHE_DIR", "")  # made of the environment, where a type checker does not look
-    return Path(chosen, "moekit", "kernels") if chosen else Path(AppDirs("moekit", False).user_cache_dir, "kernels")
+    if chosen:
+        return Path(chosen, "moekit", "kernels").absolute()
+    # The XDG specification has an XDG_CACHE_HOME that is empty or relative ignored. AppDirs takes it as it is.
+    for found in (AppDirs("moekit", False).user_cache_dir, os.path.expanduser("~/.cache/moekit")):
+        if os.path.isabs(found):
+            return Path(found, "kernels")
+    raise FileNotFoundError("moekit: no folder to keep compiled kernels in: the user has no home folder")
 
 
 @functools.cache
@@ -45,12 +57,13 @@ def folder() -> Path:
     """The folder of this version's kernels, in this place, for this processor: made on first use.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made, or :func:`root` knows none.
     """
     found = root() / f"{_digest(str(_HERE), numba.__file__)}-{_digest(*map(str, _processor()))}" / _version()
     is_new = not found.is_dir()
     found.mkdir(parents=True, exist_ok=True)
-    os.utime(found.parent)  # when this place was last used
+    for used in (found, found.parent):
+        os.utime(used)  # when it was last used
     if is_new:
         for stale in _superseded(found):
             _remove(stale)
@@ -99,7 +112,7 @@ def kept() -> Kept:
     except OSError:  # it cannot be written
         return Kept(None, wanted, 0, 0, 0, 0)
     ours, others = [], []
-    for path in {*found.glob("*.nbc"), *root().rglob("*.nbc")}:
+    for path in found.parents[1].rglob("*.nbc"):
         with suppress(FileNotFoundError):  # another process tidies up
             (ours if path.parent == found else others).append(path.stat().st_size)
     return Kept(str(found), wanted, len(ours), sum(ours), len(others), sum(others))
@@ -113,12 +126,25 @@ def register() -> None:
 
 
 def _superseded(mine: Path) -> Iterator[Path]:
-    """Folders of other versions in this place, under the same Python, and all those of places long unused."""
+    """Folders to remove.
+
+    In this place those of other versions, under the same Python, unused for a day; all those of places unused for a month.
+    """
     with suppress(OSError):
-        yield from [path for path in mine.parent.iterdir() if path != mine and _VERSION.fullmatch(path.name)]
+        for version in [path for path in mine.parent.iterdir() if path != mine and _VERSION.fullmatch(path.name)]:
+            if _unused(version, _SUPERSEDED):
+                yield version
         for place in [path for path in mine.parents[1].iterdir() if path != mine.parent and _PLACE.fullmatch(path.name)]:
-            if not place.is_symlink() and time.time() - place.stat().st_mtime > _UNUSED:
+            if not place.is_symlink() and _unused(place, _UNUSED):
                 yield from [path for path in place.iterdir() if _ANY_VERSION.fullmatch(path.name)]
+
+
+def _unused(folder: Path, seconds: float) -> bool:
+    """Whether the last use was longer ago. No, of a folder that another process has just removed."""
+    try:
+        return time.time() - folder.stat().st_mtime > seconds
+    except OSError:
+        return False
 
 
 def _remove(version: Path) -> None:
