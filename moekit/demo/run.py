@@ -85,8 +85,10 @@ def _run(
     if ranks.rank == 0:
         write_report(picture, run, bigram_bits, rival)
     model_bits = run.measurements[-1].bits_per_byte
-    if model_bits < bigram_bits:  # before, it is a screen of odd bytes
+    if model_bits < bigram_bits:
         _print_sample(console, run, seed)
+    else:
+        console.print("\nNo sample: the model is not better than the bigram model yet.", highlight=False)
     console.print(f"\nLoss curves and expert loads: {picture}", highlight=False, soft_wrap=True)
     return Result(model_bits, bigram_bits, interrupted, complete=len(run.losses) == config.steps)
 
