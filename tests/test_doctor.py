@@ -16,7 +16,7 @@ import moekit
 from moekit import _backend
 from moekit.cli import _show
 from moekit.doctor import choices, examine, system, trials
-from moekit.doctor.report import judged, lines
+from moekit.doctor.report import Line, judged, lines
 from moekit.kernels.numba import KERNELS, _cache
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -217,6 +217,49 @@ def test_kernels_on_disk_are_counted(cache_dir):
     found = choices.cache()
     assert (found["kernels"], found["kernels_bytes"], found["others"], found["others_bytes"]) == (1, 100, 1, 30)
     assert found["problem"] is None
+
+
+def test_what_the_trials_compile_is_counted(cache_dir, monkeypatch):
+    folder = cache_dir("new")
+
+    def parity():
+        (Path(choices.cache()["folder"]) / "a.kernel-1.py311.1.nbc").write_bytes(bytes(1000))
+        return []
+
+    monkeypatch.setattr(trials, "parity", parity)
+    monkeypatch.setattr(trials, "rates", lambda device: None)
+    found = report()
+    assert Path(found["cache"]["folder"]).is_relative_to(folder)
+    assert (found["cache"]["kernels"], found["cache"]["compiled"]) == (1, 1)
+    (text,) = (line.text for line in lines(found) if line.label == "kernels")
+    assert text.startswith("1 kernels (1 compiled just now), 0.0 MB, in ")
+    assert any("moekit warmup" in hint for hint in found["hints"])  # as there were none before
+    facts = {key: found[key] for key in found if key not in ("ok", "problems", "hints")}
+    again = judged({**facts, "cache": choices.cache(1)})
+    assert again["cache"]["compiled"] == 0 and not any("moekit warmup" in hint for hint in again["hints"])
+
+
+@pytest.mark.parametrize("without_rich", [False, True])
+def test_paths_are_broken_at_slashes_and_lines_end_in_no_blanks(capsys, monkeypatch, without_rich):
+    if without_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "/".join(["", "a" * 30, "b-b" * 9, "c" * 70, "end"])
+    _show.show([Line("kernels", f"3 kernels, in {path}, which can be written"), Line("hint", "one [two] GB/s " * 7, "yellow")])
+    rows = capsys.readouterr().out.splitlines()
+    assert all(row == row.rstrip() for row in rows)
+    assert [row[16:] for row in rows[:4]] == ["3 kernels, in /", "a" * 30 + "/", "b-b" * 9 + "/", "c" * 70 + "/"]
+    assert rows[0][:16] == "kernels         " and rows[4] == " " * 16 + "end, which can be written"
+    assert " ".join(" ".join(rows[5:]).split()) == "hint " + " ".join(["one [two] GB/s"] * 7)
+
+
+def test_auto_is_no_promise_where_the_variable_is_invalid(healthy):
+    facts = {key: healthy[key] for key in healthy if key not in ("ok", "problems", "hints")}
+    facts["environment"] = [{"name": "MOEKIT_BACKEND", "value": "foo", "meaning": "", "problem": "MOEKIT_BACKEND: not foo"}]
+    texts = {line.text: line.style for line in lines(judged(facts)) if line.label == "auto, cpu"}
+    said = "every main operator; but with this MOEKIT_BACKEND every call raises"
+    assert texts == {f"numba (installed, and for CPU tensors): {said}": "red"}
+    assert not any("every call raises" in line.text for line in lines(healthy))
 
 
 def test_a_cache_folder_that_cannot_be_written(cache_dir, monkeypatch, capsys):

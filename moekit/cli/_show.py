@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from moekit.doctor.report import Line
 
@@ -17,26 +18,31 @@ def show(lines: Sequence[Line]) -> None:
     shown = [line._replace(label="") if line.label == before else line for line, before in _with_label_before(lines)]
     try:
         from rich.console import Console
-        from rich.table import Table
         from rich.text import Text
     except Exception:  # absent or broken: the report does not depend on it
-        _show_plain(shown)
+        for label, text, _ in _rows(shown, shutil.get_terminal_size().columns):
+            print(label + text)
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", min_width=_LABEL, no_wrap=True)
-    table.add_column(overflow="fold")
-    for line in shown:
-        table.add_row(line.label, Text(line.text, line.style))
     console = Console(highlight=False)
-    console.print(table, width=min(console.width, _WIDEST))
+    for label, text, style in _rows(shown, console.width):
+        console.print(Text.assemble((label, "bold"), (text, style)), soft_wrap=True)
 
 
 def _with_label_before(lines: Sequence[Line]) -> list[tuple[Line, str]]:
     return list(zip(lines, ["", *(line.label for line in lines)], strict=False))
 
 
-def _show_plain(lines: Sequence[Line]) -> None:
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
+def _rows(lines: Sequence[Line], columns: int) -> Iterator[Line]:
+    """Lines that fit, their labels padded."""
+    wrapper = _Wrapper(min(columns, _WIDEST) - _LABEL - 2, break_on_hyphens=False, break_long_words=False)
     for line in lines:
-        first, rest = f"{line.label:<{_LABEL}}  ", " " * (_LABEL + 2)
-        print(textwrap.fill(line.text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False))
+        for number, text in enumerate(wrapper.wrap(line.text)):
+            yield Line(f"{'' if number else line.label:<{_LABEL}}  ", text, line.style)
+
+
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks a path that is longer than a line at its slashes, and nowhere else."""
+
+    def _split(self, text: str) -> list[str]:
+        parts = (re.split("(?<=/)", word) if len(word) > self.width else [word] for word in super()._split(text))
+        return [part for found in parts for part in found if part]

@@ -48,12 +48,17 @@ def environment() -> list[dict[str, Any]]:
     return [variable._asdict() for variable in _backend.variables()]
 
 
-def cache() -> dict[str, Any]:
-    """Where the compiled CPU kernels are kept. Without Numba there are none: an ImportError."""
+def cache(before: int | None = None) -> dict[str, Any]:
+    """Where the compiled CPU kernels are kept. Without Numba there are none: an ImportError.
+
+    Args:
+        before: how many there were earlier; those that came since are ``compiled``.
+    """
     kept = importlib.import_module("moekit.kernels.numba._cache").kept()
     problem = None
     if kept.folder is None:
         named = f"NUMBA_CACHE_DIR={kept.wanted}" if kept.wanted else "the user's cache folder"
         problem = f"{named} cannot be written: each process compiles its CPU kernels anew (0.3 to 2 s each); " \
                   "set NUMBA_CACHE_DIR to a folder that can"  # fmt: skip
-    return {**kept._asdict(), "problem": problem}
+    compiled = 0 if before is None else max(kept.kernels - before, 0)
+    return {**kept._asdict(), "compiled": compiled, "problem": problem}

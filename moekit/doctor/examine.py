@@ -53,6 +53,8 @@ def _examined() -> dict[str, Any]:
         found[name] = {device: probe(f"{name} on {device}", functools.partial(find, device)) for device in devices}
     found["parity"] = probe("parity", lambda: list(trials.parity()))
     found["pages"] = probe("pages", trials.fresh_pages)
+    if found["cache"]:  # again, as what was tried has been compiled and kept
+        found["cache"] = probe("cache", functools.partial(choices.cache, found["cache"]["kernels"]))
     return found
 
 

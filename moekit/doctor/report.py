@@ -56,7 +56,7 @@ def _hints(found: Mapping[str, Any]) -> Iterator[str]:
     if pages and pages["fresh_ms"] > _FAULTS * pages["again_ms"] and "glibc" in found["versions"]["system"]:
         times = f"64 MiB take {pages['fresh_ms']:.0f} ms to fill, the same memory again {pages['again_ms']:.0f}"
         yield f"moekit.keep_pages() keeps freed memory in the process: fresh results cost page faults ({times})"
-    if found["cache"] and found["cache"]["folder"] and not found["cache"]["kernels"]:
+    if found["cache"] and found["cache"]["folder"] and found["cache"]["kernels"] <= found["cache"]["compiled"]:
         yield "moekit warmup compiles the usual CPU kernels ahead: 0.3 to 2 s each at a first call"
     for extra, (brings, package) in EXTRAS.items():
         if found["versions"] and found["versions"][package] is None:
@@ -104,6 +104,8 @@ def _machine(report: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _choices(report: Mapping[str, Any]) -> Iterator[Line]:
+    invalid = any(one["problem"] for one in report["environment"] or () if one["name"] == "MOEKIT_BACKEND")
+    but = "; but with this MOEKIT_BACKEND every call raises" if invalid else ""
     for name, why in (report["backends"] or {}).items():
         if why:
             yield Line("backends", f"{name} {why}")
@@ -113,7 +115,7 @@ def _choices(report: Mapping[str, Any]) -> Iterator[Line]:
             groups.setdefault((choice["backend"], choice["why"]), []).append(operator)
         for (backend, why), operators in groups.items():
             which = "every main operator" if len(groups) == 1 else ", ".join(operators)
-            yield Line(f"auto, {device}", f"{backend} ({why}): {which}")
+            yield Line(f"auto, {device}", f"{backend} ({why}): {which}{but}", "red" if invalid else "")
 
 
 def _environment(report: Mapping[str, Any]) -> Iterator[Line]:
@@ -127,7 +129,8 @@ def _cache(report: Mapping[str, Any]) -> Iterator[Line]:
     cache = report["cache"]
     if cache and cache["folder"]:
         others = f"; {cache['others']} of other versions, {_mb(cache['others_bytes'])}" if cache["others"] else ""
-        kernels = f"{cache['kernels']} kernels, {_mb(cache['kernels_bytes'])}{others}"
+        new = f" ({cache['compiled']} compiled just now)" if cache["compiled"] else ""
+        kernels = f"{cache['kernels']} kernels{new}, {_mb(cache['kernels_bytes'])}{others}"
         folder = cache["folder"].replace(str(Path.home()), "~", 1)
         yield Line("kernels", f"{kernels}, in {folder}, which can be written")
 
