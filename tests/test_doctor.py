@@ -245,7 +245,9 @@ def test_paths_are_broken_at_slashes_and_lines_end_in_no_blanks(capsys, monkeypa
         monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setenv("COLUMNS", "60")
     path = "/".join(["", "a" * 30, "b-b" * 9, "c" * 70, "end"])
-    _show.show([Line("kernels", f"3 kernels, in {path}, which can be written"), Line("hint", "one [two] GB/s " * 7, "yellow")])
+    _show.show(
+        [Line("kernels", f"3 kernels, in {path}, which can be written"), Line("hint", "one [two] GB/s " * 7, "yellow")]
+    )
     rows = capsys.readouterr().out.splitlines()
     assert all(row == row.rstrip() for row in rows)
     assert [row[16:] for row in rows[:4]] == ["3 kernels, in /", "a" * 30 + "/", "b-b" * 9 + "/", "c" * 70 + "/"]
@@ -364,7 +366,8 @@ def run(*arguments):
             status = stop.code
     return status, out.getvalue(), err.getvalue()
 
-found = {" ".join(a): run(*a) for a in ((), ("-h",), ("--version",), ("demo",), ("doctor", "--x"))}
+found = {" ".join(a): run(*a) for a in ((), ("-h",), ("--version",), ("plan",), ("foo",), ("--x",))}
+found |= {" ".join(a): run("doctor", *a) for a in (("-h", "--json"), ("--json", "--y"))}
 from moekit.doctor import trials
 trials._TOKENS, trials._SIZES, trials._SECONDS = {True: 32, False: 32}, (64, 32, 8, 2), 0.0
 found["doctor"], found["doctor --json"] = run("doctor"), run("doctor", "--json")
@@ -380,10 +383,14 @@ def test_the_base_install_and_without_torch(monkeypatch):
     done = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found[""][0] == 2 and found["-h"][0] == 0 and "pip install 'moekit[cli]'" in found["-h"][1]
+    assert found[""] == found["-h"] and found["-h"][0] == 0 and "pip install 'moekit[cli]'" in found["-h"][1]
+    assert all(f"\n  {name} " in found["-h"][1] for name in ("demo", "plan", "doctor", "bench", "check", "warmup"))
     assert found["--version"] == [0, f"moekit {moekit.__version__}\n", ""]
-    assert found["demo"][::2] == [2, "moekit demo: the moekit command needs rich: pip install 'moekit[cli]'\n"]
-    assert found["doctor --x"][::2] == [2, "moekit doctor: no such option: --x\n"]
+    assert found["plan"] == [2, "", "moekit plan: needs the extra cli: pip install 'moekit[cli]' (no module rich)\n"]
+    assert found["foo"] == [2, "", "moekit: no such command: foo (see moekit --help)\n"]
+    assert found["--x"] == [2, "", "moekit: no such option: --x (see moekit --help)\n"]
+    assert found["-h --json"][0] == 0 and found["-h --json"][1].startswith("usage: moekit doctor [-h] [--json]\n")
+    assert found["--json --y"] == [2, "", "moekit doctor: no such option: --y (see moekit doctor --help)\n"]
     status, text, error = found["doctor"]
     assert status == 0 and not error, (text, error)
     assert text.splitlines()[0].split()[2:] == ["all", "is", "well"]

@@ -6,15 +6,35 @@ import json
 import sys
 from collections.abc import Sequence
 
-_HELP = """usage: moekit [-h] [--version] doctor [--json]
+COMMANDS = {
+    "demo": "train a small Mixture-of-Experts language model",
+    "plan": "say what a model takes, from its config alone",
+    "doctor": "look at this installation; status 1 if something is wrong",
+    "bench": "time a layer's operators and experts against what else is installed",
+    "check": "check a module's functions against float64",
+    "warmup": "compile the usual CPU kernels ahead",
+}
+"""All commands, those too that need typer."""
+
+_HELP = """usage: moekit [-h] [--version] COMMAND ...
 
 Mixture-of-Experts building blocks for PyTorch.
 
-  doctor       look at this installation; --json for one object; status 1 if something is wrong
+{commands}
+
   --version    print the version
   -h, --help   print this
 
-The other commands need typer: pip install 'moekit[cli]'"""
+doctor works on this install; the other commands need the extra cli: pip install 'moekit[cli]'"""
+
+_DOCTOR_HELP = """usage: moekit doctor [-h] [--json]
+
+Look at this installation: versions, choices, values, speed. Status 1 if something is wrong.
+
+  --json       print one JSON object: keys in docs/cli.md
+  -h, --help   print this"""
+
+_ASK_HELP = {"-h", "--help"}
 
 
 def run_doctor(*, as_json: bool) -> int:
@@ -45,17 +65,29 @@ def run(arguments: Sequence[str], problem: Exception) -> int:
     """
     import moekit
 
-    if not arguments or {"-h", "--help"} & {*arguments}:
-        print(_HELP)
-        return 0 if arguments else 2
-    if list(arguments) == ["--version"]:
+    first, *options = arguments or ["--help"]
+    if first in _ASK_HELP:
+        print(_HELP.format(commands="\n".join(f"  {name:<11}  {does}" for name, does in COMMANDS.items())))
+        return 0
+    if first == "--version":
         print(f"moekit {moekit.__version__}")
         return 0
-    if arguments[0] == "doctor":
-        options = list(arguments[1:])
-        if options in ([], ["--json"]):
-            return run_doctor(as_json=bool(options))
-        print(f"moekit doctor: no such option: {options[-1]}", file=sys.stderr)
-        return 2
-    print(f"moekit {arguments[0]}: {problem}", file=sys.stderr)
+    if first == "doctor":
+        return _doctor(options)
+    if first in COMMANDS:
+        print(f"moekit {first}: {problem}", file=sys.stderr)
+    else:
+        what = "option" if first.startswith("-") else "command"
+        print(f"moekit: no such {what}: {first} (see moekit --help)", file=sys.stderr)
     return 2
+
+
+def _doctor(options: Sequence[str]) -> int:
+    if _ASK_HELP & {*options}:
+        print(_DOCTOR_HELP)
+        return 0
+    unknown = [option for option in options if option != "--json"]
+    if unknown:
+        print(f"moekit doctor: no such option: {unknown[0]} (see moekit doctor --help)", file=sys.stderr)
+        return 2
+    return run_doctor(as_json=bool(options))

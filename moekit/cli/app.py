@@ -10,7 +10,7 @@ try:
     import typer
     from typer.core import TyperGroup
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"the moekit command needs {error.name}: pip install 'moekit[cli]'") from error
+    raise ModuleNotFoundError(f"needs the extra cli: pip install 'moekit[cli]' (no module {error.name})") from error
 
 import moekit
 from moekit.cli.bench import bench
@@ -34,7 +34,10 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 class _OneLine(TyperGroup):
-    """A wrong command line gets one line, not a box of five."""
+    """A wrong command line gets one line, not a box of five; none at all gets the help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
@@ -51,9 +54,6 @@ class _OneLine(TyperGroup):
 
 def _say(error: Any) -> None:
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":  # rich has printed the help already, and left an empty message
-        typer.echo(error.message.strip(), nl=bool(error.message.strip()))
-        return
     where = context.command_path if context is not None else "moekit"
     typer.echo(f"{where}: {error.format_message()} (see {where} --help)", err=True)
 
@@ -61,7 +61,6 @@ def _say(error: Any) -> None:
 app = typer.Typer(
     cls=_OneLine,
     help="Mixture-of-Experts building blocks for PyTorch.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
