@@ -401,7 +401,8 @@ def test_the_command(tmp_path, monkeypatch):
 def test_the_command_says_what_it_cannot_do(arguments, words, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     told = CliRunner().invoke(app, ["check", *arguments])
-    assert told.exit_code == 2 and words in told.stderr.replace("\n", " ")
+    assert told.exit_code == 2 and words in told.stderr
+    assert told.stderr.startswith("moekit check: ") and told.stderr.count("\n") == 1
 
 
 def test_checks_are_imported_when_they_run():

@@ -112,6 +112,28 @@ def test_doctor_says_what_is_wrong_first(monkeypatch, capsys, without_rich):
 # --- warmup -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("here", "Interrupted: 2 of 3 kernels are kept; run it again to go on.\n"),
+        (None, "Interrupted: there is no folder to keep kernels in (see moekit doctor).\n"),
+    ],
+)
+def test_warmup_interrupted_says_what_is_kept(monkeypatch, folder, said):
+    from moekit.doctor import choices
+    from moekit.kernels import numba as kernels
+
+    def two(progress):
+        for done in range(3):
+            progress(done, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "warmup", two)
+    monkeypatch.setattr(choices, "cache", lambda: {"folder": folder})
+    result = CliRunner().invoke(app, ["warmup"])
+    assert (result.exit_code, result.stderr) == (130, said) and "ready" not in result.output
+
+
 def test_warmup_compiles_and_counts(monkeypatch):
     from moekit.kernels import numba as kernels
 

@@ -70,16 +70,19 @@ def _run(module: Any, golden: Path | None, device: str, eager: bool) -> Report:
     from moekit.checks import check as run
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Cases", total=None)
+    console = Console(stderr=True)
+    # Piped, a bar would be an empty line.
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
+    task = bar.add_task("Cases", total=None)
 
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
 
-        try:
+    try:
+        with bar:
             return run(module, device, golden, eager, show)
-        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-            _stop(str(error).removeprefix("moekit.check: "))
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        _stop(str(error).removeprefix("moekit.check: "))
 
 
 def _stop(message: str) -> NoReturn:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-_INTERRUPTED = 130  # as shells have it
+from moekit.cli import INTERRUPTED
+
 # Bits per byte by which the default run must beat the bigram model; it exits with status 1 otherwise.
 _CLEAR_WIN = 0.5
 
@@ -62,9 +63,9 @@ def demo(
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         typer.echo("\nmoekit demo: interrupted; nothing was kept", err=True)
-        raise typer.Exit(_INTERRUPTED) from error
+        raise typer.Exit(INTERRUPTED) from error
     if result.interrupted:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     as_shipped = all(option is None for option in (config, steps, data, balance, collapsed))
     if as_shipped and result.complete and result.model_bits > result.bigram_bits - _CLEAR_WIN:
         typer.echo(f"moekit demo: expected to beat the bigram model by {_CLEAR_WIN} bits per byte", err=True)
