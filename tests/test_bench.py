@@ -159,6 +159,58 @@ def test_where_moekit_fails_its_row_says_so(published, monkeypatch, tmp_path):
             assert not record["differences"] and not record["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(1.2e-3, "1.20"), (0.0123456, "12.3"), (0.1, "100"), (1.2345, "1230"), (9.999e-3, "10.0"), (4.5678e-6, "0.00457")],
+)
+def test_times_have_three_digits(seconds, said):
+    assert run.milliseconds(seconds) == said
+
+
+def _bench(tmp_path):
+    options = ["--shape", "16,32,16,8,2", "--device", "cpu", "--what", "ops", "--out", str(tmp_path)]
+    return CliRunner().invoke(app, ["bench", *options], env={"COLUMNS": "120"})
+
+
+@pytest.mark.parametrize("load", [7.5, 0.1])
+def test_work_of_others_is_said_before_the_figures_and_in_the_picture(published, monkeypatch, tmp_path, load):
+    titles = []
+    monkeypatch.setattr(run.system, "cpu", lambda: {"model": "one", "cores": 2, "load": load})
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, text, **_: titles.append(text))
+    result = _bench(tmp_path)
+    assert result.exit_code == 0, result.output
+    warning = "others were at work (load 7.5 on 2 cores): these figures mean little"
+    before_table = result.output.split("median times")[0].splitlines()
+    assert (before_table[-1] == warning, warning in titles[0]) == (load > 1, load > 1)
+    assert result.output.count("others were at work") == (load > 1)
+    assert json.loads((tmp_path / "bench.json").read_text())["warnings"] == [warning] * (load > 1)
+
+
+@pytest.mark.parametrize("after", [3, 0])
+def test_ctrl_c_keeps_what_was_measured(published, monkeypatch, tmp_path, after):
+    record, names = run._record, []
+
+    def interrupted(name, *args):
+        if len(names) == after:
+            raise KeyboardInterrupt
+        names.append(name)
+        return record(name, *args)
+
+    monkeypatch.setattr(run, "_record", interrupted)
+    monkeypatch.setattr(run.system, "cpu", lambda: {"model": "one", "cores": 2, "load": None})
+    result = _bench(tmp_path)
+    assert result.exit_code == 130, result.output
+    if not after:
+        assert result.stderr == "moekit bench: interrupted; nothing was measured, nothing is written\n"
+        assert not list(tmp_path.iterdir())
+        return
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [one["case"] for one in report["records"]] == names == FIGURES[:3] and report["interrupted"]
+    assert report["warnings"] == ["interrupted: 3 of 8 figures"]
+    assert result.output.split("median times")[0].endswith("\ninterrupted: 3 of 8 figures\n")
+    assert (tmp_path / "bench.png").is_file() and "Written: " in result.output
+
+
 def test_waits_are_timed():
     waited = []
     timing.measure([timing.Contender("moekit", lambda: torch.ones(8), wait=lambda: waited.append(1))], 0.0, 1, 1)
@@ -196,7 +248,7 @@ def test_the_command(published, tmp_path):
         "experts": 8,
         "topk": 2,
     }
-    assert set(report) == {"machine", "settings", "records", "notes"}
+    assert set(report) == {"machine", "settings", "records", "notes", "warnings", "interrupted"}
     assert (tmp_path / "a" / "bench.png").read_bytes().startswith(b"\x89PNG")
     lines = result.output.splitlines()
     header = next(line.split() for line in lines if line.startswith("median times"))

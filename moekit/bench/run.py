@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def run(settings: Settings, progress: Callable[[str, int], None] = lambda name, 
         progress: called before each figure, with its name and the number of figures.
 
     Returns:
-        ``machine``, ``settings``, ``records`` (a figure each: seconds by contender), ``notes`` (who did not run, and why).
+        ``machine``, ``settings``, ``records`` (a figure each: seconds by contender), ``notes`` (who did not run, and why),
+        ``warnings`` (why the figures mean little, or are not all) and ``interrupted``: Ctrl-C ends it with what there is.
     """
     torch.manual_seed(0)
     peers, notes = published.load_peers()
@@ -56,22 +58,36 @@ def run(settings: Settings, progress: Callable[[str, int], None] = lambda name, 
     except Exception as error:  # whatever keeps a peer from being imported, it is skipped
         notes.append(f"transformers: skipped, cannot be imported ({type(error).__name__}: {error})")
     device = torch.device(settings.device)
+    about = machine(device)  # now, as its load would be our own later
+    warnings = []
+    if (about["load"] or 0) > about["cores"] / 2:
+        words = f"others were at work (load {about['load']:g} on {about['cores']} cores)"
+        warnings.append(f"{words}: these figures mean little")
     inputs = Inputs(settings.shape, DTYPES[settings.dtype], device)
     records: list[dict[str, Any]] = []
     total = {"ops": _PASSES - 2, "experts": 2, "all": _PASSES}[settings.what]
-    for case in _cases(settings, inputs, peers, notes):
-        if settings.compiled:
-            _add_compiled(case)
-        for backward in (False, True):
-            name = f"{case.name}{_SUFFIX[backward, case.whole_step]}"
-            progress(name, total)
-            records.append(_record(name, case, inputs, settings.seconds / total, backward))
-    about = machine(device)
-    if (about["load"] or 0) > about["cores"] / 2:
-        notes.append(f"others were at work (load {about['load']:g} on {about['cores']} cores): these figures mean little")
+    interrupted = False
+    try:
+        for case in _cases(settings, inputs, peers, notes):
+            if settings.compiled:
+                _add_compiled(case)
+            for backward in (False, True):
+                name = f"{case.name}{_SUFFIX[backward, case.whole_step]}"
+                progress(name, total)
+                records.append(_record(name, case, inputs, settings.seconds / total, backward))
+    except KeyboardInterrupt:  # between figures or in one: that one is not whole
+        interrupted = True
+        warnings.append(f"interrupted: {len(records)} of {total} figures")
     failed = {who: f"{r['case']}: {who} skipped, {why}" for r in records[::-1] for who, why in r["failed"].items()}
     settings_ = {**asdict(settings), "shape": asdict(settings.shape)}
-    return {"machine": about, "settings": settings_, "records": records, "notes": [*notes, *failed.values()]}
+    found = {"records": records, "notes": [*notes, *failed.values()], "warnings": warnings, "interrupted": interrupted}
+    return {"machine": about, "settings": settings_, **found}
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, without an exponent."""
+    rounded = float(f"{seconds * 1e3:.3g}")
+    return f"{rounded:.{max(2 - math.floor(math.log10(rounded)), 0) if rounded > 0 else 0}f}"
 
 
 _SUFFIX = {(False, False): "", (False, True): "", (True, False): ", backward", (True, True): ", both ways"}
@@ -176,7 +192,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axis = figure.subplots()
     for (who, points), marker in zip(marks.items(), itertools.cycle("osD^v<>P"), strict=False):
         axis.scatter(*zip(*points, strict=True), label=who, marker=marker, s=30)
-    labels = [f"{record['case']}: {1e3 * record['seconds']['moekit']['median']:.3g} ms" for record in rows]
+    labels = [f"{record['case']}: {milliseconds(record['seconds']['moekit']['median'])} ms" for record in rows]
     axis.set_yticks(range(len(rows)), labels)
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=1, label="moekit")
@@ -185,6 +201,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("time over moekit's (right of the line: slower than moekit)")
     settings = report["settings"]
-    axis.set_title(f"{Shape(**settings['shape'])}, {settings['dtype']} on {settings['device']}", fontsize=10)
+    title = f"{Shape(**settings['shape'])}, {settings['dtype']} on {settings['device']}"
+    axis.set_title("\n".join([title, *report["warnings"]]), fontsize=10)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

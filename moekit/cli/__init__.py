@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-INTERRUPTED = 130
-"""Status after Ctrl-C, as shells have it."""
-
 
 def main() -> None:
     """Entry point of the console script."""

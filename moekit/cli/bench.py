@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moekit.cli._status import INTERRUPTED
+
 _FILES = ("bench.json", "bench.png")
 _TOKENS = {True: 512, False: 16384}  # on a CPU or not
 
@@ -53,12 +55,17 @@ def bench(
     layer = _layer(config, shape, tokens, device)
     _check_out(out)
     report = _measured(Settings(layer, dtype, device, what, seconds, compiled, keep_pages))
+    if report["interrupted"] and not report["records"]:
+        typer.echo("moekit bench: interrupted; nothing was measured, nothing is written", err=True)
+        raise typer.Exit(INTERRUPTED)
     console = Console(highlight=False)
     _print(report, console)
     numbers, picture = (out / name for name in _FILES)
     numbers.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     plot(report, picture)
     console.print(f"N.NNx: so many times moekit's time. Written: {numbers}, {picture}", markup=False)
+    if report["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
     if any("moekit" in record["failed"] for record in report["records"]):
         raise typer.Exit(1)
 
@@ -67,8 +74,8 @@ def _measured(settings: Any) -> dict[str, Any]:
     """Run with a bar on stderr."""
     from moekit.bench.run import run
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns, console = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()), Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         task = bar.add_task("Drawing inputs", total=None)
 
         def progress(name: str, total: int) -> None:
@@ -152,11 +159,14 @@ def _layer(config: str | None, shape: str | None, tokens: int | None, device: st
 def _print(report: dict[str, Any], console: Console) -> None:
     """A row for each figure: moekit's milliseconds, and how many times that the others take."""
     from moekit.bench.cases import Shape
+    from moekit.bench.run import milliseconds
 
     settings, machine = report["settings"], report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["gpu"] or f"{machine['model']}, {machine['cores']} cores, {machine['threads']} threads"
     console.print(f"{Shape(**settings['shape'])}, {settings['dtype']}, on {where}; {versions}", markup=False)
+    for warning in report["warnings"]:
+        console.print(warning, markup=False, style="yellow")
     records = report["records"]
     others = list(dict.fromkeys(who for record in records for who in record["seconds"] if who != "moekit"))
     others.sort(key="copy_".__eq__)  # a yardstick, and no contender: last
@@ -169,7 +179,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         took = {who: times["median"] for who, times in record["seconds"].items()}
         ours = took.get("moekit")
         ratios = [f"{took[who] / ours:.2f}x" if ours and who in took else "-" for who in others]
-        table.add_row(record["case"], f"{ours * 1e3:.3g}" if ours else "failed", *ratios)
+        table.add_row(record["case"], milliseconds(ours) if ours else "failed", *ratios)
     console.print(table)
     for note in report["notes"]:
         console.print(note, markup=False, style="dim")

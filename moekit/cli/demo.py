@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moekit.cli import INTERRUPTED
+from moekit.cli._status import INTERRUPTED
 
 # Bits per byte by which the default run must beat the bigram model; it exits with status 1 otherwise.
 _CLEAR_WIN = 0.5

@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from moekit.cli import INTERRUPTED
+from moekit.cli._status import INTERRUPTED
 
 
 def warmup() -> None:
