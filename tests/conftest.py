@@ -6,6 +6,12 @@ import gc
 import os
 
 import pytest
+
+# Of tests and of the processes that they start: threads that wait give their core to others at once, and NumPy's products,
+# which are small, take no second thread. Both libraries look once, when they are loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 import moekit
