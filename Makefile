@@ -30,8 +30,9 @@ demo: .venv/ready-demo
 	$(BIN)/moekit demo $(ARGS)
 
 # By file, because a file's tests share the kernels that they compile; one more than two cores, as tests of ranks also wait.
+# Modules are compiled once, whatever the environment says, not again by each of the hundred processes that tests start.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

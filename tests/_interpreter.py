@@ -96,6 +96,13 @@ def _patch_types() -> None:
             found[type.name] = numpys(type)
         return found[type.name]
 
+    unwrap, plain = core._unwrap_if_constexpr, {core.tensor, core.dtype, int, float, bool, str, type(None)}
+
+    def unwrapped(o):
+        kind = type(o)
+        return o if kind in plain else o.value if kind is core.constexpr else unwrap(o)
+
+    core._unwrap_if_constexpr = unwrapped
     core.block_type.__new__ = block
     core.block_type.__init__ = lambda self, element_ty, shape: None
     core.dtype.sizes = ()
@@ -105,26 +112,74 @@ def _patch_types() -> None:
 
 
 def _patch_operands() -> None:
-    """Most operands have one type and shape, and are used as they are, without the general case's comparisons.
+    """Most operands have one type, or one is a number, and are used as they are, without the general case's conversions.
 
-    Integers are computed in int64 once more, to look for an overflow that debug mode alone would report: no longer.
+    Those of another shape get the type of the common one and keep their data: what NumPy then computes has that shape.
+    Numbers are made once. Integers were computed in int64 once more, to look for an overflow that debug mode alone would
+    report: no longer.
     """
     from triton.language import core
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     convert, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    numbers, shapes, types = {}, {}, {}
+    kept = {"int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32"}  # if divided, too
+    ranges = {"int32": range(-(2**31), 2**31), "int64": range(-(2**63), 2**63)}
 
-    def converted(self, lhs, rhs, *rest, **named):
-        alike = isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and lhs.type is rhs.type
-        if alike and lhs.dtype.name in ("int32", "int64", "fp32"):  # others become another type when divided
+    def number(self, value, dtype):
+        if type(value) is float and value == 0:  # of either sign
+            return self.scalar_constant(value, dtype)
+        key = value, dtype.name
+        if key not in numbers:
+            numbers[key] = self.scalar_constant(value, dtype)
+        return numbers[key]
+
+    def keeps(x, value):
+        kind, name = type(value), x.dtype.name
+        return (kind is int or kind is float) if name == "fp32" else kind is int and value in ranges.get(name, ())
+
+    def common(ours, theirs):
+        key = ours, theirs
+        if key not in shapes:
+            shapes[key] = np.broadcast_shapes(ours, theirs)
+        return shapes[key]
+
+    def block(dtype, sizes):
+        key = dtype.name, sizes
+        if key not in types:
+            types[key] = core.block_type(dtype, list(sizes))
+        return types[key]
+
+    def of_size(self, x, sizes):
+        return x if x.type.sizes == sizes else self.tensor(x.handle, block(x.dtype, sizes))
+
+    def converted(self, lhs, rhs, allow_lhs_ptr=False, *rest, **named):
+        if not isinstance(rhs, core.tensor):
+            if not isinstance(lhs, core.tensor) or not keeps(lhs, rhs):
+                return convert(self, lhs, rhs, allow_lhs_ptr, *rest, **named)
+            rhs = number(self, rhs, lhs.dtype)
+        elif not isinstance(lhs, core.tensor):
+            if not keeps(rhs, lhs):
+                return convert(self, lhs, rhs, allow_lhs_ptr, *rest, **named)
+            lhs = number(self, lhs, rhs.dtype)
+        else:
+            left, right = lhs.dtype, rhs.dtype
+            same = left.name == right.name and left.name in kept
+            if not (same or (allow_lhs_ptr and right.name in ranges and isinstance(left, core.pointer_type))):
+                return convert(self, lhs, rhs, allow_lhs_ptr, *rest, **named)
+        ours, theirs = lhs.type.sizes, rhs.type.sizes
+        if ours == theirs:
             return lhs, rhs
-        return convert(self, lhs, rhs, *rest, **named)
+        if ours and theirs and len(ours) != len(theirs):
+            return broadcast(self, lhs, rhs)
+        sizes = common(ours, theirs)
+        return of_size(self, lhs, sizes), of_size(self, rhs, sizes)
 
     def spread(self, x, sizes):
         if x.type.sizes == sizes:
             return x
-        type = core.block_type(x.dtype, list(sizes))
+        type = block(x.dtype, sizes)
         builder = self.builder
         alone = not x.type.sizes
         handle = builder.create_splat(type, x.handle) if alone else builder.create_broadcast(x.handle, sizes)
@@ -132,9 +187,11 @@ def _patch_operands() -> None:
 
     def broadcasted(self, lhs, rhs):
         ours, theirs = lhs.type.sizes, rhs.type.sizes
+        if ours == theirs:
+            return lhs, rhs
         if ours and theirs and len(ours) != len(theirs):
             return broadcast(self, lhs, rhs)
-        sizes = ours if ours == theirs else np.broadcast_shapes(ours, theirs)
+        sizes = common(ours, theirs)
         return spread(self, lhs, sizes), spread(self, rhs, sizes)
 
     TritonSemantic.binary_op_type_checking_impl = converted
@@ -143,20 +200,12 @@ def _patch_operands() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
-def _patch_xor() -> None:
-    """Sorting is sums by exclusive or, which Triton knows element by element only, unlike plain sums: here all at once."""
+def _patch_sort() -> None:
+    """Triton sorts by a network of exchanges, each of a dozen operations; NumPy at once, to the same integers."""
     import triton.language as tl
-    from triton.runtime.interpreter import ReduceOps
+    from triton.runtime.interpreter import TensorHandle
 
-    apply = ReduceOps.apply_impl
-
-    def apply_impl(self, input):
-        if self.combine_fn is not tl.standard._xor_combine:
-            return apply(self, input)
-        data = input[0].handle.data
-        return self.to_tensor(np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims), input[0].dtype)
-
-    ReduceOps.apply_impl = apply_impl
+    tl.sort = lambda x: tl.tensor(TensorHandle(np.sort(x.handle.data), x.dtype), x.type)
 
 
 def _patch_conversions() -> None:
@@ -202,5 +251,5 @@ if INTERPRETED:
     _patch_types()
     _patch_operands()
     _patch_dot()
-    _patch_xor()
+    _patch_sort()
     _patch_conversions()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 # The server that the processes are forked from has these loaded, so that a process starts in a moment.
 _context = multiprocessing.get_context("forkserver")
-_preloaded = ["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn"]
+_preloaded = ["torch", "torch.distributed.tensor", "moekit.ep", "moekit.nn", "moekit.kernels.numba", "numba.np.arrayobj"]
 _context.set_forkserver_preload(_preloaded)
 
 

@@ -27,7 +27,7 @@ if _register._expert_parallel() is None:
     pytest.skip("Transformers before 5.24 has no registry of expert parallelism", allow_module_level=True)
 preload("transformers.modeling_utils", "transformers.distributed", "moekit.hf")
 
-STEPS, FEW = 20, 3
+STEPS, FEW = 8, 3
 BATCH, LENGTH = 4, 5
 
 # What is the same with one process: layouts by the number of ranks.

@@ -13,16 +13,14 @@ from _interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
 
-# Those of the operators that have kernels; a process a line, because each starts torch and Triton anew.
+# Those of the operators that have kernels: in one process, because each starts torch and Triton anew.
 SUITES = (
-    "glu glu_operators moe_utils_activations",
-    "rows rows_autograd sort_chunks",
-    "tables routing topk scores",
-    "moe_utils_permute moe_utils_permute_autograd experts experts_inputs experts_invariant opcheck",
+    *("glu", "glu_operators", "moe_utils_activations", "rows", "rows_autograd", "sort_chunks", "tables", "routing"),
+    *("topk", "scores", "moe_utils_permute", "moe_utils_permute_autograd", "experts", "experts_inputs"),
+    *("experts_invariant", "opcheck"),
 )
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels run in this process")
-@pytest.mark.parametrize("suite", SUITES)
-def test_the_suite_passes_in_the_interpreter(suite):
-    run_interpreted(*(Path(__file__).with_name(f"test_{name}.py") for name in suite.split()))
+def test_the_suites_pass_in_the_interpreter():
+    run_interpreted(*(Path(__file__).with_name(f"test_{name}.py") for name in SUITES))
