@@ -241,9 +241,12 @@ def _all_gathered() -> Iterator[Case]:
 
 def _all_outer() -> Iterator[Case]:
     for (name, dtype), (height, width) in itertools.product(_DTYPES.items(), ((2 * _I, _H), (_H, _I))):
-        if name != "fp32":
-            args = (_meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), _integers(_E))
-            yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", args, name == "bf16", aligned=False)
+        if name == "fp32":
+            continue
+        left, right, shown = _meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), name == "bf16"
+        yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", (left, right, _integers(_E)), shown, False)
+        args = (_meta(_T, height, dtype=dtype), right, _integers(_E), _integers(_R), "left")
+        yield Case(f"gathered_outer {name} {height}x{width}", "gathered_outer", args, False, False)
 
 
 def _all_decoding() -> Iterator[Case]:
