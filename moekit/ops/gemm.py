@@ -137,14 +137,16 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
 
 def _gathered_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Tensor) -> Tensor | None:
     """That product where a kernel fetches the rows of one side as they are found."""
-    if isinstance(left, Gathered) == isinstance(right, Gathered):
+    if isinstance(left, Gathered) and isinstance(right, Tensor):
+        tokens, other, index, side = left.tokens, right, left.index, "left"
+    elif isinstance(right, Gathered) and isinstance(left, Tensor):
+        tokens, other, index, side = right.tokens, left, right.index, "right"
+    else:
         return None
-    gathered, side = (left, "left") if isinstance(left, Gathered) else (right, "right")
-    kernel = _backend.kernel("gathered_outer", gathered.tokens)
+    kernel = _backend.kernel("gathered_outer", tokens)
     if kernel is None:
         return None
-    tensors = [x.tokens if isinstance(x, Gathered) else x for x in (left, right)]
-    product = kernel(*tensors, offsets, gathered.index, side)
+    product = kernel(tokens, other, offsets, index, side) if side == "left" else kernel(other, tokens, offsets, index, side)
     return None if product is NotImplemented else product
 
 

@@ -155,7 +155,7 @@ def through_gate(
     gate, up, weights, bias, expert, row, column, end, inner, stride_bias, c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What comes through the gate of an expert's rows ``row`` up to ``end``, columns ``column`` of gate and up as rounded."""
+    """What comes through the gate of an expert's rows ``row`` up to ``end``, columns ``column``; gate and up are rounded."""
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     gate_bias, up_bias = 0.0, 0.0
     if bias is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Blocks(NamedTuple):
@@ -54,10 +55,12 @@ _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has be
 _SHORT = 768  # numbers to a sum, so few that a tile is written for as long as it is computed
 _MANY = 2048  # rows an expert up to which sums over them were measured
 _TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, leaving=64)  # programs a multiprocessor: one computes while one writes
-_SPECIALISED = "9"  # whose warps can have parts: see moekit.kernels.triton.hopper
+# Whose warps can have parts: see moekit.kernels.triton.hopper. Gluon changes with every release of Triton, and one that
+# these kernels were not compiled with takes the others.
+_SPECIALISED = "9" if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]) else ""
 APART = Blocks(128, 256, 64, 4, 4, 1, leaving=64, fetchers=1)
 APART_GATHERED = APART._replace(fetchers=4)
-_SHALLOW_SUM = 1536  # numbers to a sum up to which one group of warps has much to write while the other multiplies
+_SHALLOW_SUM = 2048  # numbers to a sum up to which one group of warps has much to write while the other multiplies
 _NARROW = 768  # columns of the other factor, beyond which rows are brought together sooner than fetched so often
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
@@ -88,9 +91,7 @@ _MEASURED = {
 }
 
 
-def described(
-    shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False, leaves: bool = True
-) -> Blocks | None:
+def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False, leaves: bool = True) -> Blocks | None:
     """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower.
 
     ``leaves`` says whether the copy engine can write the result as well.

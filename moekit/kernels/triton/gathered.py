@@ -75,9 +75,9 @@ def _gathered_kernel(
     offsets, tokens, index, matrices, weights, bias, out, act,
     num_rows, num_tokens, num_experts, depth, width, column_blocks, stride_tokens, stride_out, stride_act, stride_bias,
     c1, c3, linear_offset, clamp,
-    BACK: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr, FLAT: tl.constexpr,
+    BACK: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr,
+    FAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]``; with ACT of pairs of gate and up."""
     slot = tl.arange(0, BLOCK_E)
@@ -184,7 +184,7 @@ def _launch_product(
 def gathered_rows(tokens: Tensor, index: Tensor, matrices: Tensor, offsets: Tensor) -> Any:
     """``tokens[index]``, expert by expert, by ``matrices [E, K, N]``: see :func:`moekit.ops.gemm.grouped_rows`."""
     shape = Shape(index.shape[0], *matrices.shape)
-    leaves = leaves_ragged(len(index), tokens.dtype, shape.width)
+    leaves = leaves_ragged(len(index), tokens.dtype, shape.width, shape.depth)
     cut = _policy.gathered(shape, tokens.dtype, _launch.arch(tokens.device).name, leaves=leaves)
     if cut is None or not _fits(tokens, index, matrices, offsets) or not describable(tokens, matrices):
         return NotImplemented
@@ -217,7 +217,7 @@ def gathered_glu(
     shape = Shape(index.shape[0], *matrices.shape)
     gate = act if act == "gelu" else "plain" if bias is None and clamp is None else "full"
     cut_for, inner = shape.of_any_rows() if invariant else shape, shape.width if layout == "ungated" else shape.width // 2
-    leaves = leaves_ragged(len(index), tokens.dtype, shape.width, inner)
+    leaves = leaves_ragged(len(index), tokens.dtype, shape.width, inner, shape.depth)
     cut = _policy.gathered(cut_for, tokens.dtype, _launch.arch(tokens.device).name, gate=gate, leaves=leaves)
     if cut is None or not _fits(tokens, index, matrices, offsets) or not describable(tokens, matrices):
         return NotImplemented

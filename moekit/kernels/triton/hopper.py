@@ -104,7 +104,7 @@ def _pieces(begin, end, slot, num_experts, column_blocks, BLOCK_M: gl.constexpr)
 
 @gluon.jit
 def _place_of(piece, begin, end, both, through, slot, column_blocks, BLOCK_M: gl.constexpr, GROUP: gl.constexpr):
-    """Of a piece: its expert in the slice, its first row, the end of the expert's rows, and the columns' first and last block.
+    """Of a piece: its expert in the slice, its first row, the end of the expert's rows, first block of columns and the end.
 
     Pieces go expert by expert, and within one by groups of GROUP blocks of rows, so that neighbours in time share operands.
     """
@@ -126,15 +126,19 @@ def _place_of(piece, begin, end, both, through, slot, column_blocks, BLOCK_M: gl
 @gluon.jit
 def _fetch_rows(
     offsets, rows, index, matrices, a, b, full, free, num_rows, num_tokens, first, num_experts, depth, column_blocks,
-    stride_tokens, BACK: gl.constexpr, PAIRED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    copies_apart, BACK: gl.constexpr, PAIRED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warps that fetch, for each tile and step, rows (those that ``index`` names, if there is one) and a matrix."""
+    """The warps that fetch, for each tile and step, rows (those that ``index`` names, if there is one) and a matrix.
+
+    Tokens are ``copies_apart`` copies of 8 elements apart: the compiler would not know that 8 divides a stride in elements.
+    """
     slot = experts(BLOCK_E, gl.num_warps())  # which leaves registers to the others
     begins, ends = rows_of_experts(offsets, first, num_experts, num_rows, slot)
     both, through = _pieces(begins, ends, slot, num_experts, column_blocks, BLOCK_M)
     each: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, each))
+    of_copy = k // 8 * 8  # one copy is in or out as a whole: rows are whole ones
     turn = 0
     for piece in range(gl.program_id(0), gl.max(through, 0), gl.num_programs(0)):
         expert, top, end, block, stop = _place_of(piece, begins, ends, both, through, slot, column_blocks, BLOCK_M, GROUP)
@@ -142,7 +146,7 @@ def _fetch_rows(
             row = top + gl.arange(0, BLOCK_M, gl.SliceLayout(1, each))
             token = gl.load(index + row, mask=row < end, other=-1)
             known = (token >= 0) & (token < num_tokens)
-            address = rows + gl.where(known, token, 0).to(gl.int64)[:, None] * stride_tokens + k[None, :]
+            address = rows + gl.where(known, token, 0).to(gl.int64)[:, None] * (copies_apart * 8) + k[None, :]
         for column in range(block * BLOCK_N, stop * BLOCK_N, BLOCK_N):
             for start in range(0, depth, BLOCK_K):
                 stage = turn % STAGES
@@ -153,7 +157,7 @@ def _fetch_rows(
                     fetch(rows, [top, start], ready, a.index(stage))
                 else:
                     mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2)
-                    fetch_each(a.index(stage), address + start, known[:, None] & (start + k < depth)[None, :])
+                    fetch_each(a.index(stage), address + start, known[:, None] & (start + of_copy < depth)[None, :])
                     async_copy.mbarrier_arrive(ready, increment_count=False)
                 if PAIRED:
                     fetch(matrices, [expert, 0, column // 2, start], ready, b.index(stage))
@@ -168,9 +172,9 @@ def _fetch_rows(
 def _multiply_rows(
     offsets, weights, bias, out, out_up, act, a, b, full, free, staging, num_rows, first, num_experts, depth, inner,
     column_blocks, stride_bias, c1, c3, linear_offset, clamp,
-    WHICH: gl.constexpr, FENCED: gl.constexpr, BACK: gl.constexpr, PAIRED: gl.constexpr, ACT: gl.constexpr, LAYOUT: gl.constexpr,
-    CLAMP: gl.constexpr, FAST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, FENCED: gl.constexpr, BACK: gl.constexpr, PAIRED: gl.constexpr, ACT: gl.constexpr,
+    LAYOUT: gl.constexpr, CLAMP: gl.constexpr, FAST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One group of warps that multiply: its half of every tile's rows, which may have none that are the expert's."""
     OWN: gl.constexpr = BLOCK_M // GROUPS
@@ -212,8 +216,8 @@ def _multiply_rows(
                         staging, stride_bias, c1, c3, linear_offset, clamp, 0, ACT, LAYOUT, CLAMP, FAST,
                     )  # fmt: skip
                     _gate(
-                        tiles[3], tiles[4], tiles[5], weights, bias, out, out_up, act, expert, row, block * 2 + 1, end, inner,
-                        staging, stride_bias, c1, c3, linear_offset, clamp, WRITTEN, ACT, LAYOUT, CLAMP, FAST,
+                        tiles[3], tiles[4], tiles[5], weights, bias, out, out_up, act, expert, row, block * 2 + 1, end,
+                        inner, staging, stride_bias, c1, c3, linear_offset, clamp, WRITTEN, ACT, LAYOUT, CLAMP, FAST,
                     )  # fmt: skip
             else:
                 for _start in range(0, depth, BLOCK_K):
@@ -245,8 +249,8 @@ def write(out, tile, place, column, staging, AT: gl.constexpr):
 
 @gluon.jit
 def _rounded(tile, DTYPE: gl.constexpr):
-    """A tile in 16 bits, two numbers in one instruction; one by one, as they are used one by one, takes eight times as long."""
-    if DTYPE == gl.bfloat16:
+    """A tile in 16 bits, two numbers in one instruction: one by one, as they are used later, it would take longer."""
+    if DTYPE == gl.bfloat16:  # noqa: SIM300
         rounded = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [tile], gl.bfloat16, True, 2)
     else:
         rounded = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [tile], gl.float16, True, 2)
@@ -266,7 +270,14 @@ def _gates_and_ups(tile, LAYOUT: gl.constexpr, PAIRED: gl.constexpr):
         first_gate, then_gate = halves_of(left)
         first_up, then_up = halves_of(right)
         if LAYOUT == "interleaved":
-            tiles = first_gate, first_up, _alternating(first_gate, first_up), then_gate, then_up, _alternating(then_gate, then_up)
+            tiles = (
+                first_gate,
+                first_up,
+                _alternating(first_gate, first_up),
+                then_gate,
+                then_up,
+                _alternating(then_gate, then_up),
+            )
         else:
             tiles = first_gate, first_up, first_gate, then_gate, then_up, then_gate
     else:
@@ -285,7 +296,8 @@ def _alternating(gate, up):
 @gluon.jit
 def _gate(
     gate, up, both, weights, bias, out, out_up, act, expert, row, block, end, inner, staging, stride_bias,
-    c1, c3, linear_offset, clamp, AT: gl.constexpr, ACT: gl.constexpr, LAYOUT: gl.constexpr, CLAMP: gl.constexpr, FAST: gl.constexpr,
+    c1, c3, linear_offset, clamp,
+    AT: gl.constexpr, ACT: gl.constexpr, LAYOUT: gl.constexpr, CLAMP: gl.constexpr, FAST: gl.constexpr,
 ):  # fmt: skip
     """Write a block of gates and ups, rounded already, as they are and through the gate; the first part from buffer AT."""
     COLUMNS: gl.constexpr = gate.shape[1]
@@ -339,11 +351,11 @@ def _through(
 @gluon.jit(do_not_specialize=["num_rows", "num_tokens", "first", "num_experts"])
 def _rows_kernel(
     offsets, rows, index, matrices, weights, bias, out, out_up, act,
-    num_rows, num_tokens, first, num_experts, depth, inner, column_blocks, stride_tokens, stride_bias,
+    num_rows, num_tokens, first, num_experts, depth, inner, column_blocks, copies_apart, stride_bias,
     c1, c3, linear_offset, clamp,
-    BACK: gl.constexpr, PAIRED: gl.constexpr, ACT: gl.constexpr, LAYOUT: gl.constexpr, CLAMP: gl.constexpr, FAST: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, FETCHERS: gl.constexpr, REGISTERS: gl.constexpr,
+    BACK: gl.constexpr, PAIRED: gl.constexpr, ACT: gl.constexpr, LAYOUT: gl.constexpr, CLAMP: gl.constexpr,
+    FAST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FETCHERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]``; with ACT of pairs of gate and up."""
     INDEXED: gl.constexpr = index is not None
@@ -351,9 +363,9 @@ def _rows_kernel(
     a = gl.allocate_shared_memory(
         leaving.dtype, [STAGES, BLOCK_M, BLOCK_K], gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], leaving.dtype)
     )
-    b = gl.allocate_shared_memory(leaving.dtype, [STAGES] + matrices.block_type.shape, matrices.layout)
-    own = gl.allocate_shared_memory(leaving.dtype, [2] + leaving.block_type.shape, leaving.layout)
-    others = gl.allocate_shared_memory(leaving.dtype, [2] + leaving.block_type.shape, leaving.layout)
+    b = gl.allocate_shared_memory(leaving.dtype, [STAGES] + matrices.block_type.shape, matrices.layout)  # noqa: RUF005
+    own = gl.allocate_shared_memory(leaving.dtype, [2] + leaving.block_type.shape, leaving.layout)  # noqa: RUF005
+    others = gl.allocate_shared_memory(leaving.dtype, [2] + leaving.block_type.shape, leaving.layout)  # noqa: RUF005
     full, free = ring(STAGES, 1 + 32 * FETCHERS if INDEXED else 1)
     ONE: gl.constexpr = 0
     OTHER: gl.constexpr = 1
@@ -371,7 +383,7 @@ def _rows_kernel(
             )),
             (_fetch_rows, (
                 offsets, rows, index, matrices, a, b, full, free, num_rows, num_tokens, first, num_experts, depth,
-                column_blocks, stride_tokens, BACK, PAIRED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP, STAGES,
+                column_blocks, copies_apart, BACK, PAIRED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP, STAGES,
             )),
         ],
         [4, FETCHERS],
@@ -434,6 +446,6 @@ def launch_rows(
         offsets, rows, index, matrices, weights, bias, *leaving,
         shape.num_rows, 0 if tokens is None else len(tokens), first, shape.num_experts, shape.depth,
         shape.width if constants["LAYOUT"] == "ungated" else shape.width // 2, _launch.blocks(shape.width, cut.columns),
-        0 if tokens is None else tokens.stride(0), 0 if bias is None else bias.stride(0), *numbers,
+        0 if tokens is None else tokens.stride(0) // 8, 0 if bias is None else bias.stride(0), *numbers,
         **constants, **shares(cut, shape.num_experts), config=cut,
     )  # fmt: skip

@@ -37,9 +37,10 @@ from moekit.kernels.triton.hopper import (
 )
 
 
-
 @gluon.jit
-def _place_of(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
+def _place_of(
+    tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr
+):
     """Of a tile: its expert, the expert's rows, and its first row and column in the expert's matrix."""
     expert = tile // (blocks_m * blocks_n)
     begin = gl.sum(gl.where(slot == expert, begins, 0), 0)
@@ -53,7 +54,8 @@ def _place_of(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M: gl.constexp
 
 @gluon.jit
 def _fetch_both(
-    offsets, left, right, index, a, b, full, free, num_rows, num_experts, num_tokens, width, stride_tokens, blocks_m, blocks_n,
+    offsets, left, right, index, a, b, full, free, num_rows, num_experts, num_tokens, width, copies_apart,
+    blocks_m, blocks_n,
     INDEXED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -67,8 +69,9 @@ def _fetch_both(
     for tile in range(gl.program_id(0), num_experts * blocks_m * blocks_n, gl.num_programs(0)):
         _expert, begin, end, m, n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
         if INDEXED != "none":
-            column = (m if INDEXED == "left" else n) + gl.arange(0, COLUMNS, gl.SliceLayout(0, each))
-            inside = (column < width)[None, :]
+            across = gl.arange(0, COLUMNS, gl.SliceLayout(0, each))
+            column = (m if INDEXED == "left" else n) + across
+            inside = ((m if INDEXED == "left" else n) + across // 8 * 8 < width)[None, :]  # one copy is in or out as a whole
             token = gl.load(index + begin + step, mask=begin + step < end, other=-1)
         for row in range(begin, end, BLOCK_K):
             around, until, at = rows_at(row, end)
@@ -81,7 +84,7 @@ def _fetch_both(
                 mbarrier.expect(ready, (BLOCK_N if INDEXED == "left" else BLOCK_M) * BLOCK_K * 2)
                 known = (token >= 0) & (token < num_tokens)
                 tokens = left if INDEXED == "left" else right
-                place = tokens + gl.where(known, token, 0).to(gl.int64)[:, None] * stride_tokens + column[None, :]
+                place = tokens + gl.where(known, token, 0).to(gl.int64)[:, None] * (copies_apart * 8) + column[None, :]
                 buffer = (a if INDEXED == "left" else b).index(stage).reshape((BLOCK_K, COLUMNS))
                 fetch_each(buffer, place, known[:, None] & inside)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
@@ -132,7 +135,7 @@ def _multiply_both(
 
 @gluon.jit(do_not_specialize=["num_rows", "num_experts", "num_tokens"])
 def _outer_kernel(
-    offsets, left, right, index, out, num_rows, num_experts, num_tokens, height, width, stride_tokens, blocks_m, blocks_n,
+    offsets, left, right, index, out, num_rows, num_experts, num_tokens, height, width, copies_apart, blocks_m, blocks_n,
     INDEXED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_E: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, FETCHERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -144,8 +147,8 @@ def _outer_kernel(
     in_columns: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, BLOCK_K, BLOCK_N], out.dtype)
     a = gl.allocate_shared_memory(out.dtype, [STAGES, 1, 1, BLOCK_K, BLOCK_M], in_rows)
     b = gl.allocate_shared_memory(out.dtype, [STAGES, 1, 1, BLOCK_K, BLOCK_N], in_columns)
-    own = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)
-    others = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)
+    own = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)  # noqa: RUF005
+    others = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)  # noqa: RUF005
     FENCED: gl.constexpr = INDEXED != "none"
     full, free = ring(STAGES, 1 + 32 * FETCHERS if FENCED else 1)
     ONE: gl.constexpr = 0
@@ -161,12 +164,13 @@ def _outer_kernel(
                 OTHER, FENCED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP, STAGES,
             )),
             (_fetch_both, (
-                offsets, left, right, index, a, b, full, free, num_rows, num_experts, num_tokens, width, stride_tokens,
+                offsets, left, right, index, a, b, full, free, num_rows, num_experts, num_tokens, width, copies_apart,
                 blocks_m, blocks_n, INDEXED, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP, STAGES,
             )),
         ],
         [4, FETCHERS],
-        )  # fmt: skip
+        REGISTERS,
+    )  # fmt: skip
 
 
 def launch_outer(
@@ -190,6 +194,6 @@ def launch_outer(
         right if side == "right" else ragged(right, [cut.depth, cut.columns], described), index,
         described(out, (1, *out.shape), (out.numel(), *out.stride()), box), shape.num_rows, shape.num_experts,
         0 if tokens is None else len(tokens), shape.depth, 0 if tokens is None else tokens.shape[1],
-        0 if tokens is None else tokens.stride(0), blocks_m, blocks_n,
+        0 if tokens is None else tokens.stride(0) // 8, blocks_m, blocks_n,
         INDEXED=side, **shares(cut, shape.num_experts), config=cut,
     )  # fmt: skip
