@@ -111,7 +111,7 @@ def test_fused_products_and_additions_are_in_the_code(cases, monkeypatch):
         KERNELS["glu_backward"](*cases["glu backward concatenated bf16 silu, I=768"].args)
     for fused in (True, False):
         options = launches[0].options | {"enable_fp_fusion": fused}
-        source = offline.ASTSource(launches[0].kernel, *offline._specialise(launches[0]))
+        source = offline.source_of(launches[0])
         compiled = offline.triton.compile(source, target=offline.TARGETS[ARCH], options=options)
         assert ("fma.rn.f32" in compiled.asm["ptx"]) == fused
     assert launches[0].options["enable_fp_fusion"]

@@ -42,8 +42,9 @@ def small_tiles(monkeypatch):
     for module in (gathered, gemm, outer):
         monkeypatch.setattr(module, "processors", lambda device: 2, raising=False)
     cut = Blocks(16, 32, 16, 4, 2, 1, flat=True)
-    for name in ("outer", "gathered", "described"):
+    for name in ("gathered", "described"):
         monkeypatch.setattr(_policy, name, lambda *_, **__: cut)
+    monkeypatch.setattr(_policy, "outer", lambda *_, gathered="none": cut if gathered == "none" else None)
 
 
 def factors(dtype, height, width):
@@ -119,8 +120,14 @@ def test_the_experts_as_on_a_gpu(transposed, monkeypatch):
         out = moekit.experts(given["x"], (indices.to(device), weights), *list(given.values())[1:], transposed=transposed)
         return torch.autograd.grad(out, [*given.values(), weights], torch.ones_like(out))
 
-    outer_kernel, calls = KERNELS["grouped_outer"], []
-    monkeypatch.setitem(KERNELS, "grouped_outer", lambda *args: calls.append(args) or outer_kernel(*args))
+    calls = []
+    for name in ("grouped_outer", "gathered_outer"):
+
+        def noted(*args, kernel=KERNELS[name]):
+            result = kernel(*args)
+            return result if result is NotImplemented else calls.append(args) or result
+
+        monkeypatch.setitem(KERNELS, name, noted)
     found = gradients(torch.bfloat16, DEVICE)
     assert len(calls) == 2
     monkeypatch.undo()
@@ -133,7 +140,7 @@ def test_the_experts_as_on_a_gpu(transposed, monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="the fixture cuts there")
 def test_how_they_are_cut():
     qwen = Shape(131072, 128, 1536, 2048)
-    assert _policy.outer(qwen, torch.bfloat16, "9")[:3] == (128, 256, 64)
+    assert _policy.outer(qwen, torch.bfloat16, "10")[:5] == (128, 256, 64, 8, 3)
     for shape, dtype, arch in (
         (qwen, torch.float32, "9"),
         (qwen, torch.bfloat16, "8"),

@@ -18,10 +18,11 @@ from moekit.ops.unpack import Stored
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 QWEN = Shape(131072, 128, 2048, 1536)
 CUTS = {
-    "many rows": ((QWEN, "9", False), (128, 256, 3, True)),
+    "many rows": ((QWEN._replace(depth=2880), "9", False), (128, 256, 3, True)),
     "many rows, sm_100": ((QWEN, "10", False), (128, 256, 3, True)),
     "many rows, updated": ((QWEN, "9", True), (128, 256, 4, False)),
-    "many rows, short sums": ((QWEN._replace(depth=768), "9", False), (128, 128, 3, True)),
+    "many rows, short sums": ((QWEN._replace(depth=768), "10", False), (128, 128, 3, True)),
+    "many rows, short sums, warps with parts": ((QWEN._replace(depth=1536), "9", False), (128, 256, 4, False)),
     "many rows, short sums, updated": ((QWEN._replace(depth=768), "9", True), (128, 256, 4, False)),
     "few rows": ((QWEN._replace(num_rows=128 * 128), "9", False), (64, 128, 4, True)),
     "few rows, updated": ((QWEN._replace(num_rows=8), "9", True), (64, 128, 4, False)),

@@ -121,15 +121,33 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
         for expert in set(range(num_experts)) - filled:
             out[expert].zero_()
         return out
-    left, right = together(left), together(right)
     if not num_experts:
-        return left.new_empty(0, height, width)
+        return wide_left.new_empty(0, height, width)
+    product = _gathered_outer(left, right, offsets)
+    if product is not None:
+        return product
+    left, right = together(left), together(right)
     kernel = _backend.kernel("grouped_outer", left)
     product = NotImplemented if kernel is None else kernel(left, right, offsets)
     if product is not NotImplemented:
         return product
     product = torch.nn.functional.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=offsets)
     return product if product.shape[1:] == (height, width) else product[:, :height, :width].contiguous()
+
+
+def _gathered_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Tensor) -> Tensor | None:
+    """That product where a kernel fetches the rows of one side as they are found."""
+    if isinstance(left, Gathered) and isinstance(right, Tensor):
+        tokens, other, index, side = left.tokens, right, left.index, "left"
+    elif isinstance(right, Gathered) and isinstance(left, Tensor):
+        tokens, other, index, side = right.tokens, left, right.index, "right"
+    else:
+        return None
+    kernel = _backend.kernel("gathered_outer", tokens)
+    if kernel is None:
+        return None
+    product = kernel(tokens, other, offsets, index, side) if side == "left" else kernel(other, tokens, offsets, index, side)
+    return None if product is NotImplemented else product
 
 
 def grouped_add(out: Tensor, low: Tensor, factors: Tensor, offsets: Tensor, *, invariant: bool = False) -> Tensor:

@@ -17,7 +17,9 @@ DEVICES = ("cpu", "cuda")
 FEW_ROWS = 4  # an expert, up to which a CPU brings all rows together (moekit.ops.gemm)
 # Rows an expert up to which a GPU unpacks weights on their way into a product (moekit.kernels.triton._policy).
 _ON_THE_WAY, _ON_THE_WAY_OF = 112, {"fp8": 224}
-_MOST_PER_MOVE = 2500  # there, too: past it a GPU brings rows together before a product
+# There, too: past the first a GPU brings rows together before a product, and where a gradient of a weight is within the
+# others it does not.
+_MOST_PER_MOVE, _LEAST, _NARROW, _MANY = 2500, 128, 768, 2048
 _INT, _SLOT, _WIDE = 4, 8, 4  # bytes of table entries, of a router's indices and of float32
 
 
@@ -200,6 +202,12 @@ def _fetches(load: Load, depth: int, width: int) -> bool:
     return load.itemsize == 2 and width > 64 and depth * width <= _MOST_PER_MOVE * (depth + width)
 
 
+def _fetches_left(load: Load) -> bool:
+    """Whether down's gradient takes the rows of the output's gradient from where they are, as GPUs of sm_90 do."""
+    narrow, few = _LEAST <= load.inner <= _NARROW, load.rows <= _MANY * load.experts
+    return load.on_gpu and not load.rank and load.itemsize == 2 and narrow and few and load.hidden >= _LEAST
+
+
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +282,7 @@ def _of_down(load: Load, ledger: Ledger) -> None:
         ledger.hold("down B", grad_down_b=load.experts * load.hidden * load.rank * load.itemsize)
     if load.trained:
         ledger.hold("gradient of down", grad_down=load.experts * load.hidden * load.inner * load.itemsize)
-        with ledger.during("gradient of down", **_brought_together(load)):
+        with ledger.during("gradient of down", **({} if _fetches_left(load) else _brought_together(load))):
             pass
 
 

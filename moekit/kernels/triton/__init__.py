@@ -34,6 +34,7 @@ KERNELS: dict[str, Callable] = {
     "gathered_glu": gathered.gathered_glu,
     "grouped_slice": gemm.grouped_slice,
     "grouped_outer": outer.grouped_outer,
+    "gathered_outer": outer.gathered_outer,
     "grouped_add": gemm.grouped_add,
     "packed_rows": gemm.packed_rows,
     "packed_slices": gemm.packed_slices,

@@ -41,15 +41,34 @@ def _normal_cdf(x):
 
 
 @triton.jit
-def activate(x, c1, c3, ACT: tl.constexpr):
-    """``act(x)``; "sigmoid" is ``x * sigmoid(c1*x + c3*x**3)``, where None for ``c3`` is 0."""
+def _opened(x, steepness):
+    """``x * sigmoid(steepness*x)`` by NVIDIA's approximations, to 2 units in the last place of float32.
+
+    The quotient is taken of a sixteenth of both, so that where ``exp`` is large no reciprocal is too small to be one.
+    """
+    power = x * (steepness * -1.4426950408889634)
+    shut = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, is_pure=True, pack=1)
+    below = shut * 0.0625 + 0.0625
+    by = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], tl.float32, is_pure=True, pack=1)
+    return (x * 0.0625) * by
+
+
+@triton.jit
+def activate(x, c1, c3, ACT: tl.constexpr, FAST: tl.constexpr):
+    """``act(x)``; "sigmoid" is ``x * sigmoid(c1*x + c3*x**3)``, where None for ``c3`` is 0.
+
+    FAST, for NVIDIA, takes half the instructions, and these kernels do not wait for memory alone.
+    """
     if ACT == "sigmoid":
         steepness = c1
         if c3 is not None:
             # Past 1e4 a gate is fully open or shut; its square must not overflow.
             bounded = tl.minimum(tl.abs(x), 1e4)
             steepness = c1 + c3 * bounded * bounded
-        value = x / (1.0 + tl.exp(-x * steepness))
+        if FAST:
+            value = _opened(x, steepness)
+        else:
+            value = x / (1.0 + tl.exp(-x * steepness))
     elif ACT == "gelu":
         value = x * _normal_cdf(x)
     elif ACT == "relu":

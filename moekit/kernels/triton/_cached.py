@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 _SMALL = 2**31 - 1  # bytes of a storage that AMD's buffer instructions address
 _AMD = torch.version.hip is not None
 _DECLINED: dict[Any, tuple[bool, ...]] = {}
@@ -72,8 +74,9 @@ def prepare(args: tuple, without: tuple[bool, ...], device: int) -> tuple[list, 
             key += arg.dtype, address % 16 == 0
             if _AMD:
                 key.append(arg.untyped_storage().nbytes() <= _SMALL)
-        elif kind is TensorDescriptor and arg.base.get_device() == device:
-            key += "tensor map", arg.base.dtype, *arg.block_shape, arg.padding
+        elif kind in _DESCRIPTORS and arg.base.get_device() == device:
+            # How Gluon lays a block out in shared memory follows from the block and the dtype.
+            key += kind, arg.base.dtype, *arg.block_shape, arg.padding
         else:
             return None
     return key, values

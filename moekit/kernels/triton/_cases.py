@@ -233,6 +233,15 @@ def _all_gathered() -> Iterator[Case]:
         what = f"{name} R={rows}" + (" back" if back else "")
         args = (tokens, _integers(rows), matrices, offsets)
         yield Case(f"gathered_rows {what}", "gathered_rows", args, aligned=False)
+        less, few = _meta(rows // _K, _H - 8, dtype=dtype), _meta(_E, 2 * _I, _H - 8, dtype=dtype)
+        odd = (
+            less,
+            _integers(rows),
+            few.transpose(1, 2).contiguous() if back else few.mT,
+            offsets,
+        )  # 8 divides them, not 16
+        if rows == _R:
+            yield Case(f"gathered_rows {what} odd", "gathered_rows", odd, aligned=False)
         for (label, gate), keep in itertools.product(gates.items(), (False, True)):
             bias = _meta(_E, 2 * _I) if "bias" in label else None
             given = (*args, _meta(rows), bias, keep, False, *gate)
@@ -241,9 +250,13 @@ def _all_gathered() -> Iterator[Case]:
 
 def _all_outer() -> Iterator[Case]:
     for (name, dtype), (height, width) in itertools.product(_DTYPES.items(), ((2 * _I, _H), (_H, _I))):
-        if name != "fp32":
-            args = (_meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), _integers(_E))
-            yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", args, name == "bf16", aligned=False)
+        if name == "fp32":
+            continue
+        left, right, shown = _meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), name == "bf16"
+        yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", (left, right, _integers(_E)), shown, False)
+        for odd in (0, 8):
+            args = (_meta(_T, height - odd, dtype=dtype), right, _integers(_E), _integers(_R), "left")
+            yield Case(f"gathered_outer {name} {height - odd}x{width}", "gathered_outer", args, False, False)
 
 
 def _all_decoding() -> Iterator[Case]:

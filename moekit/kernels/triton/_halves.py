@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moekit.kernels.triton._activation import decode_e4m3
+from moekit.kernels.triton._activation import activate, decode_e4m3
 
 
 @triton.jit
@@ -148,3 +148,25 @@ def times(act, up, other, LAYOUT: tl.constexpr):
         else:
             product = act * other
     return product
+
+
+@triton.jit
+def through_gate(
+    gate, up, weights, bias, expert, row, column, end, inner, stride_bias, c1, c3, linear_offset, clamp,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """What comes through the gate of an expert's rows ``row`` up to ``end``, columns ``column``; gate and up are rounded."""
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    gate_bias, up_bias = 0.0, 0.0
+    if bias is not None:
+        of_expert = bias + expert.to(tl.int64) * stride_bias
+        place = column * 2 if LAYOUT == "interleaved" else column
+        gate_bias = tl.load(of_expert + place, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+        if LAYOUT != "ungated":
+            next_half = 1 if LAYOUT == "interleaved" else inner
+            up_bias = tl.load(of_expert + place + next_half, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+    gate, up, _, _ = bounded_pair(gate, up, gate_bias, up_bias, clamp, bias is not None, CLAMP)
+    weight = weights
+    if weights is not None:
+        weight = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)
+    return times(activate(gate, c1, c3, ACT, FAST), up + linear_offset, weight, LAYOUT)

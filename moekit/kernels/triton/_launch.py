@@ -88,6 +88,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None =
             _cached.launch(kernel, grid, device.index, args, constants)
 
 
+def approximates(device: torch.device) -> bool:
+    """Whether kernels there may use NVIDIA's approximate instructions, which the interpreter, on a CPU, does not know."""
+    return device.type != "cpu" and arch(device).name.isdecimal()
+
+
 def computes(*tensors: Tensor | None) -> bool:
     """Whether the kernels compute in all of these dtypes."""
     return all(t is None or t.dtype in _FLOATS for t in tensors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Blocks(NamedTuple):
@@ -16,6 +17,7 @@ class Blocks(NamedTuple):
 
     ``flat`` makes one loop of those over tiles and over depth, so that a tile's first loads overlap the last products of
     the one before it. ``leaving`` columns of a tile are written at a time by the copy engine; 0: threads write.
+    ``fetchers`` are warps that do nothing but fetch, beside two groups of ``warps`` that multiply; 0: all do all.
     """
 
     rows: int
@@ -27,6 +29,7 @@ class Blocks(NamedTuple):
     flat: bool = False
     registers: int | None = None
     leaving: int = 0
+    fetchers: int = 0
 
 
 class Shape(NamedTuple):
@@ -52,6 +55,13 @@ _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has be
 _SHORT = 768  # numbers to a sum, so few that a tile is written for as long as it is computed
 _MANY = 2048  # rows an expert up to which sums over them were measured
 _TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, leaving=64)  # programs a multiprocessor: one computes while one writes
+# Whose warps can have parts: see moekit.kernels.triton.hopper. Gluon changes with every release of Triton, and one that
+# these kernels were not compiled with takes the others.
+_SPECIALISED = "9" if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]) else ""
+APART = Blocks(128, 256, 64, 4, 4, 1, leaving=64, fetchers=1)
+APART_GATHERED = APART._replace(fetchers=4)
+_SHALLOW_SUM = 2048  # numbers to a sum up to which one group of warps has much to write while the other multiplies
+_NARROW = 768  # columns of the other factor, beyond which rows are brought together sooner than fetched so often
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
 # of rows.
@@ -81,8 +91,11 @@ _MEASURED = {
 }
 
 
-def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False) -> Blocks | None:
-    """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower."""
+def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False, leaves: bool = True) -> Blocks | None:
+    """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower.
+
+    ``leaves`` says whether the copy engine can write the result as well.
+    """
     if arch not in _DESCRIBED or dtype not in _HALVES:
         return None
     if shape.width <= 64:
@@ -91,6 +104,8 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
         cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
     elif shape.width <= 128:
         cut = Blocks(128, 128, 64, 4, 3, 2)
+    elif arch == _SPECIALISED and leaves and shape.depth <= _SHALLOW_SUM and not updated:
+        cut = APART
     elif shape.depth <= _SHORT and not updated:
         cut = _TWO
     else:
@@ -99,8 +114,10 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     return cut._replace(flat=cut.flat and not updated)
 
 
-def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> Blocks | None:
+def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "", leaves: bool = True) -> Blocks | None:
     """Of rows that threads fetch one by one, by matrices that the copy engine does; ``gate`` is what comes behind it.
+
+    ``leaves`` says whether the copy engine can write the result.
 
     An error function does not fit into the registers, nor what is not "plain" (a bias, a clamp) if there is one loop.
     Products are 4% slower by it: more than the copy of the rows takes, if there is much to multiply for each number of them.
@@ -111,14 +128,21 @@ def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "") -> 
         return None
     if shape.rows_an_expert <= 128:
         return Blocks(64, 128, 128, 4, 4, 1, flat=True)
+    if arch == _SPECIALISED and leaves:
+        return APART_GATHERED
     return Blocks(128, 256, 64, 8, 3, 1, flat=gate in ("", "plain"))
 
 
-def outer(shape: Shape, dtype: torch.dtype, arch: str) -> Blocks | None:
-    """Of two factors that the copy engine fetches, to matrices ``[depth, width]`` of a tile or more; of so many rows."""
-    if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128:
+def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none") -> Blocks | None:
+    """Of two factors that the copy engine fetches, to matrices ``[depth, width]`` of a tile or more; of so many rows.
+
+    Of ``gathered``, "left" or "right", threads fetch the rows one by one, again for each block of the other's columns.
+    """
+    if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128 or shape.rows_an_expert > _MANY:
         return None
-    return None if shape.rows_an_expert > _MANY else Blocks(128, 256, 64, 8, 3, 1, flat=True)
+    if gathered != "none":
+        return APART_GATHERED if arch == _SPECIALISED and gathered == "left" and shape.width <= _NARROW else None
+    return APART if arch == _SPECIALISED else Blocks(128, 256, 64, 8, 3, 1, flat=True)
 
 
 def plain(dtype: torch.dtype) -> Blocks:

@@ -7,6 +7,8 @@ let every expert's rows be counted from so far below the size of the third that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,30 +19,32 @@ _ANY = 2**31 - 2**16  # the size of the dimensions that only move the address
 _AROUND = 2**34  # elements, which MOST_ROWS times are all there are addresses for
 
 
-def ragged(x: Tensor, box: list[int]) -> TensorDescriptor:
+def ragged(x: Tensor, box: list[int], kind: Any = TensorDescriptor) -> Any:
     """Of ``x [R, N]``, which a plain descriptor can be made of, with at most MOST_ROWS rows."""
     step = x.stride(0)
-    return TensorDescriptor(x, [_ANY, _ANY, MOST_ROWS, x.shape[1]], [_AROUND - step, step, step, 1], [1, 1, *box])
+    return kind(x, [_ANY, _ANY, MOST_ROWS, x.shape[1]], [_AROUND - step, step, step, 1], [1, 1, *box])
 
 
 @triton.jit
-def _place(row, end, column):
-    """Of row ``row``, column ``column`` of rows that end at ``end``."""
+def rows_at(row, end):
+    """Where a descriptor has row ``row`` of rows that end at ``end``, but for the column."""
     size = 1 << 30  # MOST_ROWS
-    return [size, end, row - end + size, column]
+    return size, end, row - end + size
 
 
 @triton.jit
 def load_ragged(described, row, end, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A block of rows ``row`` onwards, of which those from ``end`` on are zeros."""
-    return tl.reshape(described.load(_place(row, end, column)), (ROWS, COLUMNS))
+    around, until, at = rows_at(row, end)
+    return tl.reshape(described.load([around, until, at, column]), (ROWS, COLUMNS))
 
 
 @triton.jit
 def store_ragged(described, row, end, column, block):
     """Write a block to rows ``row`` onwards, up to ``end``."""
     value = tl.reshape(block.to(described.dtype), (1, 1, block.shape[0], block.shape[1]))
-    described.store(_place(row, end, column), value)
+    around, until, at = rows_at(row, end)
+    described.store([around, until, at, column], value)
 
 
 @triton.jit

@@ -12,35 +12,44 @@ def _larger(a, b):
 
 
 @triton.jit
-def ends_within(offsets, first, num_experts, num_rows, BLOCK_E: tl.constexpr):
-    """Where the rows of experts ``first`` onwards end: within the rows and ascending, whatever the offsets are."""
-    expert = first + tl.arange(0, BLOCK_E)
-    end = tl.load(offsets + expert, mask=(expert >= 0) & (tl.arange(0, BLOCK_E) < num_experts), other=0)
+def ends_within(offsets, first, num_experts, num_rows, slot):
+    """Where the rows of experts ``first`` onwards end: within the rows and ascending, whatever the offsets are.
+
+    ``slot`` counts from 0 to the experts of the slice or more; it is the caller's, as Gluon wants to know its layout.
+    """
+    expert = first + slot
+    end = tl.load(offsets + expert, mask=(expert >= 0) & (slot < num_experts), other=0)
     # In range before it is cut to 32 bits, which could make any number of it.
     return tl.associative_scan(tl.minimum(tl.maximum(end, 0), num_rows).to(tl.int32), 0, _larger)
 
 
 @triton.jit
-def row_blocks(offsets, first, num_experts, num_rows, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Of each expert of a slice: first row, last row, and the blocks of rows up to and with its own."""
-    before = tl.zeros([], tl.int32)
-    if first > 0:
-        before = tl.minimum(tl.maximum(tl.load(offsets + first - 1), 0), num_rows).to(tl.int32)
-    end = tl.maximum(ends_within(offsets, first, num_experts, num_rows, BLOCK_E), before)
-    begin = tl.maximum(ends_within(offsets, first - 1, num_experts, num_rows, BLOCK_E), before)
-    blocks = tl.where(tl.arange(0, BLOCK_E) < num_experts, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
+def rows_of_experts(offsets, first, num_experts, num_rows, slot):
+    """Of each expert of a slice: first row and end."""
+    before = tl.load(offsets + first - 1, mask=first > 0, other=0)
+    before = tl.minimum(tl.maximum(before, 0), num_rows).to(tl.int32)
+    end = tl.maximum(ends_within(offsets, first, num_experts, num_rows, slot), before)
+    begin = tl.maximum(ends_within(offsets, first - 1, num_experts, num_rows, slot), before)
+    return begin, end
+
+
+@triton.jit
+def row_blocks(offsets, first, num_experts, num_rows, slot, BLOCK_M: tl.constexpr):
+    """Of each expert of a slice: first row, end, and the blocks of rows up to and with its own."""
+    begin, end = rows_of_experts(offsets, first, num_experts, num_rows, slot)
+    blocks = tl.where(slot < num_experts, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
     return begin, end, tl.cumsum(blocks, 0)
 
 
 @triton.jit
-def place_of(tile, begin, end, through, column_blocks, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr):
+def place_of(tile, begin, end, through, slot, column_blocks, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
     """Of a tile: its expert in the slice, its first row, the end of the expert's rows, and its block of columns.
 
     Tiles go expert by expert, and within one by groups of GROUP blocks of rows, so that neighbours in time share operands.
     """
     last = through * column_blocks
     expert = tl.sum((last <= tile).to(tl.int32), 0)
-    own = tl.arange(0, BLOCK_E) == expert
+    own = slot == expert
     begin = tl.sum(tl.where(own, begin, 0), 0)
     end = tl.sum(tl.where(own, end, 0), 0)
     inner = tile - tl.max(tl.where(last <= tile, last, 0), 0)

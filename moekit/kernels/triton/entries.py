@@ -54,7 +54,7 @@ def _row_order_kernel(
     tl.store(row_weights + place, weight, mask=place < num_rows)
     if tl.program_id(0) == 0:
         expert = tl.arange(0, BLOCK_E)
-        end = ends_within(offsets, 0, num_experts, num_rows, BLOCK_E)
+        end = ends_within(offsets, 0, num_experts, num_rows, tl.arange(0, BLOCK_E))
         tl.store(ends + expert, end.to(ends.dtype.element_ty), mask=expert < num_experts)
 
 

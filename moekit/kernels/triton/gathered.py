@@ -13,15 +13,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit import _check
 from moekit.kernels.triton import _launch, _policy
-from moekit.kernels.triton._activation import ACTIVATIONS, activate
-from moekit.kernels.triton._halves import bounded_pair, times
+from moekit.kernels.triton._activation import ACTIVATIONS
+from moekit.kernels.triton._halves import through_gate
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import place_of, row_blocks, store
-from moekit.kernels.triton.gemm import describable, describes, grid, sizes
+from moekit.kernels.triton.gemm import (
+    PLAIN,
+    describable,
+    describes,
+    descriptor,
+    grid,
+    leaves_ragged,
+    of_matrices,
+    sizes,
+)
 from moekit.kernels.triton.glu import LAYOUTS, tidy_bias
 
 
@@ -37,7 +45,7 @@ def _tokens_of(index, row, end, num_tokens):
 def _gate(
     tile, weights, bias, out, act, expert, top, block, end, width, stride_out, stride_act, stride_bias,
     c1, c3, linear_offset, clamp,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of projections, rounded already, as they are and through the gate."""
     both = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,21 +63,10 @@ def _gate(
             else:
                 store(out, gate, top, column, end, inner, stride_out)
                 store(out + inner, up, top, column, end, inner, stride_out)
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    gate_bias, up_bias = 0.0, 0.0
-    if bias is not None:
-        of_expert = bias + expert.to(tl.int64) * stride_bias
-        place = column * 2 if LAYOUT == "interleaved" else column
-        gate_bias = tl.load(of_expert + place, mask=column < inner, other=0.0).to(tl.float32)[None, :]
-        if LAYOUT != "ungated":
-            next_half = 1 if LAYOUT == "interleaved" else inner
-            up_bias = tl.load(of_expert + place + next_half, mask=column < inner, other=0.0).to(tl.float32)[None, :]
-    gate, up, _, _ = bounded_pair(gate, up, gate_bias, up_bias, clamp, bias is not None, CLAMP)
-    weight = weights
-    if weights is not None:
-        row = top + tl.arange(0, tile.shape[0])
-        weight = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)
-    value = times(activate(gate, c1, c3, ACT), up + linear_offset, weight, LAYOUT)
+    value = through_gate(
+        gate, up, weights, bias, expert, top + tl.arange(0, tile.shape[0]), column, end, inner, stride_bias,
+        c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, FAST,
+    )  # fmt: skip
     store(act, value, top, column, end, inner, stride_act)
 
 
@@ -79,14 +76,15 @@ def _gathered_kernel(
     num_rows, num_tokens, num_experts, depth, width, column_blocks, stride_tokens, stride_out, stride_act, stride_bias,
     c1, c3, linear_offset, clamp,
     BACK: tl.constexpr, PAIRED: tl.constexpr, ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr, FLAT: tl.constexpr,
+    FAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]``; with ACT of pairs of gate and up."""
-    begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_M)
     tiles = tl.max(through, 0) * column_blocks
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
-        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        expert, top, end, block = place_of(tile, begins, ends, through, slot, column_blocks, BLOCK_M, GROUP)
         row = top + tl.arange(0, BLOCK_M)
         token, known = _tokens_of(index, row, end, num_tokens)
         k = tl.arange(0, BLOCK_K)
@@ -107,7 +105,7 @@ def _gathered_kernel(
         else:
             _gate(
                 total.to(tokens.dtype.element_ty), weights, bias, out, act, expert, top, block, end, width,
-                stride_out, stride_act, stride_bias, c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, BLOCK_N,
+                stride_out, stride_act, stride_bias, c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, FAST, BLOCK_N,
             )  # fmt: skip
 
 
@@ -117,7 +115,7 @@ def _gathered_kernel(
 class _Weights(NamedTuple):
     """Matrices as the kernel takes them: how many there are and their sizes, by columns or by rows, in pairs or plainly."""
 
-    described: TensorDescriptor
+    described: Any
     shape: Shape
     back: bool
     paired: bool
@@ -130,9 +128,7 @@ def _fits(tokens: Tensor, index: Tensor, matrices: Tensor, offsets: Tensor) -> b
 
 def _plain(matrices: Tensor, num_rows: int, cut: Blocks) -> _Weights:
     """Of ``[E, in, out]``, any of the two adjacent."""
-    back = describes(matrices)
-    box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
-    described = TensorDescriptor.from_tensor(matrices if back else matrices.mT, box)
+    described, back = of_matrices(matrices, cut)
     return _Weights(described, Shape(num_rows, *matrices.shape), back, False)
 
 
@@ -143,8 +139,11 @@ def _pairs(matrices: Tensor, num_rows: int, cut: Blocks, layout: str) -> _Weight
         return _plain(matrices, num_rows, cut)
     of_expert, _, of_feature = matrices.stride()
     feature, half = (2 * of_feature, of_feature) if layout == "interleaved" else (of_feature, width // 2 * of_feature)
-    sizes, strides = [num_experts, width // 2, 2, depth], [of_expert, feature, half, 1]
-    described = TensorDescriptor(matrices, sizes, strides, [1, cut.columns // 2, 2, cut.depth])
+    if cut.fetchers:  # whose epilogue wants all gates first
+        sizes, strides, box = [2, width // 2], [half, feature], [2, cut.columns // 2]
+    else:
+        sizes, strides, box = [width // 2, 2], [feature, half], [cut.columns // 2, 2]
+    described = descriptor(cut)(matrices, [num_experts, *sizes, depth], [of_expert, *strides, 1], [1, *box, cut.depth])
     return _Weights(described, Shape(num_rows, num_experts, depth, width), False, True)
 
 
@@ -160,22 +159,33 @@ def _launch_product(
 ) -> None:
     """``gate``: routing weights, bias and output of the gate, and its numbers."""
     weights, bias, act, *numbers = gate
-    shape = given.shape
+    shape, constants, index = given.shape, constants or PLAIN, index.contiguous()
+    if cut.fetchers:
+        from moekit.kernels.triton import hopper
+
+        apart = out is not None and constants["LAYOUT"] == "concatenated"
+        outs = (*out.chunk(2, 1), act) if apart else (out, None, act)
+        hopper.launch_rows(
+            grid(cut, shape, tokens.device), cut, shape, offsets.contiguous(), tokens, index, given.described, outs,
+            gate=(weights, bias, *numbers), BACK=given.back, PAIRED=given.paired, **constants,
+        )  # fmt: skip
+        return
     _launch.launch(
         _gathered_kernel, grid(cut, shape, tokens.device),
-        offsets.contiguous(), tokens, index.contiguous(), given.described, weights, bias, out, act,
+        offsets.contiguous(), tokens, index, given.described, weights, bias, out, act,
         shape.num_rows, tokens.shape[0], shape.num_experts, shape.depth, shape.width,
         _launch.blocks(shape.width, cut.columns), tokens.stride(0), 0 if out is None else out.stride(0),
         0 if act is None else act.stride(0), 0 if bias is None else bias.stride(0), *numbers,
         BACK=given.back, PAIRED=given.paired, EVEN=shape.depth % cut.depth == 0, BLOCK_K=cut.depth, FLAT=cut.flat,
-        **(constants or {"ACT": "none", "LAYOUT": "ungated", "CLAMP": "none"}), **sizes(cut, shape.num_experts), config=cut,
+        **constants, **sizes(cut, shape.num_experts), config=cut,
     )  # fmt: skip
 
 
 def gathered_rows(tokens: Tensor, index: Tensor, matrices: Tensor, offsets: Tensor) -> Any:
     """``tokens[index]``, expert by expert, by ``matrices [E, K, N]``: see :func:`moekit.ops.gemm.grouped_rows`."""
     shape = Shape(index.shape[0], *matrices.shape)
-    cut = _policy.gathered(shape, tokens.dtype, _launch.arch(tokens.device).name)
+    leaves = leaves_ragged(len(index), tokens.dtype, shape.width, shape.depth)
+    cut = _policy.gathered(shape, tokens.dtype, _launch.arch(tokens.device).name, leaves=leaves)
     if cut is None or not _fits(tokens, index, matrices, offsets) or not describable(tokens, matrices):
         return NotImplemented
     out = tokens.new_empty(shape.num_rows, shape.width)
@@ -206,13 +216,13 @@ def gathered_glu(
     """
     shape = Shape(index.shape[0], *matrices.shape)
     gate = act if act == "gelu" else "plain" if bias is None and clamp is None else "full"
-    cut_for = shape.of_any_rows() if invariant else shape
-    cut = _policy.gathered(cut_for, tokens.dtype, _launch.arch(tokens.device).name, gate=gate)
+    cut_for, inner = shape.of_any_rows() if invariant else shape, shape.width if layout == "ungated" else shape.width // 2
+    leaves = leaves_ragged(len(index), tokens.dtype, shape.width, inner, shape.depth)
+    cut = _policy.gathered(cut_for, tokens.dtype, _launch.arch(tokens.device).name, gate=gate, leaves=leaves)
     if cut is None or not _fits(tokens, index, matrices, offsets) or not describable(tokens, matrices):
         return NotImplemented
     if layout == "concatenated" and describes(matrices):  # gate and up would be in two places of a row
         return NotImplemented
-    inner = shape.width if layout == "ungated" else shape.width // 2
     projected = tokens.new_empty(shape.num_rows, shape.width) if keep else None
     result, bias = tokens.new_empty(shape.num_rows, inner), tidy_bias(bias)
     where = "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias"
@@ -220,6 +230,7 @@ def gathered_glu(
         "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
         "LAYOUT": _check.known("the triton kernels", "layout", layout, LAYOUTS),
         "CLAMP": where,
+        "FAST": _launch.approximates(tokens.device),
     }
     behind = (_launch.dense(weights), bias, result, c1, c3 or None, linear_offset, clamp or 0.0)
     given = _pairs(matrices, shape.num_rows, cut, layout)

@@ -29,6 +29,7 @@ from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
 from moekit.kernels.triton.unpack import unpacking
 
 _GROUP = 8  # blocks of rows that share what is in the L2 cache of a matrix
+PLAIN = {"ACT": "none", "LAYOUT": "ungated", "CLAMP": "none", "FAST": False}  # no gate behind a product
 _MOST_RANKS = 256  # of an update; a product of its own has more
 
 
@@ -45,10 +46,11 @@ def _described_kernel(
     ``rows`` and ``matrices`` are descriptors, by which the copy engine fetches blocks and fills zeros past their edges, and
     so is ``bounded`` of ``out``, by which it writes them up to the last row of an expert; None where there can be none.
     """
-    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, slot, BLOCK_M)
     tiles = tl.max(through, 0) * column_blocks
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
-        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        expert, top, end, block = place_of(tile, begins, ends, through, slot, column_blocks, BLOCK_M, GROUP)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, depth, BLOCK_K):
             x = rows.load([top, start])
@@ -91,10 +93,11 @@ def _fetched_kernel(
     DTYPE: tl.constexpr = rows.dtype.element_ty
     BLOCK_B: tl.constexpr = BLOCK_N if BACK else BLOCK_K
     height, across = (depth, width) if BACK else (width, depth)
-    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, through = row_blocks(offsets, first, num_experts, num_rows, slot, BLOCK_M)
     tiles = tl.max(through, 0) * column_blocks
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        expert, top, end, block = place_of(tile, begins, ends, through, slot, column_blocks, BLOCK_M, GROUP)
         row = tl.minimum(top + tl.arange(0, BLOCK_M), end - 1)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         address = rows + row.to(tl.int64)[:, None] * stride_rows
@@ -139,10 +142,11 @@ def _add_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Each program adds to every so many-th tile ``[BLOCK_M, BLOCK_N]`` of ``out``."""
-    begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, BLOCK_M, BLOCK_E)
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, through = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_M)
     tiles = tl.max(through, 0) * column_blocks
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        expert, top, end, block = place_of(tile, begins, ends, through, column_blocks, BLOCK_M, BLOCK_E, GROUP)
+        expert, top, end, block = place_of(tile, begins, ends, through, slot, column_blocks, BLOCK_M, GROUP)
         row, column = top + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
         place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
         before = tl.load(place, mask=(row < end)[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
@@ -258,10 +262,38 @@ def _described(
 
 def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any, bool]:
     """What tells the copy engine where rows and matrices are, and whether the matrices are stored as they are seen."""
+    described, back = of_matrices(matrices, cut)
+    return descriptor(cut)(rows, rows.shape, rows.stride(), [cut.rows, cut.depth]), described, back
+
+
+def of_matrices(matrices: Tensor, cut: Blocks) -> tuple[Any, bool]:
+    """A descriptor of ``[E, K, N]``, and whether they are stored so and not as ``[E, N, K]``."""
     back = describes(matrices)
-    box = [1, cut.depth, cut.columns] if back else [1, cut.columns, cut.depth]
-    described = TensorDescriptor.from_tensor(matrices if back else matrices.mT, box)
-    return TensorDescriptor.from_tensor(rows, [cut.rows, cut.depth]), described, back
+    stored, box = (matrices, [1, cut.depth, cut.columns]) if back else (matrices.mT, [1, cut.columns, cut.depth])
+    return descriptor(cut)(stored, stored.shape, stored.stride(), box), back
+
+
+def descriptor(cut: Blocks) -> Callable[..., Any]:
+    """What makes a descriptor of a tensor, sizes, strides and a block for the kernel that is to be cut so."""
+    if cut.fetchers:
+        from moekit.kernels.triton import hopper  # Gluon, for one architecture alone
+
+        return hopper.described
+    return TensorDescriptor
+
+
+def _multiply_specialised(
+    rows: Any, matrices: Any, back: bool, offsets: Tensor, out: Tensor, cut: Blocks, shape: Shape,
+    first: int, count: int, factors: Tensor | None,
+) -> None:  # fmt: skip
+    """A product whose warps have parts; there is none with an update, and so are no factors."""
+    from moekit.kernels.triton import hopper
+
+    shape = shape._replace(num_experts=count)
+    hopper.launch_rows(
+        grid(cut, shape, out.device), cut, shape, offsets, rows, None, matrices, (out, None, None), first,
+        BACK=back, PAIRED=False, **PLAIN,
+    )  # fmt: skip
 
 
 def _multiplying(
@@ -273,6 +305,8 @@ def _multiplying(
     """
     shape, device, offsets = _shape(rows, matrices), out.device, offsets.contiguous()
     described_rows, described, back = _descriptors(rows, matrices, cut)
+    if cut.fetchers:
+        return functools.partial(_multiply_specialised, described_rows, described, back, offsets, out, cut, shape)
     bounded = ragged(out, [cut.rows, cut.leaving]) if cut.leaving and describes_ragged(out) else None
     numbers = (shape.depth, shape.width, _launch.blocks(shape.width, cut.columns), out.stride(0), *update.sizes)
     constants = {"BACK": back, **update.parts, "BLOCK_K": cut.depth, "FLAT": cut.flat, **sizes(cut, shape.num_experts)}
@@ -288,6 +322,12 @@ def _multiplying(
     return multiply
 
 
+def _cut(rows: Tensor, shape: Shape, out: Tensor | None, low: Tensor | None) -> Blocks | None:
+    """How a product that the copy engine fetches for is cut; ``out`` is one of its own if None."""
+    leaves = leaves_ragged(len(rows), rows.dtype, shape.width) if out is None else describes_ragged(out)
+    return _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None, leaves=leaves)
+
+
 def _shape(rows: Tensor, matrices: Tensor) -> Shape:
     return Shape(rows.shape[0], *matrices.shape)
 
@@ -301,6 +341,11 @@ def describes(x: Tensor) -> bool:
 def describes_ragged(x: Tensor) -> bool:
     """Whether one can be made of the rows of an expert in ``x``, wherever they begin and end."""
     return describes(x) and len(x) <= MOST_ROWS
+
+
+def leaves_ragged(num_rows: int, dtype: torch.dtype, *widths: int) -> bool:
+    """The same of new tensors of these widths."""
+    return num_rows <= MOST_ROWS and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 def describable(rows: Tensor, matrices: Tensor) -> bool:
@@ -321,8 +366,8 @@ def grouped_rows(
 
     With ``invariant`` the number of rows decides on nothing, and PyTorch's product, by which it does, is not resorted to.
     """
-    arch, updated, shape = _launch.arch(rows.device).name, low is not None, _shape(rows, matrices)
-    cut = _policy.described(shape.of_any_rows() if invariant else shape, rows.dtype, arch, updated=updated)
+    shape = _shape(rows, matrices)
+    cut = _cut(rows, shape.of_any_rows() if invariant else shape, out, low)
     fetched = cut is None or not describable(rows, matrices)
     if (fetched and not invariant) or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
@@ -348,8 +393,7 @@ def grouped_slice(
     if not _fits(rows, offsets, low, factors, matrices, out) or _room(rows, matrices.shape[2], out) is None:
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
-    cut_for = shape.of_any_rows() if invariant else shape
-    cut = _policy.described(cut_for, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
+    cut = _cut(rows, shape.of_any_rows() if invariant else shape, out, low)
     if cut is not None and describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
     return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
@@ -414,7 +458,7 @@ def packed_slices(
     workspace = rows.new_empty(longest, height, width)
     matrices = workspace if back else workspace.mT
     shape = _shape(rows, matrices).of_any_rows() if invariant else _shape(rows, matrices)
-    cut = _policy.described(shape, rows.dtype, _launch.arch(rows.device).name, updated=low is not None)
+    cut = _cut(rows, shape, out, low)
     if cut is None or not describable(rows, matrices):
         return NotImplemented
     update = _update(low, factors)

@@ -29,7 +29,7 @@ def _glu_kernel(
     y, weights, bias, offsets, out, stored, scales,
     num_rows, width, num_experts, parts, y_stride, bias_stride, c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr, MULTIPLE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One program takes STEPS blocks of columns of BLOCK_R rows.
 
@@ -56,7 +56,7 @@ def _glu_kernel(
         opened, other, _, _ = finish_pair(
             gate, up, bias, bias_row, bias_stride, start, width, inside, clamp, LAYOUT, CLAMP, BLOCK_C
         )
-        value = times(activate(opened, c1, c3, ACT), other + linear_offset, weight, LAYOUT)
+        value = times(activate(opened, c1, c3, ACT, FAST), other + linear_offset, weight, LAYOUT)
         store_pair(out, value, value, row, width, start, width, exists, "ungated", BLOCK_C)
     if stored is not None:
         scale, inverse = e4m3_scale(largest)
@@ -202,7 +202,7 @@ def _run(
         out, stored if stored is None else _launch.float8(stored), scales,
         num_rows, width, 0 if offsets is None else offsets.shape[0], parts, y.stride(0), row_stride(bias),
         c1, c3 or None, linear_offset, 0.0 if clamp is None else clamp,
-        STEPS=steps, BLOCK_R=block_r, BLOCK_C=block_c, config=config,
+        STEPS=steps, BLOCK_R=block_r, BLOCK_C=block_c, FAST=_launch.approximates(y.device), config=config,
         **describe(y, bias, offsets, act, clamp, clamp_after_bias, layout),
     )  # fmt: skip
     return out

@@ -31,6 +31,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -118,6 +120,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             kind, aligned = "*" + _POINTERS[value.dtype], value.storage_offset() * value.itemsize % 16 == 0
         elif isinstance(value, TensorDescriptor):
             kind = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, GluonDescriptor):
+            kind = f"tensordesc<{_POINTERS[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         elif value is None or parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             kind, constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):
@@ -131,6 +135,12 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return signature, constants, attributes
 
 
+def source_of(launch: Launch) -> ASTSource:
+    """What the compiler takes a launch as."""
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return kind(launch.kernel, *_specialise(launch))
+
+
 def compile_case(case: Case, target: GPUTarget) -> list[Report]:
     """Compile the launches of one case to machine code and read them."""
     with catch_launches(target) as launches:
@@ -139,8 +149,7 @@ def compile_case(case: Case, target: GPUTarget) -> list[Report]:
 
 
 def _compile(launch: Launch, case: str, target: GPUTarget) -> Report:
-    source = ASTSource(launch.kernel, *_specialise(launch))
-    compiled = triton.compile(source, target=target, options=launch.options)
+    compiled = triton.compile(source_of(launch), target=target, options=launch.options)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     if target.backend == "cuda":
         registers, spills = _resources(compiled.asm["cubin"])

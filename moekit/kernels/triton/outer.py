@@ -30,11 +30,12 @@ def _outer_kernel(
     FLAT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of ``out [E, M, N]``; all tensors are descriptors."""
-    begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, BLOCK_K, BLOCK_E)
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
     of_expert = blocks_m * blocks_n
     for tile in tl.range(tl.program_id(0), num_experts * of_expert, tl.num_programs(0), flatten=FLAT):
         expert = tile // of_expert
-        own = tl.arange(0, BLOCK_E) == expert
+        own = slot == expert
         begin = tl.sum(tl.where(own, begins, 0), 0)
         end = tl.sum(tl.where(own, ends, 0), 0)
         inner = tile - expert * of_expert
@@ -53,21 +54,41 @@ def _outer_kernel(
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
     """See :func:`moekit.ops.gemm.grouped_outer`, of rows that are together."""
-    num_rows, num_experts = len(left), offsets.shape[0]
-    shape = Shape(num_rows, num_experts, left.shape[1], right.shape[1])
-    cut = _policy.outer(shape, left.dtype, _launch.arch(left.device).name)
-    fits = left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64) and 0 < num_rows <= MOST_ROWS
-    if cut is None or not (fits and describes(left) and describes(right)):
+    return _outer(left, right, offsets, len(left))
+
+
+def gathered_outer(left: Tensor, right: Tensor, offsets: Tensor, index: Tensor, side: str) -> Any:
+    """The same where the rows of ``side``, "left" or "right", are those tokens of it that ``index`` names."""
+    if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         return NotImplemented
-    out = left.new_empty(num_experts, shape.depth, shape.width)
+    return _outer(left, right, offsets, len(index), index.contiguous(), side)
+
+
+def _outer(
+    left: Tensor, right: Tensor, offsets: Tensor, num_rows: int, index: Tensor | None = None, side: str = "none"
+) -> Any:
+    shape = Shape(num_rows, offsets.shape[0], left.shape[1], right.shape[1])
+    cut = _policy.outer(shape, left.dtype, _launch.arch(left.device).name, gathered=side)
+    fits = left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64) and 0 < num_rows <= MOST_ROWS
+    whole = left.shape[1] * left.itemsize % 16 == 0  # copies of 16 bytes
+    able = cut is not None and (index is None or (cut.fetchers and whole))
+    if not (able and fits and describes(left) and describes(right)):
+        return NotImplemented
+    out = left.new_empty(shape.num_experts, shape.depth, shape.width)
     if not describes(out):
         return NotImplemented
+    offsets, programs = offsets.contiguous(), cut.programs * processors(left.device)
+    if cut.fetchers:
+        from moekit.kernels.triton import hopper_outer  # Gluon, for one architecture alone
+
+        hopper_outer.launch_outer(cut, shape, offsets, left, right, index, side, out, programs)
+        return out
     blocks_m, blocks_n = _launch.blocks(shape.depth, cut.rows), _launch.blocks(shape.width, cut.columns)
     _launch.launch(
-        _outer_kernel, (min(num_experts * blocks_m * blocks_n, cut.programs * processors(left.device)),),
-        offsets.contiguous(), ragged(left, [cut.depth, cut.rows]), ragged(right, [cut.depth, cut.columns]),
-        TensorDescriptor.from_tensor(out, [1, cut.rows, cut.columns]), num_rows, num_experts, blocks_m, blocks_n,
-        BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(num_experts), GROUP=_GROUP,
-        FLAT=cut.flat, num_stages=cut.stages, config=cut,
+        _outer_kernel, (min(shape.num_experts * blocks_m * blocks_n, programs),),
+        offsets, ragged(left, [cut.depth, cut.rows]), ragged(right, [cut.depth, cut.columns]),
+        TensorDescriptor.from_tensor(out, [1, cut.rows, cut.columns]), num_rows, shape.num_experts, blocks_m, blocks_n,
+        BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(shape.num_experts),
+        GROUP=_GROUP, FLAT=cut.flat, num_stages=cut.stages, config=cut,
     )  # fmt: skip
     return out
