@@ -131,7 +131,7 @@ def test_the_gate_behind_the_product(specialised, name, keep, stored, dtype, wid
     if gate[-1] == "concatenated" and stored == "in, out":
         pytest.skip("gate and up are in two places of a row: left to the steps")
     matrices, offsets, end = weights(dtype, depth, width, stored), torch.tensor(ENDS).int().cuda(), ENDS[-1]
-    tokens, of_row = cuda(draw(1, TOKENS, depth).to(dtype)), draw(5, ROWS).abs().cuda()
+    tokens, of_row = cuda(draw(1, TOKENS, depth).to(dtype)), draw(5, ROWS).abs().float().cuda()
     bias = None if name in ("silu", "relu2") else cuda(draw(6, E, width).to(dtype))
 
     def run():

@@ -202,7 +202,7 @@ def _fetches(load: Load, depth: int, width: int) -> bool:
     return load.itemsize == 2 and width > 64 and depth * width <= _MOST_PER_MOVE * (depth + width)
 
 
-def _fetches_left(load: Load) -> bool:
+def fetches_left(load: Load) -> bool:
     """Whether down's gradient takes the rows of the output's gradient from where they are, as GPUs of sm_90 do."""
     narrow, few = _LEAST <= load.inner <= _NARROW, load.rows <= _MANY * load.experts
     return load.on_gpu and not load.rank and load.itemsize == 2 and narrow and few and load.hidden >= _LEAST
@@ -282,7 +282,7 @@ def _of_down(load: Load, ledger: Ledger) -> None:
         ledger.hold("down B", grad_down_b=load.experts * load.hidden * load.rank * load.itemsize)
     if load.trained:
         ledger.hold("gradient of down", grad_down=load.experts * load.hidden * load.inner * load.itemsize)
-        with ledger.during("gradient of down", **({} if _fetches_left(load) else _brought_together(load))):
+        with ledger.during("gradient of down", **({} if fetches_left(load) else _brought_together(load))):
             pass
 
 
