@@ -350,10 +350,12 @@ def test_what_kernels_decide_by_is_what_is_planned_by():
     from moekit.kernels.triton import _policy
 
     assert accounts._MOST_PER_MOVE == _policy._MOST_PER_MOVE
-    for rows, hidden, inner in itertools.product((128, 2048, 2049), (64, 128, 2048), (64, 128, 768, 776)):
-        shape = _policy.Shape(rows * 8, 8, hidden, inner)
+    sizes = itertools.product((128, 2048, 2049), (64, 128, 2048), (64, 128, 768, 776), (8, 128, 129))
+    for rows, hidden, inner, experts in sizes:
+        shape = _policy.Shape(rows * experts, experts, hidden, inner)
         fetched = _policy.outer(shape, torch.bfloat16, "9", gathered="left") is not None
-        assert accounts.fetches_left(Load(rows * 2, rows * 8, hidden, inner, 8, 4)) == fetched, shape
+        load = Load(rows * experts // 4, rows * experts, hidden, inner, experts, 4)
+        assert accounts.fetches_left(load) == fetched, shape
     assert accounts.FEW_ROWS == gemm._FEW and accounts.SAVES == moekit.ops.experts.SAVES
     for rows in (1, 112, 113, 224, 225, 1000):
         shape = _policy.Shape(rows * 128, 128, 2048, 1536)

@@ -19,7 +19,7 @@ from triton.compiler import make_backend
 from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit.kernels.triton import _cached
+from moekit.kernels.triton import _cached, hopper
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 MEMORY = torch.zeros(4096, dtype=torch.uint8)
@@ -47,6 +47,10 @@ VALUES = {
     + [at(0, torch.int64), at(1, torch.uint8), at(0, torch.bool), torch.nn.Parameter(torch.zeros(4)), huge(torch.float32)],
     "descriptors": [
         TensorDescriptor.from_tensor(torch.zeros(64, 64, dtype=dtype), list(box))
+        for dtype, box in itertools.product((torch.bfloat16, torch.float16), ((16, 64), (64, 16), (64, 64)))
+    ]
+    + [
+        hopper.described(torch.zeros(64, 64, dtype=dtype), (64, 64), (64, 1), list(box))
         for dtype, box in itertools.product((torch.bfloat16, torch.float16), ((16, 64), (64, 16), (64, 64)))
     ],
 }

@@ -61,6 +61,8 @@ PRODUCTS = [
     ("sm_90", "grouped_rows bf16 R=131072 short"),
     ("sm_90", "grouped_outer bf16 1536x2048"),
     ("sm_100", "grouped_outer fp16 2048x768"),
+    ("sm_90", "gathered_outer bf16 2040x768"),
+    ("sm_100", "grouped_rows fp16 R=131072 short"),
     ("sm_90", "gathered_glu bf16 R=131072 silu kept"),
     ("sm_90", "gathered_glu fp16 R=4096 back clamp after bias"),
     ("sm_100", "gathered_rows bf16 R=131072 back"),

@@ -196,6 +196,7 @@ QWEN = Shape(131072, 128, 2048, 1536)
         (QWEN._replace(depth=768), "9", {"leaves": False}, False),
         (QWEN._replace(depth=768, num_rows=128 * 128), "9", {}, False),
         (QWEN._replace(depth=2880), "9", {}, False),
+        (QWEN._replace(depth=768, num_experts=129), "9", {}, False),
     ],
 )
 def test_which_products_are_cut_so(shape, arch, options, specialised):
@@ -212,7 +213,10 @@ def test_which_fetched_rows_and_gradients_are_cut_so():
     assert not _policy.outer(QWEN, torch.bfloat16, "10").fetchers
     narrow = QWEN._replace(width=768)
     assert _policy.outer(narrow, torch.bfloat16, "9", gathered="left") == _policy.APART_GATHERED
-    for shape, arch, side in ((QWEN, "9", "left"), (narrow, "10", "left"), (narrow, "9", "right")):
+    more = QWEN._replace(num_experts=129)
+    assert not _policy.gathered(more, torch.bfloat16, "9").fetchers and not _policy.outer(more, torch.bfloat16, "9").fetchers
+    others = ((QWEN, "9", "left"), (narrow, "10", "left"), (narrow, "9", "right"), (more._replace(width=768), "9", "left"))
+    for shape, arch, side in others:
         assert _policy.outer(shape, torch.bfloat16, arch, gathered=side) is None
 
 

@@ -19,7 +19,7 @@ FEW_ROWS = 4  # an expert, up to which a CPU brings all rows together (moekit.op
 _ON_THE_WAY, _ON_THE_WAY_OF = 112, {"fp8": 224}
 # There, too: past the first a GPU brings rows together before a product, and where a gradient of a weight is within the
 # others it does not.
-_MOST_PER_MOVE, _LEAST, _NARROW, _MANY = 2500, 128, 768, 2048
+_MOST_PER_MOVE, _LEAST, _NARROW, _MANY, _EXPERTS = 2500, 128, 768, 2048, 128
 _INT, _SLOT, _WIDE = 4, 8, 4  # bytes of table entries, of a router's indices and of float32
 
 
@@ -204,7 +204,7 @@ def _fetches(load: Load, depth: int, width: int) -> bool:
 
 def fetches_left(load: Load) -> bool:
     """Whether down's gradient takes the rows of the output's gradient from where they are, as GPUs of sm_90 do."""
-    narrow, few = _LEAST <= load.inner <= _NARROW, load.rows <= _MANY * load.experts
+    narrow, few = _LEAST <= load.inner <= _NARROW, load.rows <= _MANY * load.experts and load.experts <= _EXPERTS
     return load.on_gpu and not load.rank and load.itemsize == 2 and narrow and few and load.hidden >= _LEAST
 
 

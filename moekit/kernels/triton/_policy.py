@@ -58,6 +58,7 @@ _TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, leaving=64)  # programs a multip
 # Whose warps can have parts: see moekit.kernels.triton.hopper. Gluon changes with every release of Triton, and one that
 # these kernels were not compiled with takes the others.
 _SPECIALISED = "9" if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]) else ""
+_EXPERTS_APART = 128  # of more, what their warps keep does not fit into the registers
 APART = Blocks(128, 256, 64, 4, 4, 1, leaving=64, fetchers=1)
 APART_GATHERED = APART._replace(fetchers=4)
 _SHALLOW_SUM = 2048  # numbers to a sum up to which one group of warps has much to write while the other multiplies
@@ -91,6 +92,11 @@ _MEASURED = {
 }
 
 
+def _has_parts(shape: Shape, arch: str) -> bool:
+    """Whether a product's warps may fetch or multiply, and not both."""
+    return arch == _SPECIALISED and shape.num_experts <= _EXPERTS_APART
+
+
 def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = False, leaves: bool = True) -> Blocks | None:
     """Of operands that the copy engine fetches; ``updated`` with a low-rank update, for which one loop is slower.
 
@@ -104,7 +110,7 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
         cut = Blocks(64, 128, 128, 4, 4, 1, flat=True)
     elif shape.width <= 128:
         cut = Blocks(128, 128, 64, 4, 3, 2)
-    elif arch == _SPECIALISED and leaves and shape.depth <= _SHALLOW_SUM and not updated:
+    elif leaves and _has_parts(shape, arch) and shape.depth <= _SHALLOW_SUM and not updated:
         cut = APART
     elif shape.depth <= _SHORT and not updated:
         cut = _TWO
@@ -128,7 +134,7 @@ def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "", lea
         return None
     if shape.rows_an_expert <= 128:
         return Blocks(64, 128, 128, 4, 4, 1, flat=True)
-    if arch == _SPECIALISED and leaves:
+    if leaves and _has_parts(shape, arch):
         return APART_GATHERED
     return Blocks(128, 256, 64, 8, 3, 1, flat=gate in ("", "plain"))
 
@@ -141,8 +147,9 @@ def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none"
     if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128 or shape.rows_an_expert > _MANY:
         return None
     if gathered != "none":
-        return APART_GATHERED if arch == _SPECIALISED and gathered == "left" and shape.width <= _NARROW else None
-    return APART if arch == _SPECIALISED else Blocks(128, 256, 64, 8, 3, 1, flat=True)
+        fetches = _has_parts(shape, arch) and gathered == "left" and shape.width <= _NARROW
+        return APART_GATHERED if fetches else None
+    return APART if _has_parts(shape, arch) else Blocks(128, 256, 64, 8, 3, 1, flat=True)
 
 
 def plain(dtype: torch.dtype) -> Blocks:
