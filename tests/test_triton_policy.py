@@ -22,7 +22,6 @@ CUTS = {
     "many rows, sm_100": ((QWEN, "10", False), (128, 256, 3, True)),
     "many rows, updated": ((QWEN, "9", True), (128, 256, 4, False)),
     "many rows, short sums": ((QWEN._replace(depth=768), "10", False), (128, 128, 3, True)),
-    "many rows, short sums, warps with parts": ((QWEN._replace(depth=1536), "9", False), (128, 256, 4, False)),
     "many rows, short sums, updated": ((QWEN._replace(depth=768), "9", True), (128, 256, 4, False)),
     "few rows": ((QWEN._replace(num_rows=128 * 128), "9", False), (64, 128, 4, True)),
     "few rows, updated": ((QWEN._replace(num_rows=8), "9", True), (64, 128, 4, False)),

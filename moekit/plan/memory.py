@@ -2,8 +2,8 @@
 
 :func:`step` goes through :mod:`moekit.ops.experts_forward` and :mod:`moekit.ops.experts_backward` in their order and notes
 in a :class:`Ledger` what they hold; a peak is the largest sum on the way. Experts are taken as evenly loaded, and kernels as
-those of CPUs (Numba) or of NVIDIA GPUs with a copy engine (Triton): the ``torch`` backend makes float32 copies of rows that
-are in neither.
+those of CPUs (Numba) or of sm_90 GPUs (Triton and Gluon), weights as stored ``[E, out, in]``: the ``torch`` backend makes
+float32 copies of rows that are in neither.
 """
 
 from __future__ import annotations
@@ -203,7 +203,10 @@ def _fetches(load: Load, depth: int, width: int) -> bool:
 
 
 def fetches_left(load: Load) -> bool:
-    """Whether down's gradient takes the rows of the output's gradient from where they are, as GPUs of sm_90 do."""
+    """Whether down's gradient takes the rows of the output's gradient from where they are.
+
+    GPUs of sm_90 do, of weights stored ``[E, out, in]``; other GPUs and ``transposed`` ones have ``[R, H]`` more there.
+    """
     narrow, few = _LEAST <= load.inner <= _NARROW, load.rows <= _MANY * load.experts and load.experts <= _EXPERTS
     return load.on_gpu and not load.rank and load.itemsize == 2 and narrow and few and load.hidden >= _LEAST
 

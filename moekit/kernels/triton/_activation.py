@@ -42,7 +42,7 @@ def _normal_cdf(x):
 
 @triton.jit
 def _opened(x, steepness):
-    """``x * sigmoid(steepness*x)`` by NVIDIA's approximations, to 2 units in the last place of float32.
+    """``x * sigmoid(steepness*x)`` by NVIDIA's approximations, as exact as a division by one and ``exp`` would be.
 
     The quotient is taken of a sixteenth of both, so that where ``exp`` is large no reciprocal is too small to be one.
     """

@@ -123,7 +123,8 @@ class _Weights(NamedTuple):
 
 def _fits(tokens: Tensor, index: Tensor, matrices: Tensor, offsets: Tensor) -> bool:
     integers = all(t.dim() == 1 and t.dtype in (torch.int32, torch.int64) for t in (index, offsets))
-    return tokens.dtype is matrices.dtype and integers and describes(tokens) and index.shape[0] < 2**31
+    near = describes(tokens) and tokens.stride(0) < 2**31
+    return tokens.dtype is matrices.dtype and integers and near and index.shape[0] < 2**31
 
 
 def _plain(matrices: Tensor, num_rows: int, cut: Blocks) -> _Weights:

@@ -70,7 +70,8 @@ def _outer(
     shape = Shape(num_rows, offsets.shape[0], left.shape[1], right.shape[1])
     cut = _policy.outer(shape, left.dtype, _launch.arch(left.device).name, gathered=side)
     fits = left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64) and 0 < num_rows <= MOST_ROWS
-    whole = left.shape[1] * left.itemsize % 16 == 0  # copies of 16 bytes
+    # Copies of 16 bytes, from rows whose distance is an integer of 32 bits.
+    whole = left.shape[1] * left.itemsize % 16 == 0 and max(left.stride(0), right.stride(0)) < 2**31
     able = cut is not None and (index is None or (cut.fetchers and whole))
     if not (able and fits and describes(left) and describes(right)):
         return NotImplemented
