@@ -119,6 +119,20 @@ def test_fused_products_and_additions_are_in_the_code(cases, monkeypatch):
     assert launches[0].options["enable_fp_fusion"]
 
 
+def test_the_table_has_what_each_architecture_has():
+    def report(kernel, registers):
+        return offline.Report("case", kernel, registers, 0, 0, {16: 1}, {4: 2})
+
+    both, one, again = report("ours", 30), report("theirs", 40), report("ours", 31)
+    text = offline.table({"sm_80": [both], "sm_90": [one, both, again]})
+    assert [line.split(" | ")[:3] for line in text.splitlines()[2:]] == [
+        ["| case, `ours`", "sm_80", "30"],
+        ["| ", "sm_90", "30"],
+        ["| case, `theirs`", "sm_90", "40"],
+        ["| case, `ours`", "sm_90", "31"],
+    ]
+
+
 def test_a_fault_is_seen():
     report = offline.Report("case", "kernel", registers=255, spills=8, shared=0, loads={4: 2}, stores={16: 1})
     assert len(report.faults(aligned=True)) == 2

@@ -231,8 +231,14 @@ def table(reports: dict[str, list[Report]]) -> str:
         "| case, kernel | architecture | registers | spills | shared, bytes | loads | stores |",
         "|---|---|---|---|---|---|---|",
     ]
-    for rows in zip(*reports.values(), strict=True):
-        for at, (arch, r) in enumerate(zip(reports, rows, strict=True)):
+    found: dict[tuple[str, str, int], dict[str, Report]] = {}  # not every architecture has every kernel
+    for arch, rows in reports.items():
+        launches: Counter = Counter()
+        for r in rows:
+            launches[r.case, r.kernel] += 1
+            found.setdefault((r.case, r.kernel, launches[r.case, r.kernel]), {})[arch] = r
+    for of_arch in found.values():
+        for at, (arch, r) in enumerate(of_arch.items()):
             name = "" if at else f"{r.case}, `{r.kernel}`"
             cells = (name, arch, r.registers, r.spills, r.shared, accesses(r.loads), accesses(r.stores))
             lines.append("| " + " | ".join(map(str, cells)) + " |")
