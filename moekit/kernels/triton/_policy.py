@@ -55,9 +55,10 @@ _MOST_PER_MOVE = 2500  # multiplications of a row for each number that it has be
 _SHORT = 768  # numbers to a sum, so few that a tile is written for as long as it is computed
 _MANY = 2048  # rows an expert up to which sums over them were measured
 _TWO = Blocks(128, 128, 64, 4, 3, 2, flat=True, leaving=64)  # programs a multiprocessor: one computes while one writes
-# Whose warps can have parts: see moekit.kernels.triton.hopper. Gluon changes with every release of Triton, and one that
+# Whose warps can have parts: see moekit.kernels.triton.hopper. Gluon may change with every release of Triton, and one that
 # these kernels were not compiled with takes the others.
-_SPECIALISED = "9" if triton.__version__.split(".")[:2] in (["3", "6"], ["3", "9"]) else ""
+_RELEASES = ("3.6", "3.7", "3.8", "3.9")
+_SPECIALISED = "9" if ".".join(triton.__version__.split(".")[:2]) in _RELEASES else ""
 _EXPERTS_APART = 128  # of more, what their warps keep does not fit into the registers
 APART = Blocks(128, 256, 64, 4, 4, 1, leaving=64, fetchers=1)
 APART_GATHERED = APART._replace(fetchers=4)

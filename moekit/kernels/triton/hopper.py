@@ -35,7 +35,7 @@ from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._ragged import halves_of, ragged, rows_at
 from moekit.kernels.triton._tiles import rows_of_experts
 
-if hasattr(tma, "async_load"):  # the names of triton 3.7 and later
+if hasattr(tma, "async_load"):  # in newer releases of Triton
     fetch, fetch_each, leave = tma.async_load, async_copy.async_load, tma.async_store
 else:
     fetch, leave = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
