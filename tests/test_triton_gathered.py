@@ -122,8 +122,12 @@ def test_what_cannot_be_fetched_is_left(name, monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="the fixture cuts there")
 def test_how_they_are_cut():
     qwen = Shape(131072, 128, 2048, 1536)
-    cuts = [_policy.gathered(qwen, torch.bfloat16, "10", gate=gate) for gate in ("", "plain", "full")]
+    cuts = [_policy.gathered(qwen, torch.bfloat16, "9", gate=gate, leaves=False) for gate in ("", "plain", "full")]
     assert [(cut.rows, cut.columns, cut.flat) for cut in cuts] == [(128, 256, True), (128, 256, True), (128, 256, False)]
+    assert [_policy.gathered(qwen, torch.bfloat16, "10", gate=gate) for gate in ("", "plain", "full")] == [*cuts[:2], None]
+    few = qwen._replace(num_rows=128)
+    assert _policy.gathered(few, torch.bfloat16, "10", gate="plain") is None
+    assert _policy.gathered(qwen._replace(depth=2040), torch.bfloat16, "10") is None
     assert _policy.gathered(qwen, torch.bfloat16, "9", gate="gelu") is None
     assert _policy.gathered(qwen._replace(num_rows=128), torch.bfloat16, "10").rows == 64
     for shape, dtype, arch in (

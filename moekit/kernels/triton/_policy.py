@@ -121,6 +121,11 @@ def described(shape: Shape, dtype: torch.dtype, arch: str, *, updated: bool = Fa
     return cut._replace(flat=cut.flat and not updated)
 
 
+def _spills_there(shape: Shape, gate: str) -> bool:
+    """Whether the registers of sm_100 do not hold a product of fetched rows without spilling some."""
+    return gate == "full" or (gate != "" and shape.rows_an_expert <= 128) or shape.depth % 64 != 0
+
+
 def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "", leaves: bool = True) -> Blocks | None:
     """Of rows that threads fetch one by one, by matrices that the copy engine does; ``gate`` is what comes behind it.
 
@@ -132,6 +137,8 @@ def gathered(shape: Shape, dtype: torch.dtype, arch: str, *, gate: str = "", lea
     if arch not in _DESCRIBED or dtype not in _HALVES or shape.width <= 64 or gate == "gelu":
         return None
     if shape.depth * shape.width > _MOST_PER_MOVE * (shape.depth + shape.width):
+        return None
+    if arch == "10" and _spills_there(shape, gate):
         return None
     if shape.rows_an_expert <= 128:
         return Blocks(64, 128, 128, 4, 4, 1, flat=True)
