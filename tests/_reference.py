@@ -325,3 +325,9 @@ def glu_inputs(
     if bias == "experts":
         parameters["offsets"] = torch.tensor(ENDS, dtype=torch.int32)
     return inputs, parameters, draw(seed + 3, num_rows, width, dtype=dtype)
+
+
+def together(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The tokens that ``index`` names, zeros where it is out of range."""
+    known = (index >= 0) & (index < len(tokens))
+    return torch.where(known.unsqueeze(1), tokens[torch.where(known, index, 0).long()], 0)

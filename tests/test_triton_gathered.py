@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from _interpreter import INTERPRETED, run_interpreted
-from _reference import draw
+from _reference import draw, together
 
 pytest.importorskip("triton")
 
@@ -52,11 +52,6 @@ def case(dtype, depth, width, layout):
     tokens = draw(1, TOKENS, depth).to(dtype)
     tensors = (tokens, index, matrices, torch.tensor(ENDS).int())
     return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t) for t in tensors]
-
-
-def together(tokens, index):
-    known = (index >= 0) & (index < len(tokens))
-    return torch.where(known.unsqueeze(1), tokens[torch.where(known, index, 0).long()], 0)
 
 
 kernel_runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in the interpreter's process")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _interpreter import INTERPRETED
-from _reference import draw
+from _reference import draw, together
 
 pytest.importorskip("triton")
 
@@ -55,11 +55,6 @@ def index() -> torch.Tensor:
     found = torch.randint(-1, TOKENS, (ROWS,), generator=torch.Generator().manual_seed(3)).int()
     found[7], found[300] = TOKENS + 5, 2**31 - 1
     return found.cuda()
-
-
-def together(tokens: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    known = (of >= 0) & (of < len(tokens))
-    return torch.where(known.unsqueeze(1), tokens[torch.where(known, of, 0).long()], 0)
 
 
 def weights(dtype: torch.dtype, depth: int, width: int, stored: str) -> torch.Tensor:
