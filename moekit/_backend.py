@@ -132,8 +132,8 @@ def checks_values(tensor: Tensor) -> bool:
 
 
 def debugging() -> bool:
-    """Whether values on GPUs are checked, too."""
-    return _debug.get()
+    """Whether values on GPUs are checked, too; not while code is compiled, as it may run in either mode."""
+    return not torch.compiler.is_compiling() and _debug.get()
 
 
 def current() -> str:
@@ -221,6 +221,11 @@ def kernel(op: str, tensor: Tensor) -> Callable | None:
     table = _require(name, _VARIABLE)  # what moekit.backend() was given has been looked at there
     _require_device(name, device)
     return table.get(op)
+
+
+def has_kernel(op: str, tensor: Tensor) -> bool:
+    """Whether a kernel runs ``op`` on ``tensor``; while code is compiled, whether one may, as the backend is chosen later."""
+    return tensor.is_cuda if torch.compiler.is_compiling() else kernel(op, tensor) is not None
 
 
 @functools.cache

@@ -99,16 +99,7 @@ class Routing:
                 than E experts or what can only be a map.
             TypeError: indices that are not integers, weights that are not floating.
         """
-        op = "Routing.from_topk"
-        _check.tensor_dim(op, "indices", indices, 2)
-        _check.integer(op, "indices", indices, _mistaken_for)
-        num_experts = _check.positive(op, "num_experts", num_experts)
-        if weights is not None:
-            _check.floating(op, "weights", weights)
-            _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
-        _check.same_device(op, indices=indices, weights=weights)
-        _check.slots_of_token(op, indices, num_experts)
-        _check.not_a_map(op, "indices", indices, num_experts)
+        num_experts = check_choice(indices, weights, num_experts)
         return Routing(indices, weights, *tables.route_indices(indices, num_experts))
 
     @staticmethod
@@ -207,6 +198,21 @@ def require(op: str, routing: object) -> None:
     """``routing`` is a :class:`Routing`."""
     if not isinstance(routing, Routing):
         raise _check.wrong_type(op, "routing", f"a moekit.Routing ({HOW_TO_BUILD})", type(routing).__name__)
+
+
+def check_choice(indices: Tensor, weights: Tensor | None, num_experts: int) -> int:
+    """Refuse what :meth:`Routing.from_topk` refuses; ``num_experts`` as Python's integer."""
+    op = "Routing.from_topk"
+    _check.tensor_dim(op, "indices", indices, 2)
+    _check.integer(op, "indices", indices, _mistaken_for)
+    num_experts = _check.positive(op, "num_experts", num_experts)
+    if weights is not None:
+        _check.floating(op, "weights", weights)
+        _check.shape(op, "weights", weights, indices.shape, "[tokens, topk]")
+    _check.same_device(op, indices=indices, weights=weights)
+    _check.slots_of_token(op, indices, num_experts)
+    _check.not_a_map(op, "indices", indices, num_experts)
+    return num_experts
 
 
 def _mistaken_for(indices: Tensor) -> str:

@@ -7,6 +7,7 @@ import torch
 from _by_hand import leaf
 from _reference import assert_same, draw
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import moekit
@@ -231,3 +232,33 @@ def test_compiled_checkpointing():
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_compiled_equals_eager(compiled, native, inputs(9), exact=True)
+
+
+# --- a GPU's tensors, which have no values to be looked at ------------------------------------------------------------
+
+
+def from_choice(x, logits, indices, weights, gate_up, down):
+    return moekit.experts(x, (indices, weights), gate_up, down)
+
+
+def from_logits(x, logits, indices, weights, gate_up, down):
+    return moekit.experts(x, moekit.route(logits, 2), gate_up, down)
+
+
+@pytest.mark.parametrize("grads", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("layer", [from_choice, from_logits], ids=lambda layer: layer.__name__)
+def test_one_graph_on_a_gpu(layer, grads):
+    """No such device is needed to trace for it."""
+    module = torch.nn.Module()
+    module.forward = layer
+    shapes = {"x": (4, HIDDEN), "logits": (4, EXPERTS), "indices": (4, 2), "weights": (4, 2)}
+    shapes |= {"gate_up": (EXPERTS, 6, HIDDEN), "down": (EXPERTS, HIDDEN, 3)}
+    dtypes = {"indices": torch.int64}
+    with FakeTensorMode():
+        given = [torch.zeros(shape, dtype=dtypes.get(name), device="cuda") for name, shape in shapes.items()]
+    with torch.set_grad_enabled(grads):
+        graph = torch.export.export(module, tuple(given), strict=True).graph
+    called = {node.target.__name__ for node in graph.nodes if node.op == "call_function"}
+    alone = layer is from_choice and not grads
+    assert ("experts_topk.default" if alone else "experts.default") in called
+    assert ("route_indices.default" in called) is not alone

@@ -20,11 +20,13 @@ from torch import Tensor
 from moekit import _backend, _check
 from moekit.ops import _library, glu
 from moekit.ops.experts_forward import operator
+from moekit.ops.experts_topk import KERNEL
+from moekit.ops.experts_topk import operator as experts_topk
 from moekit.ops.gemm import autocast
 from moekit.ops.lora import NONE, WEIGHTS, Adapters, Lora, adapters, of_weights
 from moekit.ops.packed_products import three
 from moekit.packed import PackedExperts
-from moekit.routing import Routing
+from moekit.routing import Routing, check_choice
 
 SAVES = ("recompute", "fp8", "all")
 
@@ -102,14 +104,16 @@ def experts(
     _check.one_of(op, "save", save, SAVES)
     dense = (None if isinstance(weight, PackedExperts) else weight for weight in (gate_up, down))
     hidden_states, *dense, gate_up_bias, down_bias = autocast(hidden_states, *dense, gate_up_bias, down_bias)
+    biases = (gate_up_bias, down_bias)
     gate_up, down = (given if cast is None else cast for given, cast in zip((gate_up, down), dense, strict=True))
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
-    routing = _as_routing(routing, gate_up.shape[0])
     named = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    _check.same_device(op, hidden_states=hidden_states, **named, routing=routing.order)
-    if routing.num_tokens != hidden_states.shape[0]:
-        wanted = f"of {hidden_states.shape[0]} tokens, as hidden_states"
-        raise _check.fail(op, "routing", wanted, f"{routing.num_tokens} tokens")
+    if lora is None and not batch_invariant and _goes_directly(hidden_states, routing, gate_up, down, *biases):
+        indices, probs = _as_choice(routing, gate_up.shape[0])
+        _check_placed(hidden_states, indices, indices.shape[0], named)
+        return experts_topk(hidden_states, indices, probs, gate_up, down, *biases, *spec, transposed, weight_after_down)
+    routing = _as_routing(routing, gate_up.shape[0])
+    _check_placed(hidden_states, routing.order, routing.num_tokens, named)
     weights = [_Weight.of(gate_up, transposed), _Weight.of(down, transposed)]
     factors = [
         _adapters(name, given, weight, transposed, hidden_states)
@@ -171,14 +175,36 @@ def _seeds(*factors: Adapters) -> Tensor | None:
     return torch.randint(2**62, (len(factors),), device="cpu") if any(found.drop for found in factors) else None
 
 
-def _as_routing(routing: Routing | tuple[Tensor, Tensor], num_experts: int) -> Routing:
+def _goes_directly(hidden_states: Tensor, routing: Any, gate_up: Any, down: Any, *biases: Tensor | None) -> bool:
+    """Whether the call can go without routing tables: where there is a kernel for that, and nothing needs a gradient."""
+    if isinstance(routing, Routing) or not _backend.has_kernel(KERNEL, hidden_states):
+        return False
+    whole = isinstance(routing, (tuple, list)) and len(routing) == 2 and all(isinstance(part, Tensor) for part in routing)
+    dense = not any(isinstance(weight, PackedExperts) for weight in (gate_up, down))
+    return whole and dense and not _library.needs_grad(hidden_states, routing[1], gate_up, down, *biases)
+
+
+def _as_choice(routing: Any, num_experts: int) -> tuple[Tensor, Tensor]:
+    """A router's choice that will do as it is."""
+    indices, weights = _choice(routing, num_experts)
+    check_choice(indices, weights, num_experts)
+    return indices, weights
+
+
+def _choice(routing: Any, num_experts: int, *, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    """A router's choice; what is no expert here is -1 where somebody looks, or may do so in code that is ``compiled``."""
+    if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not _is_integer(routing[0]):
+        raise _no_routing(routing)
+    indices, weights = routing
+    if not indices.is_cuda or compiled or _backend.debugging():  # elsewhere what is out of range is left out
+        indices = indices.masked_fill(indices >= num_experts, -1)
+    return indices, weights
+
+
+def _as_routing(routing: Any, num_experts: int) -> Routing:
     if not isinstance(routing, Routing):
-        if not isinstance(routing, (tuple, list)) or len(routing) != 2 or not _is_integer(routing[0]):
-            raise _no_routing(routing)
-        indices, weights = routing
-        if not indices.is_cuda or _backend.debugging():  # elsewhere nothing looks, and what is out of range is left out
-            indices = indices.masked_fill(indices >= num_experts, -1)
-        routing = Routing.from_topk(indices, weights, num_experts=num_experts)
+        choice = _choice(routing, num_experts, compiled=torch.compiler.is_compiling())
+        routing = Routing.from_topk(*choice, num_experts=num_experts)
     if routing.weights is None:
         raise _check.fail("experts", "routing", "built with weights", "none")
     if routing.num_experts != num_experts:
@@ -238,6 +264,14 @@ def _check_shapes(
             if value.dtype not in (hidden_states.dtype, torch.float32):
                 wanted = f"of the dtype of hidden_states ({hidden_states.dtype}) or float32"
                 raise _check.fail(op, name, wanted, value.dtype)
+
+
+def _check_placed(hidden_states: Tensor, routing: Tensor, num_tokens: int, named: Mapping[str, Any]) -> None:
+    """All on one device, and the routing of as many tokens as there are."""
+    _check.same_device("experts", hidden_states=hidden_states, **named, routing=routing)
+    if num_tokens != hidden_states.shape[0]:
+        wanted = f"of {hidden_states.shape[0]} tokens, as hidden_states"
+        raise _check.fail("experts", "routing", wanted, f"{num_tokens} tokens")
 
 
 def _storage(gate_up: Tensor, hidden: int, transposed: bool, *, turned: bool) -> tuple[str, str]:

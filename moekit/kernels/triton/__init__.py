@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moekit.kernels.triton import decode, entries, gathered, gemm, glu, glu_backward, maps, outer, rows, tables, topk, unpack
+from moekit.kernels.triton import (
+    by_slot,
+    decode,
+    entries,
+    gathered,
+    gemm,
+    glu,
+    glu_backward,
+    maps,
+    outer,
+    rows,
+    tables,
+    topk,
+    unpack,
+)
 
 KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
@@ -39,5 +53,6 @@ KERNELS: dict[str, Callable] = {
     "packed_rows": gemm.packed_rows,
     "packed_slices": gemm.packed_slices,
     "packed_rows_few": decode.packed_rows_few,
+    "experts_by_slot": by_slot.experts_by_slot,
 }
 """Operator name to the function that runs it, with the reference's arguments and results."""

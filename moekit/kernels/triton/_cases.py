@@ -270,7 +270,27 @@ def _all_decoding() -> Iterator[Case]:
             yield Case(f"packed_rows_few {form} {name} R/E={rows} {width}", "packed_rows_few", args, shown, aligned=False)
 
 
+def _all_by_slot() -> Iterator[Case]:
+    """One token, with weights stored either way: Qwen3's layer, and gpt-oss's."""
+    for (name, dtype), across in itertools.product(_DTYPES.items(), (False, True)):
+        for label, (experts, hidden, inner, topk), gate in (
+            ("silu", (_E, _H, _I, _K), (*_SILU, 0.0, None, False, "concatenated")),
+            ("clamp after bias", (32, 2880, 2880, 4), (*_QUICK, 1.0, 7.0, True, "interleaved")),
+            ("relu2", (_E, _H, _I, _K), (*_RELU2, 0.0, None, False, "ungated")),
+        ):
+            width = inner if gate[-1] == "ungated" else 2 * inner
+            stored = [_meta(experts, width, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)]
+            matrices = [weight.mT.contiguous() if across else weight.mT for weight in stored]
+            biases = [_meta(experts, width), _meta(experts, hidden)] if "bias" in label else [None, None]
+            x, indices, weights = _meta(1, hidden, dtype=dtype), _meta(1, topk, dtype=torch.int64), _meta(1, topk)
+            what = f"{name} {label}" + (" across" if across else "")
+            args = (x, indices, weights, *matrices, *biases, *gate, False)
+            shown = name == "bf16" and label == "silu"
+            yield Case(f"experts_by_slot {what}", "experts_by_slot", args, shown)
+
+
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:
     """All of them, or those that ``select`` takes."""
-    for family in (_all_glu, _all_rows, _all_tables, _all_routers, _all_products, _all_gathered, _all_outer, _all_decoding):
+    products = (_all_products, _all_gathered, _all_outer, _all_decoding, _all_by_slot)
+    for family in (_all_glu, _all_rows, _all_tables, _all_routers, *products):
         yield from filter(select, family())

@@ -186,5 +186,21 @@ def ranks_at_a_time(dtype: torch.dtype) -> int:
     return 64 if dtype in _HALVES else 16
 
 
+def slots_apart(num_tokens: int, topk: int, num_experts: int) -> bool:
+    """Whether hardly two of so few slots have one expert, whose weights would be read for each: on average 6% of them."""
+    return num_tokens == 1 or num_tokens * topk * 8 <= num_experts
+
+
+def by_slot(topk: int, dtype: torch.dtype, *, along: bool) -> Blocks:
+    """Of single rows: ``rows`` experts at a time, whose numbers are adjacent ``along`` the sum or across it. Not measured.
+
+    One warp a tile; so many fit by their registers that a layer of Qwen3 has no program that waits for another's end.
+    """
+    experts, size = min(_power_of_two(topk), 8), dtype.itemsize
+    if along:
+        return Blocks(experts, max(8 // experts, 2), 512 // size, 1, 1, 12, registers=168)
+    return Blocks(experts, 128 // size, max(32 // experts, 8), 1, 1, 12, registers=168)
+
+
 def _power_of_two(extent: int) -> int:
     return 1 << max(extent - 1, 0).bit_length()

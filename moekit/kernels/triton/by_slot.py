@@ -1,0 +1,172 @@
+"""The experts of few tokens, slot by slot: two launches, without routing tables.
+
+What counts here are bytes of weights and launches. A slot is a token's choice of an expert; as long as hardly two slots have
+the same expert, there are no rows to bring together, and so nothing to sort:
+
+- each program of the first kernel takes some features of one slot's expert, gate and up, to the activation;
+- each of the second takes some outputs of one token, and adds over its slots.
+
+A program is one warp, which needs no barriers; many of them together keep the memory busy. Sums are in float32, in an order
+that depends on neither the other tokens nor their experts; what is rounded is the activation and the output, once each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit import _check
+from moekit.kernels.triton import _launch, _policy
+from moekit.kernels.triton._activation import ACTIVATIONS
+from moekit.kernels.triton._halves import through_gate
+from moekit.kernels.triton.glu import LAYOUTS, tidy_bias
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _slot_gate_kernel(
+    tokens, indices, weights, matrices, bias, act,
+    topk, num_experts, depth, inner, feature_blocks, stride_tokens, stride_expert, stride_in, stride_out, stride_bias,
+    c1, c3, linear_offset, clamp,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program for a slot and FEATURES of its expert: ``act [S, inner]``. A slot of no expert gets nothing."""
+    HALVES: tl.constexpr = 1 if LAYOUT == "ungated" else 2
+    slot, first = tl.program_id(0) // feature_blocks, tl.program_id(0) % feature_blocks * FEATURES
+    expert = tl.load(indices + slot)
+    if (expert >= 0) & (expert < num_experts):
+        place = tl.arange(0, HALVES * FEATURES)
+        if LAYOUT == "interleaved":
+            column, known = 2 * first + place, 2 * first + place < 2 * inner
+        else:
+            column, known = first + place % FEATURES, first + place % FEATURES < inner
+            column += place // FEATURES * inner
+        k = tl.arange(0, BLOCK_K)
+        x = tokens + (slot // topk).to(tl.int64) * stride_tokens + k
+        address = matrices + expert.to(tl.int64) * stride_expert + (column * stride_out)[:, None] + (k * stride_in)[None, :]
+        total = tl.zeros([HALVES * FEATURES, BLOCK_K], tl.float32)
+        for start in tl.range(0, depth, BLOCK_K, loop_unroll_factor=2):  # so that more loads are on their way at once
+            inside = start + k < depth
+            w = tl.load(address + start * stride_in, mask=known[:, None] & inside[None, :], other=0.0)
+            total += w.to(tl.float32) * tl.load(x + start, mask=inside, other=0.0).to(tl.float32)[None, :]
+        both = tl.sum(total, 1)
+        if LAYOUT == "ungated":
+            gate = both[None, :]
+            up = gate
+        elif LAYOUT == "interleaved":
+            gate, up = tl.split(tl.reshape(both, (1, FEATURES, 2)))
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(both, (1, 2, FEATURES)), (0, 2, 1)))
+        feature = first + tl.arange(0, FEATURES)
+        value = through_gate(
+            gate, up, weights, bias, expert, slot + tl.arange(0, 1), feature, slot + 1, inner, stride_bias,
+            c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, FAST,
+        )  # fmt: skip
+        target = act + slot.to(tl.int64) * inner + feature[None, :]
+        tl.store(target, value.to(act.dtype.element_ty), mask=(feature < inner)[None, :])
+
+
+@triton.jit
+def _slot_of(indices, token, place, topk, num_experts):
+    """The slot at one of a token's places, its expert, and whether there is one; 0 for none."""
+    slot = token.to(tl.int64) * topk + place
+    expert = tl.load(indices + slot, mask=place < topk, other=-1)
+    known = (expert >= 0) & (expert < num_experts)
+    return slot, tl.where(known, expert, 0).to(tl.int64), known
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _slot_down_kernel(
+    act, indices, weights, matrices, bias, out,
+    topk, num_experts, depth, width, column_blocks, stride_expert, stride_in, stride_out, stride_bias, stride_result,
+    WEIGHED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program for a token and BLOCK_N of its outputs, SLOTS of its experts at a time.
+
+    The bias is multiplied by the routing weights; the activation has been already, if it is WEIGHED.
+    """
+    token, block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
+    column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    allowed, within = column < width, (column * stride_out)[:, None] + (k * stride_in)[None, :]
+    total, biases = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, topk, SLOTS):
+        for start in range(0, depth, BLOCK_K):
+            for place in tl.static_range(SLOTS):
+                slot, expert, known = _slot_of(indices, token, first + place, topk, num_experts)
+                inside = known & (start + k < depth)
+                a = tl.load(act + slot * depth + start + k, mask=inside, other=0.0).to(tl.float32)
+                if not WEIGHED:
+                    a *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
+                address = matrices + expert * stride_expert + start * stride_in + within
+                w = tl.load(address, mask=inside[None, :] & allowed[:, None], other=0.0)
+                total += w.to(tl.float32) * a[None, :]
+    if bias is not None:
+        for place in range(topk):
+            slot, expert, known = _slot_of(indices, token, place, topk, num_experts)
+            weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
+            biases += weight * tl.load(bias + expert * stride_bias + column, mask=known & allowed, other=0.0).to(tl.float32)
+    value = tl.sum(total, 1) + biases
+    tl.store(out + token.to(tl.int64) * stride_result + column, value.to(out.dtype.element_ty), mask=allowed)
+
+
+# --- launcher -------------------------------------------------------------------------------------------------------
+
+
+def experts_by_slot(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    c1: float,
+    c3: float,
+    linear_offset: float,
+    clamp: float | None,
+    clamp_after_bias: bool,
+    layout: str,
+    weight_after_down: bool,
+) -> Any:
+    """``moekit::experts_topk`` of few tokens, by ``gate_up [E, H, 2I]`` and ``down [E, I, H]`` in any storage."""
+    (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, down.shape
+    fits = _launch.computes(x, weights, gate_up, down, gate_up_bias, down_bias) and all(map(_reachable, (gate_up, down)))
+    if not fits or not _policy.slots_apart(num_tokens, topk, num_experts):
+        return NotImplemented
+    x, indices, weights = _launch.rows_of(x), indices.contiguous(), weights.contiguous()
+    activation, out = x.new_empty(num_tokens * topk, inner), x.new_empty(num_tokens, hidden)
+    bias, spread = tidy_bias(gate_up_bias), tidy_bias(down_bias)
+    cut = _policy.by_slot(1, x.dtype, along=gate_up.stride(1) == 1)
+    features = cut.columns if layout == "ungated" else cut.columns // 2
+    feature_blocks = _launch.blocks(inner, features)
+    _launch.launch(
+        _slot_gate_kernel, (num_tokens * topk * feature_blocks,),
+        x, indices, None if weight_after_down else weights, gate_up, bias, activation,
+        topk, num_experts, hidden, inner, feature_blocks, x.stride(0), *gate_up.stride(),
+        0 if bias is None else bias.stride(0), c1, c3 or None, linear_offset, clamp or 0.0,
+        ACT=_check.known("the triton kernels", "activation", act, ACTIVATIONS),
+        LAYOUT=_check.known("the triton kernels", "layout", layout, LAYOUTS),
+        CLAMP="none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias",
+        FAST=_launch.approximates(x.device), FEATURES=features, BLOCK_K=cut.depth, config=cut,
+    )  # fmt: skip
+    cut = _policy.by_slot(topk, x.dtype, along=down.stride(1) == 1)
+    column_blocks = _launch.blocks(hidden, cut.columns)
+    _launch.launch(
+        _slot_down_kernel, (num_tokens * column_blocks,),
+        activation, indices, weights, down, spread, out,
+        topk, num_experts, inner, hidden, column_blocks, *down.stride(),
+        0 if spread is None else spread.stride(0), out.stride(0),
+        WEIGHED=not weight_after_down, SLOTS=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, config=cut,
+    )  # fmt: skip
+    return out
+
+
+def _reachable(matrices: Tensor) -> bool:
+    """Whether the numbers of an expert are adjacent along one side, and no further apart than 32 bits can say."""
+    _, *strides = matrices.stride()
+    _, *sides = matrices.shape
+    return 1 in strides and sum(stride * (side - 1) for stride, side in zip(strides, sides, strict=True)) < 2**31

@@ -1,0 +1,194 @@
+"""The experts of few tokens slot by slot: on a GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _interpreter import INTERPRETED, RUNS, run_interpreted
+from _reference import draw
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
+
+import moekit
+from moekit.kernels.triton import KERNELS, _policy, by_slot
+from moekit.ops.glu import make_glu
+
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+kernels_run = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in the interpreter, by the test below")
+# Tokens, choices of each, experts, hidden and inner features; some leave tiles and rounds of experts half full.
+SHAPES = {
+    "one token": (1, 8, 16, 40, 24),
+    "several": (3, 2, 48, 32, 24),
+    "odd": (1, 11, 12, 37, 11),
+    "one expert": (1, 1, 1, 8, 8),
+}
+GATES = {
+    "silu": {"activation": "silu"},
+    "gpt-oss": {"activation": "quick_gelu", "linear_offset": 1.0, "clamp": 0.7, "layout": "interleaved"},
+    "gelu": {"activation": "gelu", "clamp": 0.5},
+    "relu2": {"activation": "relu2", "layout": "ungated"},
+}
+EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernels_pass_in_the_interpreter():
+    run_interpreted(Path(__file__))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """Of which sums take several; on a GPU, and where no kernel runs, the policy's own."""
+    if INTERPRETED and request.node.get_closest_marker("skipif"):
+        cut = _policy.by_slot
+        sizes = {True: {"columns": 8, "depth": 16}, False: {"columns": 16, "depth": 8}}
+        monkeypatch.setattr(
+            by_slot._policy, "by_slot", lambda *args, along: cut(*args, along=along)._replace(**sizes[along])
+        )
+
+
+def case(shape: str, dtype: torch.dtype, gate: str = "silu", *, across: bool = False, bias: bool = False):
+    """Tokens, choices (some of no expert), weights, matrices as stored and biases."""
+    tokens, topk, experts, hidden, inner = SHAPES[shape]
+    width = inner if GATES[gate].get("layout") == "ungated" else 2 * inner
+    torch.manual_seed(1)
+    indices = torch.rand(tokens, experts).topk(topk).indices
+    if topk > 1:
+        indices[:, 1] = torch.tensor([-1, experts, 2**40 + 1, -(2**40)])[: len(indices)]
+    stored = [draw(2, experts, width, hidden) * 0.3, draw(3, experts, hidden, inner) * 0.3]
+    stored = [(weight.mT if across else weight).contiguous().to(dtype) for weight in stored]
+    biases = [draw(4, experts, width).to(dtype), draw(5, experts, hidden).to(dtype)] if bias else [None, None]
+    tensors = [draw(6, tokens, hidden).to(dtype), indices, torch.rand(tokens, topk), *stored, *biases]
+    return [t if t is None else t.to(DEVICE) for t in tensors]
+
+
+def by_kernel(given: list, gate: str = "silu", *, across: bool = False, after: bool = False):
+    x, indices, weights, gate_up, down, *biases = given
+    options = dict(GATES[gate])
+    spec = make_glu(options.pop("activation"), alpha=None, op="test", clamp_after_bias=True, **{
+        "linear_offset": 0.0, "clamp": None, "layout": "concatenated", **options,
+    })  # fmt: skip
+    matrices = (gate_up, down) if across else (gate_up.mT, down.mT)
+    return KERNELS["experts_by_slot"](x, indices, weights, *matrices, *biases, *spec, after)
+
+
+def exactly(given: list, gate: str = "silu", *, across: bool = False) -> torch.Tensor:
+    x, indices, weights, *others = [t if t is None or t.dtype is torch.int64 else t.double().cpu() for t in given]
+    gate_up, down, gate_up_bias, down_bias = others
+    biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    indices = torch.where((indices.cpu() >= 0) & (indices.cpu() < len(down)), indices.cpu(), -1)
+    with moekit.backend("torch"):
+        return moekit.experts(x, (indices, weights), gate_up, down, transposed=across, **biases, **GATES[gate])
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Token by token, within the roundings of the activation and of the output."""
+    off = (found.double().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
+    return found.shape == wanted.shape and bool((off < EPS[found.dtype]).all())
+
+
+@kernels_run
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values(shape, dtype, gate):
+    for across, bias, after in ((False, False, True), (True, False, False), (False, True, False), (True, True, True)):
+        given = case(shape, dtype, gate, across=across, bias=bias)
+        found = by_kernel(given, gate, across=across, after=after)
+        assert found.dtype is dtype and close(found, exactly(given, gate, across=across))
+        assert all(torch.equal(found, by_kernel(given, gate, across=across, after=after)) for _ in range(RUNS if GPU else 0))
+
+
+@kernels_run
+def test_a_token_has_the_same_bits_in_any_company():
+    given = case("several", torch.float32, bias=True)
+    together = by_kernel(given)
+    for token in range(3):
+        alone = [part[token : token + 1] for part in given[:3]]
+        assert torch.equal(by_kernel([*alone, *given[3:]])[0], together[token])
+
+
+@kernels_run
+def test_rows_and_matrices_may_lie_apart():
+    given = case("several", torch.bfloat16, bias=True)
+    apart = [
+        part if part is None else torch.stack([part, torch.full_like(part, 7)], -1)[..., 0] if part.dim() == 2
+        else torch.cat([part, torch.full_like(part, 7)], 1)[:, : part.shape[1]]
+        for part in given
+    ]  # fmt: skip
+    assert not any(part.is_contiguous() for part in apart)
+    assert torch.equal(by_kernel(apart), by_kernel(given))
+
+
+@kernels_run
+def test_tokens_of_no_expert_and_no_tokens():
+    x, indices, *others = case("several", torch.float32, bias=True)
+    assert not by_kernel([x, torch.full_like(indices, -1), *others]).any()
+    assert by_kernel([x[:0], indices[:0], others[0][:0], *others[1:]]).shape == (0, 32)
+
+
+@kernels_run
+def test_what_it_leaves_to_others():
+    given = case("several", torch.float32)
+    assert by_kernel([t.double() if t is not None and t.is_floating_point() else t for t in given]) is NotImplemented
+    many = [torch.cat([part] * 3) for part in given[:3]]
+    assert by_kernel([*many, *given[3:]]) is NotImplemented
+    spread = torch.stack([given[3]] * 2, -1)[..., 0]  # no side of it adjacent
+    assert by_kernel([*given[:3], spread, *given[4:]]) is NotImplemented
+
+
+@kernels_run
+def test_experts_take_it_where_nothing_needs_a_gradient(monkeypatch):
+    calls = []
+    kernel = KERNELS["experts_by_slot"]
+    monkeypatch.setitem(KERNELS, "experts_by_slot", lambda *args: (calls.append(len(args[0])), kernel(*args))[1])
+    x, indices, weights, gate_up, down, *biases = given = case("several", torch.float32, "gpt-oss", bias=True)
+    options = {**GATES["gpt-oss"], "gate_up_bias": biases[0], "down_bias": biases[1]}
+    with moekit.backend("triton"):
+        with FlopCounterMode(display=False) as counter:
+            found = moekit.experts(x, (indices, weights), gate_up, down, **options)
+        assert calls == [3] and close(found, exactly(given, "gpt-oss"))
+        assert counter.get_total_flops() == 2 * 6 * 3 * 32 * 24
+        many = [torch.cat([part] * 5) for part in (x, indices, weights)]
+        found = moekit.experts(many[0], (many[1], many[2]), gate_up, down, **options)
+        assert calls == [3, 15] and close(found, exactly([*many, *given[3:]], "gpt-oss"))
+        x.requires_grad_()
+        out = moekit.experts(x, (indices, weights), gate_up, down, **options)
+        moekit.experts(x.detach(), (indices, weights), gate_up, down, batch_invariant=True, **options)
+        moekit.experts(x.detach(), moekit.route(torch.rand(3, 48, device=DEVICE), 2), gate_up, down, **options)
+        assert calls == [3, 15] and out.requires_grad
+    wrong = {"indices": (indices[:2], weights[:2]), "weights": (indices, weights[:, :1])}
+    for choice in wrong.values():
+        with moekit.backend("triton"), torch.no_grad(), pytest.raises(ValueError, match=r"shape|3 tokens"):
+            moekit.experts(x, choice, gate_up, down, **options)
+
+
+# --- what needs no kernel -------------------------------------------------------------------------------------------
+
+
+def test_when_and_how():
+    assert _policy.slots_apart(1, 8, 8) and _policy.slots_apart(2, 8, 128) and _policy.slots_apart(0, 8, 16)
+    assert not _policy.slots_apart(3, 8, 128) and not _policy.slots_apart(2, 2, 8)
+    for topk, dtype in ((8, torch.bfloat16), (1, torch.float32), (10, torch.float16)):
+        along, across = (_policy.by_slot(topk, dtype, along=side) for side in (True, False))
+        assert along.rows == across.rows == {8: 8, 1: 1, 10: 8}[topk] and along.warps == across.warps == 1
+        assert along.depth * dtype.itemsize == 512 and across.columns * dtype.itemsize == 128  # 16 bytes a thread
+
+
+def test_numbers_too_far_apart_for_32_bits():
+    def stored(*strides: int) -> torch.Tensor:
+        return torch.empty_strided((2, 1 << 16, 1 << 16), strides, device="meta")
+
+    assert by_slot._reachable(stored(1 << 40, 1 << 14, 1)) and not by_slot._reachable(stored(1 << 40, 1 << 15, 1))
+    assert not by_slot._reachable(stored(1 << 40, 2, 1 << 14))
+
+
+def test_the_operator():
+    x, indices, weights, *others = case("several", torch.float32, bias=True)
+    indices = indices.clamp(-1, len(others[1]) - 1)
+    args = (x, indices, weights, *others, *make_glu("silu", alpha=None, op="test"), False, False)
+    torch.library.opcheck(torch.ops.moekit.experts_topk.default, args)
