@@ -224,7 +224,7 @@ def kernel(op: str, tensor: Tensor) -> Callable | None:
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether a kernel runs ``op`` on ``tensor``; while code is compiled, whether one may, as the backend is chosen later."""
+    """Whether a kernel runs ``op`` on ``tensor``; in code that is compiled whether one may: the backend is chosen later."""
     return tensor.is_cuda if torch.compiler.is_compiling() else kernel(op, tensor) is not None
 
 

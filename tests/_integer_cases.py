@@ -254,6 +254,13 @@ def _(m: Make) -> dict[str, Any]:
     return {**inputs, **constants, "weight_after_down": m._rng.random() < 0.5, "save": save, "batch_invariant": False}
 
 
+@target("ops.experts_topk", "indices")
+def _(m: Make) -> dict[str, Any]:
+    s, biases = m.sizes, {"gate_up_bias": m.bias(), "down_bias": m.optional(m.floats(m.sizes.experts, m.sizes.hidden))}
+    inputs = {"x": m.floats(s.tokens, s.hidden), "indices": m.indices, "weights": m.floats(s.tokens, s.topk)}
+    return {**inputs, **m.expert_weights(), **biases, **_constants(False, m._rng.random() < 0.5)}
+
+
 @target("ops.experts_backward", "order inverse offsets")
 def _(m: Make) -> dict[str, Any]:
     inputs, constants = _expert_inputs(m)

@@ -137,6 +137,8 @@ def test_what_it_leaves_to_others():
     assert by_kernel([t.double() if t is not None and t.is_floating_point() else t for t in given]) is NotImplemented
     many = [torch.cat([part] * 3) for part in given[:3]]
     assert by_kernel([*many, *given[3:]]) is NotImplemented
+    for place, part in enumerate(given[:5]):  # shapes that do not belong together are for others to refuse
+        assert by_kernel([*given[:place], part[:-1], *given[place + 1 :]]) is NotImplemented
     spread = torch.stack([given[3]] * 2, -1)[..., 0]  # no side of it adjacent
     assert by_kernel([*given[:3], spread, *given[4:]]) is NotImplemented
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moekit import _backend
+from moekit import _backend, _check
 from moekit.ops import _library, glu, tables
 from moekit.ops.experts_forward import operator as experts
 from moekit.ops.experts_parts import Options
@@ -36,6 +36,7 @@ _NUM = len(_Arguments._fields)
 def _reference(*args: Any) -> Tensor:
     """``[T, H]``; the arguments are those of :func:`moekit.experts` that go without a gradient, weights dense."""
     given, spec, (transposed, weight_after_down) = _Arguments(*args[:_NUM]), args[_NUM:-2], args[-2:]
+    _check.tensor_dim("experts", "indices", given.indices, 2)
     kernel = _backend.kernel(KERNEL, given.x)
     if kernel is not None:
         weights = (weight if transposed else weight.mT for weight in (given.gate_up, given.down))
@@ -43,6 +44,9 @@ def _reference(*args: Any) -> Tensor:
         if out is not NotImplemented:
             return out
     indices, num_experts = given.indices, given.gate_up.shape[0]
+    if indices.shape[0] != given.x.shape[0]:
+        raise _check.fail("experts", "indices", f"of {given.x.shape[0]} tokens, as x", f"shape {list(indices.shape)}")
+    _check.shape("experts", "weights", given.weights, indices.shape, "[tokens, topk]")
     if _backend.debugging():  # what is no expert here is none to be refused
         indices = indices.masked_fill(indices >= num_experts, -1)
     _, offsets, order, inverse = tables.route_indices(indices, num_experts)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -96,7 +97,7 @@ def _slot_down_kernel(
         for start in range(0, depth, BLOCK_K):
             for place in tl.static_range(SLOTS):
                 slot, expert, known = _slot_of(indices, token, first + place, topk, num_experts)
-                inside = known & (start + k < depth)
+                inside = start + k < tl.where(known, depth, 0)
                 a = tl.load(act + slot * depth + start + k, mask=inside, other=0.0).to(tl.float32)
                 if not WEIGHED:
                     a *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
@@ -107,7 +108,8 @@ def _slot_down_kernel(
         for place in range(topk):
             slot, expert, known = _slot_of(indices, token, place, topk, num_experts)
             weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
-            biases += weight * tl.load(bias + expert * stride_bias + column, mask=known & allowed, other=0.0).to(tl.float32)
+            inside = column < tl.where(known, width, 0)
+            biases += weight * tl.load(bias + expert * stride_bias + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.sum(total, 1) + biases
     tl.store(out + token.to(tl.int64) * stride_result + column, value.to(out.dtype.element_ty), mask=allowed)
 
@@ -134,7 +136,12 @@ def experts_by_slot(
 ) -> Any:
     """``moekit::experts_topk`` of few tokens, by ``gate_up [E, H, 2I]`` and ``down [E, I, H]`` in any storage."""
     (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, down.shape
+    width = inner if layout == "ungated" else 2 * inner
     fits = _launch.computes(x, weights, gate_up, down, gate_up_bias, down_bias) and all(map(_reachable, (gate_up, down)))
+    fits = fits and indices.dtype in (torch.int32, torch.int64) and weights.shape == indices.shape
+    fits = fits and x.shape == (num_tokens, hidden) and gate_up.shape == (num_experts, hidden, width)
+    for bias, size in ((gate_up_bias, width), (down_bias, hidden)):
+        fits = fits and (bias is None or bias.shape == (num_experts, size))
     if not fits or not _policy.slots_apart(num_tokens, topk, num_experts):
         return NotImplemented
     x, indices, weights = _launch.rows_of(x), indices.contiguous(), weights.contiguous()
