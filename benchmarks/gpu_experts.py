@@ -239,6 +239,7 @@ def main() -> None:
         "torch": torch.__version__,
         "dense TFLOP/s": round(product),
         "copy GB/s": round(copy),
+        "sizes": {name: SHAPES[name] for name in options.shapes},
         "shapes": {},
     }
     print(results, flush=True)

@@ -17,19 +17,10 @@ FOLDER = Path(__file__).parent / "performance"
 PAGE, PLAN = FOLDER / "measured.md", FOLDER / "plan.md"
 NAMES = {"compile": "torch.compile", "nemo": "NeMo", "megatron": "Megatron", "liger": "Liger"}
 PRODUCTS, MLP = "grouped_mm, ", "expert MLP, forward and backward"
-SHAPES = {  # the settings of benchmarks/gpu.py and benchmarks/gpu_experts.py
+SHAPES = {  # the settings of benchmarks/gpu.py
     "Qwen3-30B-A3B": "T=16384, H=2048, I=768, E=128, K=8",
     "Mixtral-8x7B": "T=16384, H=4096, I=14336, E=8, K=2",
     "DeepSeek-V3": "T=4096, H=7168, I=2048, E=256, K=8",
-}
-EXPERTS = {  # tokens, H, I, E, K, in benchmarks/gpu_experts.py
-    "qwen3": (16384, 2048, 768, 128, 8),
-    "qwen3-8k": (8192, 2048, 768, 128, 8),
-    "small": (24576, 1536, 256, 128, 8),
-    "fine": (32768, 4096, 1024, 128, 8),
-    "olmoe": (16384, 2048, 1024, 64, 8),
-    "gpt-oss": (16384, 2880, 2880, 32, 4),
-    "mixtral": (16384, 4096, 14336, 8, 2),
 }
 
 
@@ -138,8 +129,9 @@ def planned(model: str | Model, measured: float, **options: Any) -> list[str]:
 def times() -> str:
     """Planned beside measured: trained layers of gpu_experts.json, and steps with adapters of packed_h200.json."""
     lines = []
-    for name, shape in load("gpu_experts.json")["shapes"].items():
-        tokens, *sizes = EXPERTS[name]
+    layers = load("gpu_experts.json")
+    for name, shape in layers["shapes"].items():
+        tokens, *sizes = layers["sizes"][name]
         model = given(layers=1, **dict(zip(("hidden", "intermediate", "experts", "topk"), sizes, strict=True)))
         measured = shape["forward + backward, graph"]["moekit"]
         lines.append([f"{name}, trained", *planned(model, measured, tokens=tokens)])

@@ -296,15 +296,7 @@ def measured(name: str) -> Any:
     return json.loads((ROOT / "docs" / "performance" / name).read_text(encoding="utf-8"))
 
 
-GPU_SHAPES = {  # those of benchmarks/gpu_experts.py
-    "qwen3": (16384, 2048, 768, 128, 8),
-    "qwen3-8k": (8192, 2048, 768, 128, 8),
-    "small": (24576, 1536, 256, 128, 8),
-    "fine": (32768, 4096, 1024, 128, 8),
-    "olmoe": (16384, 2048, 1024, 64, 8),
-    "gpt-oss": (16384, 2880, 2880, 32, 4),
-    "mixtral": (16384, 4096, 14336, 8, 2),
-}
+GPU_SHAPES = measured("gpu_experts.json")["sizes"]
 
 
 def load_of(shape: Any, **options: Any) -> Load:
