@@ -109,9 +109,9 @@ def experts(
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     named = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
     if lora is None and not batch_invariant and _goes_directly(hidden_states, routing, gate_up, down, *biases):
-        indices, probs = _as_choice(routing, gate_up.shape[0])
-        _check_placed(hidden_states, indices, indices.shape[0], named)
-        return experts_topk(hidden_states, indices, probs, gate_up, down, *biases, *spec, transposed, weight_after_down)
+        choice = _as_choice(routing, gate_up.shape[0])
+        _check_placed(hidden_states, choice[0], choice[0].shape[0], named)
+        return experts_topk(hidden_states, *choice, gate_up, down, *biases, *spec, transposed, weight_after_down)
     routing = _as_routing(routing, gate_up.shape[0])
     _check_placed(hidden_states, routing.order, routing.num_tokens, named)
     weights = [_Weight.of(gate_up, transposed), _Weight.of(down, transposed)]
@@ -129,17 +129,8 @@ def experts(
         save = "nothing"
     found = (routing.order, routing.inverse, routing.offsets, *weights[0].scales, *weights[1].scales, _seeds(*factors))
     stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], *(w.turned for w in weights)]
-    constants = (
-        *spec,
-        transposed,
-        *stored,
-        factors[0].numbers,
-        factors[1].numbers,
-        weight_after_down,
-        save,
-        batch_invariant,
-    )
-    return operator(*inputs, *found, *constants)[0]
+    stored += [factors[0].numbers, factors[1].numbers]
+    return operator(*inputs, *found, *spec, transposed, *stored, weight_after_down, save, batch_invariant)[0]
 
 
 class _Weight(NamedTuple):
