@@ -338,6 +338,18 @@ def test_frozen_inputs_cost_nothing():
     assert saved(ours(choose()), only) < 4 * T * K * I
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_the_gradient_of_routing_weights_is_rounded_once(backend):
+    """It has a part from the activation and one from the bias of down."""
+    sizes = (60, E, K, H, I)
+    inputs, indices, grad = make(bias=True, sizes=sizes), choose(sizes=sizes), draw(9, 60, H)
+    short = inputs["weights"].half()
+    _, wanted = value_and_grads(lambda **i: loop(**i, indices=indices), inputs | {"weights": short.double()}, grad)
+    with moekit.backend(backend):
+        _, found = value_and_grads(ours(indices), inputs | {"weights": short}, grad)
+    assert torch.equal(found["weights"], wanted["weights"].half())
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("rows", [T, 0])
 def test_checkpoint(use_reentrant, rows):

@@ -436,6 +436,11 @@ def test_every_configuration(monkeypatch, size, warps):
     test_unpermute_and_its_gradient(72, torch.bfloat16)
 
 
+@pytest.mark.parametrize(("op", "size"), [("route_map", None), ("map_to_indices", 1), ("route_capacity", 2)])
+def test_what_is_no_map_is_left_to_the_reference(op, size):
+    assert KERNELS[op](torch.ones(6, dtype=torch.bool), size) is NotImplemented
+
+
 def test_float64_is_left_to_the_reference():
     from moekit.kernels.triton import KERNELS
 

@@ -49,6 +49,8 @@ def gradients(
         raise _check.fail("experts_backward", "order", rows_wanted, list(given.order.shape))
     products = products or options.products()
     routed = Rows.of(given, products)
+    if given.down_bias is not None and want.weights:  # whose gradient has two parts: only their sum is rounded
+        routed = routed._replace(weights=routed.weights.to(torch.promote_types(grad.dtype, torch.float32)))
     offsets = routed.offsets
     gate_up, down = options.projections(given, products)
     result = Wanted(*(grad.new_empty(0) for _ in want))

@@ -140,6 +140,8 @@ def _count(routing_map: Tensor, tiles: dict[str, Any]) -> tuple[Tensor, int, int
 
 def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
     """``moekit::route_map``: counts, token and slot of each row, rows of each token; ``num_rows=None`` takes one sync."""
+    if routing_map.dim() != 2:
+        return NotImplemented
     looks = num_rows is None or _backend.checks_values(routing_map)
     routing_map, tiles = _tidy(routing_map)
     num_tokens, num_experts = routing_map.shape
@@ -160,8 +162,10 @@ def route_map(routing_map: Tensor, num_rows: int | None) -> Any:
     return counts, row_token, row_slot, token_offsets, token_rows
 
 
-def route_capacity(routing_map: Tensor, capacity: int) -> Tensor:
+def route_capacity(routing_map: Tensor, capacity: int) -> Any:
     """``moekit::route_capacity``: the token of each of ``E * capacity`` rows."""
+    if routing_map.dim() != 2:
+        return NotImplemented
     routing_map, tiles = _tidy(routing_map)
     num_tokens, num_experts = routing_map.shape
     histogram, chunk, num_blocks = _count(routing_map, tiles)
@@ -176,6 +180,8 @@ def route_capacity(routing_map: Tensor, capacity: int) -> Tensor:
 
 def map_to_indices(routing_map: Tensor, topk: int | None) -> Any:
     """``moekit::map_to_indices``; ``topk=None`` takes one device-to-host sync."""
+    if routing_map.dim() != 2:
+        return NotImplemented
     if topk is None or _backend.checks_values(routing_map):
         widest = int((routing_map != 0).sum(1).max()) if routing_map.numel() else 0
         if topk is not None and topk < widest:
