@@ -438,6 +438,8 @@ def test_every_configuration(monkeypatch, size, warps):
 
 @pytest.mark.parametrize(("op", "size"), [("route_map", None), ("map_to_indices", 1), ("route_capacity", 2)])
 def test_what_is_no_map_is_left_to_the_reference(op, size):
+    from moekit.kernels.triton import KERNELS
+
     assert KERNELS[op](torch.ones(6, dtype=torch.bool), size) is NotImplemented
 
 
