@@ -241,12 +241,25 @@ def from_choice(x, logits, indices, weights, gate_up, down):
     return moekit.experts(x, (indices, weights), gate_up, down)
 
 
+def invariant(x, logits, indices, weights, gate_up, down):
+    return moekit.experts(x, (indices, weights), gate_up, down, batch_invariant=True)
+
+
+def dropped_in(x, logits, indices, weights, gate_up, down):
+    """The other layers of this file cut pieces out of tensors, which needs the device."""
+    probs, routing_map = moe_utils.topk_routing_with_score_function(logits, 2)
+    rows, row_probs, index = moe_utils.permute(x, routing_map, probs, 8)
+    hidden = moe_utils.weighted_bias_swiglu_impl(torch.cat((rows, rows), 1), row_probs.unsqueeze(1))
+    y = moekit.experts(moe_utils.unpermute(hidden, index, x.shape), (indices, weights), gate_up, down)
+    return MoEAuxLossAutoScaler.apply(y, moe_utils.z_loss_func(logits, 0.25))
+
+
 def from_logits(x, logits, indices, weights, gate_up, down):
     return moekit.experts(x, moekit.route(logits, 2), gate_up, down)
 
 
 @pytest.mark.parametrize("grads", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("layer", [from_choice, from_logits], ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("layer", [from_choice, from_logits, invariant, dropped_in], ids=lambda layer: layer.__name__)
 def test_one_graph_on_a_gpu(layer, grads):
     """No such device is needed to trace for it."""
     module = torch.nn.Module()
@@ -259,6 +272,6 @@ def test_one_graph_on_a_gpu(layer, grads):
     with torch.set_grad_enabled(grads):
         graph = torch.export.export(module, tuple(given), strict=True).graph
     called = {node.target.__name__ for node in graph.nodes if node.op == "call_function"}
-    alone = layer is from_choice and not grads
+    alone = layer in (from_choice, dropped_in) and not grads
     assert ("experts_topk.default" if alone else "experts.default") in called
     assert ("route_indices.default" in called) is not alone

@@ -194,3 +194,16 @@ def test_the_operator():
     indices = indices.clamp(-1, len(others[1]) - 1)
     args = (x, indices, weights, *others, *make_glu("silu", alpha=None, op="test"), False, False)
     torch.library.opcheck(torch.ops.moekit.experts_topk.default, args)
+
+
+def test_what_is_no_expert_here_is_left_out_on_a_cpu():
+    """A program that was exported for a GPU may be moved there."""
+    x, indices, weights, *others = case("several", torch.float32, bias=True)
+    indices = indices.clamp(-1, len(others[1]) - 1)
+    found = []
+    for none in (-1, len(others[1]), len(others[1]) + 7):
+        given = indices.clone()
+        given[0, 0] = given[1, 1] = none
+        args = (x, given, weights, *others, *make_glu("silu", alpha=None, op="test"), False, False)
+        found.append(torch.ops.moekit.experts_topk.default(*args))
+    assert found[0].any() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
