@@ -196,6 +196,7 @@ class Rows(NamedTuple):
         """Of the routing among the arguments; in one launch where a kernel can, and nobody differentiates it."""
         order, inverse, offsets = given.order, given.inverse, given.offsets
         _check.tensor_dim("experts", "inverse", inverse, 2)
+        _check.shape("experts", "weights", given.weights, inverse.shape, "[tokens, topk], as inverse")
         _check.rows_end("experts", order, offsets)
         kernel = _backend.kernel("row_order", order) if products is not DIFFERENTIABLE else None
         found = NotImplemented if kernel is None else kernel(order, given.weights, offsets, *inverse.shape)
