@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import moekit
 from moekit.kernels.triton import KERNELS, _policy, by_slot
+from moekit.ops import experts_topk  # noqa: F401  (defines the operator)
 from moekit.ops.glu import make_glu
 
 GPU = torch.cuda.is_available() and not INTERPRETED

@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit import _check
 from moekit.kernels.triton import _launch, _policy
-from moekit.kernels.triton._activation import ACTIVATIONS
 from moekit.kernels.triton._halves import through_gate
-from moekit.kernels.triton.glu import LAYOUTS, tidy_bias
+from moekit.kernels.triton.glu import gate_constants, tidy_bias
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -155,9 +153,7 @@ def experts_by_slot(
         x, indices, None if weight_after_down else weights, gate_up, bias, activation,
         topk, num_experts, hidden, inner, feature_blocks, x.stride(0), *gate_up.stride(),
         0 if bias is None else bias.stride(0), c1, c3 or None, linear_offset, clamp or 0.0,
-        ACT=_check.known("the triton kernels", "activation", act, ACTIVATIONS),
-        LAYOUT=_check.known("the triton kernels", "layout", layout, LAYOUTS),
-        CLAMP="none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias",
+        **gate_constants(bias, act, clamp, clamp_after_bias, layout),
         FAST=_launch.approximates(x.device), FEATURES=features, BLOCK_K=cut.depth, config=cut,
     )  # fmt: skip
     cut = _policy.by_slot(topk, x.dtype, along=down.stride(1) == 1)

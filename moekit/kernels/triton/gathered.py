@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit import _check
 from moekit.kernels.triton import _launch, _policy
-from moekit.kernels.triton._activation import ACTIVATIONS
 from moekit.kernels.triton._halves import through_gate
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._tiles import place_of, row_blocks, store
@@ -30,7 +28,7 @@ from moekit.kernels.triton.gemm import (
     of_matrices,
     sizes,
 )
-from moekit.kernels.triton.glu import LAYOUTS, tidy_bias
+from moekit.kernels.triton.glu import gate_constants, tidy_bias
 
 
 @triton.jit
@@ -226,13 +224,7 @@ def gathered_glu(
         return NotImplemented
     projected = tokens.new_empty(shape.num_rows, shape.width) if keep else None
     result, bias = tokens.new_empty(shape.num_rows, inner), tidy_bias(bias)
-    where = "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias"
-    constants = {
-        "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
-        "LAYOUT": _check.known("the triton kernels", "layout", layout, LAYOUTS),
-        "CLAMP": where,
-        "FAST": _launch.approximates(tokens.device),
-    }
+    constants = gate_constants(bias, act, clamp, clamp_after_bias, layout) | {"FAST": _launch.approximates(tokens.device)}
     behind = (_launch.dense(weights), bias, result, c1, c3 or None, linear_offset, clamp or 0.0)
     given = _pairs(matrices, shape.num_rows, cut, layout)
     _launch_product(tokens, index, given, offsets, cut, projected, behind, constants)

@@ -92,6 +92,17 @@ def _storable(x, inverse):
 LAYOUTS = {"concatenated": "concatenated", "interleaved": "interleaved", "ungated": "ungated"}
 
 
+def gate_constants(
+    bias: Tensor | None, act: str, clamp: float | None, clamp_after_bias: bool, layout: str
+) -> dict[str, Any]:
+    """The constants that say what a gate is, for any kernel that has one."""
+    return {
+        "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
+        "LAYOUT": _check.known("the triton kernels", "layout", layout, LAYOUTS),
+        "CLAMP": "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias",
+    }
+
+
 def describe(
     y: Tensor,
     bias: Tensor | None,
@@ -102,14 +113,11 @@ def describe(
     layout: str,
 ) -> dict[str, Any]:
     """The constants of the kernels that follow from the operator's arguments."""
-    where = "none" if clamp is None else "after_bias" if clamp_after_bias or bias is None else "before_bias"
     kind = "none" if bias is None else "shared" if bias.dim() == 1 else "row" if offsets is None else "expert"
     width = y.shape[1] if layout == "ungated" else y.shape[1] // 2
     strides = (y.stride(0), 0 if bias is None else row_stride(bias))
     return {
-        "ACT": _check.known("the triton kernels", "activation", act, ACTIVATIONS),
-        "LAYOUT": _check.known("the triton kernels", "layout", layout, LAYOUTS),
-        "CLAMP": where,
+        **gate_constants(bias, act, clamp, clamp_after_bias, layout),
         "BIAS": kind,
         "MULTIPLE": _launch.multiple(width, *strides),
         "BLOCK_E": _launch.power_of_two(1 + (0 if offsets is None else offsets.shape[0])),
