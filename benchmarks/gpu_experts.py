@@ -34,7 +34,8 @@ SHAPES = {  # tokens, hidden, intermediate, experts, experts a token
     "mixtral": (16384, 4096, 14336, 8, 2),
     "fine": (32768, 4096, 1024, 128, 8),
 }
-SMALL_BATCHES = (1, 8, 64, 256)
+SMALL_BATCHES = (1, 2, 4, 8, 64, 256)  # of Qwen3's layer
+ONE_TOKEN = ("olmoe", "gpt-oss", "mixtral", "fine")
 ROUNDS, CALLS = 7, 4
 MOST_OFF = 0.03  # relative, by norm: a few roundings of bfloat16
 
@@ -175,11 +176,11 @@ def training(name: str, old: str | None, peers: list[str]) -> dict[str, Any]:
     return found
 
 
-def small_batches(old: str | None, copy: float) -> dict[str, Any]:
+def small_batches(name: str, numbers: tuple[int, ...], old: str | None, copy: float) -> dict[str, Any]:
     """Microseconds of a layer in a graph that goes through two sets of weights, and what reading these takes."""
     found: dict[str, Any] = {}
-    _, hidden, inner, experts, topk = SHAPES["qwen3"]
-    for tokens in SMALL_BATCHES:
+    _, hidden, inner, experts, topk = SHAPES[name]
+    for tokens in numbers:
         sets = [inputs((tokens, hidden, inner, experts, topk)) for _ in range(2)]
 
         def both(run: Callable, sets: list = sets) -> Callable[[], None]:
@@ -248,8 +249,10 @@ def main() -> None:
     def write() -> None:
         (options.out / "gpu_experts.json").write_text(json.dumps(results, indent=1))
 
-    results["small batches"] = small_batches(options.old, copy)
-    print(json.dumps(results["small batches"]), flush=True)
+    results["small batches"] = small_batches("qwen3", SMALL_BATCHES, options.old, copy)
+    results["one token"] = {name: small_batches(name, (1,), options.old, copy)["1"] for name in ONE_TOKEN}
+    print(json.dumps([results["small batches"], results["one token"]]), flush=True)
+    write()
     for name in options.shapes:
         results["shapes"][name] = training(name, options.old, options.peers)
         print(name, json.dumps(results["shapes"][name]), flush=True)

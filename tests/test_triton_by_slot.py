@@ -45,11 +45,11 @@ def test_the_kernels_pass_in_the_interpreter():
 def small_tiles(request, monkeypatch):
     """Of which sums take several; on a GPU, and where no kernel runs, the policy's own."""
     if INTERPRETED and request.node.get_closest_marker("skipif"):
-        cut = _policy.by_slot
         sizes = {True: {"columns": 8, "depth": 16}, False: {"columns": 16, "depth": 8}}
-        monkeypatch.setattr(
-            by_slot._policy, "by_slot", lambda *args, along: cut(*args, along=along)._replace(**sizes[along])
-        )
+        for name in ("slot_gate", "slot_down"):
+            cut = getattr(_policy, name)
+            small = lambda *args, along, cut=cut: cut(*args, along=along)._replace(**sizes[along])  # noqa: E731
+            monkeypatch.setattr(_policy, name, small)
 
 
 def case(shape: str, dtype: torch.dtype, gate: str = "silu", *, across: bool = False, bias: bool = False):
@@ -174,12 +174,17 @@ def test_experts_take_it_where_nothing_needs_a_gradient(monkeypatch):
 
 
 def test_when_and_how():
-    assert _policy.slots_apart(1, 8, 8) and _policy.slots_apart(2, 8, 128) and _policy.slots_apart(0, 8, 16)
-    assert not _policy.slots_apart(3, 8, 128) and not _policy.slots_apart(2, 2, 8)
-    for topk, dtype in ((8, torch.bfloat16), (1, torch.float32), (10, torch.float16)):
-        along, across = (_policy.by_slot(topk, dtype, along=side) for side in (True, False))
-        assert along.rows == across.rows == {8: 8, 1: 1, 10: 8}[topk] and along.warps == across.warps == 1
-        assert along.depth * dtype.itemsize == 512 and across.columns * dtype.itemsize == 128  # 16 bytes a thread
+    assert _policy.slots_apart(1, 8, 8) and _policy.slots_apart(4, 8, 128) and _policy.slots_apart(0, 8, 16)
+    assert not _policy.slots_apart(5, 8, 128) and not _policy.slots_apart(2, 2, 8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cuts = {along: [_policy.slot_gate(dtype, along=along)] for along in (True, False)}
+        for topk, depth in ((8, 768), (8, 2880), (1, 8), (10, 40), (2, 14336)):
+            for along, found in cuts.items():
+                found.append(_policy.slot_down(topk, depth, dtype, along=along))
+                assert found[-1].rows == min(topk, 2 if along and depth > 2048 else 4)
+        for along, found in cuts.items():  # 16 bytes a thread, of one column or of one row
+            assert all((cut.depth if along else cut.columns) * dtype.itemsize % 16 == 0 for cut in found)
+            assert all(cut.rows * cut.columns * cut.depth * dtype.itemsize >= 16 * 32 * cut.warps for cut in found)
 
 
 def test_numbers_too_far_apart_for_32_bits():

@@ -66,8 +66,12 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     return found._replace(elements=found.elements * 2 // dtype.itemsize)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None = None, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None = None, early: bool = False, **constants: Any
+) -> None:
     """Run ``kernel`` over ``grid`` on the device and current stream of its first argument; nothing if it is empty.
+
+    ``early``: its programs may start before the launch ahead of it has ended, for whose results they wait themselves.
 
     Whether a product and an addition may become one instruction, which rounds once, is said at every launch: releases of
     Triton differ in what they do unasked. They may where a kernel does not say otherwise.
@@ -78,6 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None =
     constants["num_warps"] = 4 if config is None else config.warps
     if config is not None and config.registers is not None and torch.version.hip is None:
         constants["maxnreg"] = config.registers
+    if early:
+        constants["launch_pdl"] = True
     device = args[0].device
     if device.type != "cuda":
         kernel[grid](*args, **constants)
@@ -91,6 +97,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Tile | None =
 def approximates(device: torch.device) -> bool:
     """Whether kernels there may use NVIDIA's approximate instructions, which the interpreter, on a CPU, does not know."""
     return device.type != "cpu" and arch(device).name.isdecimal()
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch there can start before the one ahead of it has ended: NVIDIA's from sm_90 on."""
+    name = arch(device).name
+    return name.isdecimal() and int(name) >= 9
 
 
 def computes(*tensors: Tensor | None) -> bool:

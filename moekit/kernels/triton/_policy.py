@@ -187,19 +187,29 @@ def ranks_at_a_time(dtype: torch.dtype) -> int:
 
 
 def slots_apart(num_tokens: int, topk: int, num_experts: int) -> bool:
-    """Whether hardly two of so few slots have one expert, whose weights would be read for each: on average 6% of them."""
-    return num_tokens == 1 or num_tokens * topk * 8 <= num_experts
+    """Whether few of so few slots have one expert, whose weights would be read for each: on average 12% of them."""
+    return num_tokens == 1 or num_tokens * topk * 4 <= num_experts
 
 
-def by_slot(topk: int, dtype: torch.dtype, *, along: bool) -> Blocks:
-    """Of single rows: ``rows`` experts at a time, whose numbers are adjacent ``along`` the sum or across it. Not measured.
+def slot_gate(dtype: torch.dtype, *, along: bool) -> Blocks:
+    """Of a slot's gate and up, whose numbers are adjacent ``along`` the sum or across it.
 
-    One warp a tile; so many fit by their registers that a layer of Qwen3 has no program that waits for another's end.
+    Along it one warp a program, twelve a multiprocessor by their registers: a layer of Qwen3 has none that waits.
     """
-    experts, size = min(_power_of_two(topk), 8), dtype.itemsize
+    size = dtype.itemsize
     if along:
-        return Blocks(experts, max(8 // experts, 2), 512 // size, 1, 1, 12, registers=168)
-    return Blocks(experts, 128 // size, max(32 // experts, 8), 1, 1, 12, registers=168)
+        return Blocks(1, 8, 256 // size, 1, 1, 12, registers=168)
+    return Blocks(1, 128 // size, 128, 4, 1, 3, registers=168)
+
+
+def slot_down(topk: int, depth: int, dtype: torch.dtype, *, along: bool) -> Blocks:
+    """Of a token's outputs, ``rows`` experts at a time; longer sums make up for tiles that take longer to be fetched."""
+    experts, size = min(_power_of_two(topk), 4), dtype.itemsize
+    if not along:
+        return Blocks(experts, 32 // size, 128, 8, 1, 2, registers=128)
+    if depth < 2048:
+        return Blocks(experts, 4 // experts, 512 // size, 1, 1, 12, registers=168)
+    return Blocks(min(experts, 2), 2, 2048 // size, 2, 1, 6, registers=168)
 
 
 def _power_of_two(extent: int) -> int:

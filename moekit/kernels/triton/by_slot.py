@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._halves import through_gate
@@ -30,9 +31,11 @@ def _slot_gate_kernel(
     topk, num_experts, depth, inner, feature_blocks, stride_tokens, stride_expert, stride_in, stride_out, stride_bias,
     c1, c3, linear_offset, clamp,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
-    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program for a slot and FEATURES of its expert: ``act [S, inner]``. A slot of no expert gets nothing."""
+    if OVERLAPS:
+        gdc_launch_dependents()  # the other kernel's programs may take the places that these leave
     HALVES: tl.constexpr = 1 if LAYOUT == "ungated" else 2
     slot, first = tl.program_id(0) // feature_blocks, tl.program_id(0) % feature_blocks * FEATURES
     expert = tl.load(indices + slot)
@@ -69,8 +72,8 @@ def _slot_gate_kernel(
 
 
 @triton.jit
-def _slot_of(indices, token, place, topk, num_experts):
-    """The slot at one of a token's places, its expert, and whether there is one; 0 for none."""
+def _slots_of(indices, token, place, topk, num_experts):
+    """The slots at some of a token's places, their experts, and whether there is one; 0 for none."""
     slot = token.to(tl.int64) * topk + place
     expert = tl.load(indices + slot, mask=place < topk, other=-1)
     known = (expert >= 0) & (expert < num_experts)
@@ -81,34 +84,36 @@ def _slot_of(indices, token, place, topk, num_experts):
 def _slot_down_kernel(
     act, indices, weights, matrices, bias, out,
     topk, num_experts, depth, width, column_blocks, stride_expert, stride_in, stride_out, stride_bias, stride_result,
-    WEIGHED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program for a token and BLOCK_N of its outputs, SLOTS of its experts at a time.
 
-    The bias is multiplied by the routing weights; the activation has been already, if it is WEIGHED.
+    The bias is multiplied by the routing weights; the activation has been already, if it is WEIGHED. A program that OVERLAPS
+    the other kernel's last ones has its first weights on their way before it waits for these.
     """
     token, block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
     column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    allowed, within = column < width, (column * stride_out)[:, None] + (k * stride_in)[None, :]
-    total, biases = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    allowed, within = column < width, (column * stride_out)[None, :, None] + (k * stride_in)[None, None, :]
+    total, biases = tl.zeros([SLOTS, BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, topk, SLOTS):
+        slot, expert, known = _slots_of(indices, token, first + tl.arange(0, SLOTS), topk, num_experts)
         for start in range(0, depth, BLOCK_K):
-            for place in tl.static_range(SLOTS):
-                slot, expert, known = _slot_of(indices, token, first + place, topk, num_experts)
-                inside = start + k < tl.where(known, depth, 0)
-                a = tl.load(act + slot * depth + start + k, mask=inside, other=0.0).to(tl.float32)
-                if not WEIGHED:
-                    a *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
-                address = matrices + expert * stride_expert + start * stride_in + within
-                w = tl.load(address, mask=inside[None, :] & allowed[:, None], other=0.0)
-                total += w.to(tl.float32) * a[None, :]
+            inside = known[:, None] & (start + k < depth)[None, :]
+            address = matrices + (expert * stride_expert)[:, None, None] + start * stride_in + within
+            w = tl.load(address, mask=inside[:, None, :] & allowed[None, :, None], other=0.0)
+            if OVERLAPS:
+                gdc_wait()
+            a = tl.load(act + (slot * depth)[:, None] + (start + k)[None, :], mask=inside, other=0.0).to(tl.float32)
+            if not WEIGHED:
+                a *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)[:, None]
+            total += w.to(tl.float32) * a[:, None, :]
     if bias is not None:
         for place in range(topk):
-            slot, expert, known = _slot_of(indices, token, place, topk, num_experts)
+            slot, expert, known = _slots_of(indices, token, place, topk, num_experts)
             weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
             inside = column < tl.where(known, width, 0)
             biases += weight * tl.load(bias + expert * stride_bias + column, mask=inside, other=0.0).to(tl.float32)
-    value = tl.sum(total, 1) + biases
+    value = tl.sum(tl.sum(total, 2), 0) + biases
     tl.store(out + token.to(tl.int64) * stride_result + column, value.to(out.dtype.element_ty), mask=allowed)
 
 
@@ -145,7 +150,8 @@ def experts_by_slot(
     x, indices, weights = _launch.rows_of(x), indices.contiguous(), weights.contiguous()
     activation, out = x.new_empty(num_tokens * topk, inner), x.new_empty(num_tokens, hidden)
     bias, spread = tidy_bias(gate_up_bias), tidy_bias(down_bias)
-    cut = _policy.by_slot(1, x.dtype, along=gate_up.stride(1) == 1)
+    overlaps = _launch.overlaps(x.device)
+    cut = _policy.slot_gate(x.dtype, along=gate_up.stride(1) == 1)
     features = cut.columns if layout == "ungated" else cut.columns // 2
     feature_blocks = _launch.blocks(inner, features)
     _launch.launch(
@@ -154,16 +160,17 @@ def experts_by_slot(
         topk, num_experts, hidden, inner, feature_blocks, x.stride(0), *gate_up.stride(),
         0 if bias is None else bias.stride(0), c1, c3 or None, linear_offset, clamp or 0.0,
         **gate_constants(bias, act, clamp, clamp_after_bias, layout),
-        FAST=_launch.approximates(x.device), FEATURES=features, BLOCK_K=cut.depth, config=cut,
+        FAST=_launch.approximates(x.device), FEATURES=features, BLOCK_K=cut.depth, OVERLAPS=overlaps, config=cut,
     )  # fmt: skip
-    cut = _policy.by_slot(topk, x.dtype, along=down.stride(1) == 1)
+    cut = _policy.slot_down(topk, inner, x.dtype, along=down.stride(1) == 1)
     column_blocks = _launch.blocks(hidden, cut.columns)
     _launch.launch(
         _slot_down_kernel, (num_tokens * column_blocks,),
         activation, indices, weights, down, spread, out,
         topk, num_experts, inner, hidden, column_blocks, *down.stride(),
         0 if spread is None else spread.stride(0), out.stride(0),
-        WEIGHED=not weight_after_down, SLOTS=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, config=cut,
+        WEIGHED=not weight_after_down, SLOTS=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, OVERLAPS=overlaps,
+        config=cut, early=overlaps,
     )  # fmt: skip
     return out
 

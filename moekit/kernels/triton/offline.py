@@ -58,7 +58,8 @@ _POINTERS = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # what a launch gives to the compiler alone
+# What a launch gives to the compiler alone.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 _WRITE_LITTLE = ("sum_chunks", "slot_gate", "slot_down")  # kernels that read tiles and write a few numbers of each
 
 
