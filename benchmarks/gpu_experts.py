@@ -40,16 +40,16 @@ ROUNDS, CALLS = 7, 4
 MOST_OFF = 0.03  # relative, by norm: a few roundings of bfloat16
 
 
-def inputs(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Leaves, indices and the output's gradient."""
     tokens, hidden, inner, experts, topk = shape
     torch.manual_seed(0)
     drawn = {"x": (tokens, hidden), "gate_up": (experts, 2 * inner, hidden), "down": (experts, hidden, inner)}
-    leaves = {name: torch.randn(*size, device="cuda", dtype=torch.bfloat16) for name, size in drawn.items()}
+    leaves = {name: torch.randn(*size, device="cuda", dtype=dtype) for name, size in drawn.items()}
     for name in ("gate_up", "down"):
         leaves[name] *= 0.02
     weights, indices = torch.softmax(torch.randn(tokens, experts, device="cuda"), -1).topk(topk, -1)
-    leaves["weights"] = (weights / weights.sum(-1, keepdim=True)).bfloat16()
+    leaves["weights"] = (weights / weights.sum(-1, keepdim=True)).to(dtype)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     return leaves | {"indices": indices, "grad": torch.randn_like(leaves["x"])}
 
@@ -158,9 +158,9 @@ def outcome(run: Callable, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach().float(), data["x"].grad.float()
 
 
-def training(name: str, old: str | None, peers: list[str]) -> dict[str, Any]:
+def training(name: str, dtype: torch.dtype, old: str | None, peers: list[str]) -> dict[str, Any]:
     """Times and peaks at one shape."""
-    data = inputs(SHAPES[name])
+    data = inputs(SHAPES[name], dtype)
     runs = contenders(old)
     left = join(runs, peers, data)
     calls = {who: step(run, data) for who, run in runs.items()}
@@ -170,7 +170,8 @@ def training(name: str, old: str | None, peers: list[str]) -> dict[str, Any]:
     quick = {who: forward(run, data) for who, run in runs.items() if who != "moekit fp8"}
     found["forward"], found["forward + backward"] = milliseconds(quick), milliseconds(calls)
     drop_gradients(data)
-    timed = [who for who in ("moekit", "old") if who in runs]
+    # In other dtypes the old state read offsets on the host, which no graph survives.
+    timed = [who for who in ("moekit", "old") if who in runs and (who == "moekit" or dtype is torch.bfloat16)]
     found["forward, graph"] = milliseconds({who: captured(quick[who]) for who in timed})
     found["forward + backward, graph"] = milliseconds({who: captured(calls[who]) for who in timed})
     return found
@@ -232,12 +233,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--old", help="the package of an older state, under another name")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of training steps")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="SonicMoE takes minutes to set up")
     options = parser.parse_args()
     product, copy = ceilings()
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "dtype": options.dtype,
         "dense TFLOP/s": round(product),
         "copy GB/s": round(copy),
         "sizes": {name: SHAPES[name] for name in options.shapes},
@@ -254,11 +257,11 @@ def main() -> None:
     print(json.dumps([results["small batches"], results["one token"]]), flush=True)
     write()
     for name in options.shapes:
-        results["shapes"][name] = training(name, options.old, options.peers)
+        results["shapes"][name] = training(name, getattr(torch, options.dtype), options.old, options.peers)
         print(name, json.dumps(results["shapes"][name]), flush=True)
         torch.cuda.empty_cache()
         write()
-    if options.old:
+    if options.old and options.dtype == "bfloat16":
         draw_chart(results, options.out / "gpu_experts.png")
 
 

@@ -134,6 +134,37 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_steps_of_experts_neither_wait_nor_change_in_a_graph(dtype):
+    """PyTorch's grouped product in float32 and float16 reads the offsets on the host, which a capture would not survive."""
+    (indices, weights), x = choose(), normal(T, H, dtype=dtype).requires_grad_()
+    leaves = [normal(E, 2 * I, H, dtype=dtype, seed=1), normal(E, H, I, dtype=dtype, seed=2)]
+    leaves = [x, weights.to(dtype).requires_grad_(), *((leaf * 0.1).requires_grad_() for leaf in leaves)]
+
+    def step():
+        out = moekit.experts(leaves[0], (indices, leaves[1]), *leaves[2:])
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, again, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    indices.copy_(choose(3)[0])
+    graph.replay()
+    assert all(map(torch.equal, found, step()))
+    with moekit.backend("torch"):
+        leaves = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+        indices = indices.cpu()
+        for value, true in zip(found, step(), strict=True):
+            assert (value.cpu().double() - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
+
+
 def test_two_streams():
     x, (indices, weights) = normal(T, 2 * I), choose()
     expected = layer(indices, x, weights)

@@ -80,6 +80,29 @@ def test_what_others_rows_hold_stays_theirs():
 
 
 @kernel_runs
+@pytest.mark.parametrize("cut", [None, Blocks(32, 16, 16, 4, 2, 1)], ids=["the policy's", "many tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_where_threads_fetch(dtype, cut, monkeypatch):
+    """Any widths and distances of rows; what others' rows hold stays theirs, and sums are exact here in any order."""
+    if cut is not None:
+        monkeypatch.setattr(_policy, "fetched_outer", lambda dtype: cut)
+    ends = torch.tensor(ENDS, device=DEVICE)
+    for height, width in ((ONE - 3, MORE - 1), (MORE, 7)):
+        left, right = factors(dtype, height, width)
+        value, shape = expected(left, right), Shape(ROWS, E, height, width)
+        assert torch.equal(outer._fetched(left, right, ends, shape), value)
+        left[33:], right[5:24] = torch.nan, torch.inf
+        apart = [torch.cat([part, torch.full_like(part, torch.nan)], 1)[:, : part.shape[1]] for part in (left, right)]
+        spread = [torch.stack([part] * 2, -1)[..., 0] for part in (left, right)]
+        for one, other in (apart, spread):
+            found = outer._fetched(one, other, ends.int(), shape)
+            assert torch.equal(found[[0, 1, 2, 4, 5]], value[[0, 1, 2, 4, 5]])
+            assert not found[3].isfinite().any()
+    none = outer._fetched(left[:0], right[:0], ends, shape._replace(num_rows=0))
+    assert none.shape == (E, MORE, 7) and not none.any()
+
+
+@kernel_runs
 def test_offsets_out_of_order_and_range_are_put_right():
     left, right = factors(torch.bfloat16, ONE, ONE)
     right_ones, wrong = [5, 5, 24, 36, 36, 36], [5, -7, 24, 2**31 - 1, 12, 99]
@@ -100,7 +123,7 @@ def test_what_is_left_to_pytorch(monkeypatch):
     ):
         assert KERNELS["grouped_outer"](a, b, ends) is NotImplemented
     monkeypatch.undo()
-    assert KERNELS["grouped_outer"](left.float(), right.float(), offsets) is NotImplemented
+    assert KERNELS["grouped_outer"](left.double(), right.double(), offsets) is NotImplemented
 
 
 @kernel_runs

@@ -48,6 +48,7 @@ def cut(monkeypatch):
         described = small._replace(flat=True) if arch == "9" else None
         monkeypatch.setattr(_policy, "described", lambda shape, dtype, *_, **__: described if dtype.itemsize == 2 else None)
         monkeypatch.setattr(_policy, "plain", lambda dtype: small)
+        monkeypatch.setattr(_policy, "fetched", lambda *_, along: small)
         monkeypatch.setattr(_policy, "low_rank", lambda dtype: small)
 
     return choose
@@ -97,7 +98,6 @@ def test_products_by_the_copy_engine(dtype, depth, width, layout, rank, cut):
 
 
 LEFT = {
-    "float32": lambda: case(torch.float32, 32, 32),
     "float64": lambda: case(torch.float64, 32, 32),
     "strides of no 16 bytes": lambda: case(torch.bfloat16, 36, 32),
     "another dtype": lambda: (draw(1, ROWS, 32).half(), *case(torch.bfloat16, 32, 32)[1:]),
@@ -118,6 +118,28 @@ def test_what_the_copy_engine_cannot_fetch_is_left(name, cut):
     matrices = matrices.to(DEVICE)
     matrices = matrices[:, ::2, ::2] if name == "strided matrices" else matrices
     assert KERNELS["grouped_rows"](rows.to(DEVICE), matrices, offsets.to(DEVICE), None) is NotImplemented
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("layout", ["out, in", "in, out"])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "width", "arch"),
+    [(torch.float32, 37, 40, "9"), (torch.float16, 36, 35, "9"), (torch.bfloat16, 72, 40, "8")],
+)
+def test_products_that_pytorch_would_wait_with(dtype, depth, width, arch, layout, rank, cut):
+    cut(arch)
+    rows, matrices, offsets, update = case(dtype, depth, width, rank, layout)
+    out = torch.full((ROWS, width), 7.0, dtype=dtype, device=DEVICE)
+    rows[0, 0], rows[6, 1] = torch.inf, torch.nan
+    found = KERNELS["grouped_rows"](*on(rows, matrices, offsets), out, *(on(*update) if rank else update))
+    if found is NotImplemented:  # a GPU of another architecture than ``arch``, whose product of bfloat16 is PyTorch's
+        assert GPU and dtype is torch.bfloat16
+        return
+    assert found is out
+    for row, matrix in ((0, matrices[1]), (6, matrices[3])):  # which others' results are none of
+        assert torch.equal(out[row].cpu().sign(), (rows[row] @ matrix).sign().nan_to_num(torch.nan))
+        rows[row], out[row] = 0, 0 if update[0] is None else update[0][row].to(out) @ update[1][1 if row == 0 else 3].to(out)
+    assert_products(out, rows, matrices, ENDS, update, torch.full_like(out, 7))
 
 
 @pytest.mark.parametrize("arch", ["9", "8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from moekit.kernels.triton import _policy
+from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._policy import Shape
 from moekit.ops import packed_products
 from moekit.ops.projection import Projection
@@ -110,3 +111,34 @@ def test_an_adapter_is_part_of_the_product(weight, dropout):
     calls.clear()
     lora.backward(rows, offsets, lora.raised(rows, offsets))
     assert calls == (["plain", "plain", "plain"] if dropout else ["plain", "updated"])
+
+
+def test_where_pytorch_waits_for_the_offsets():
+    assert not any(_policy.waits(torch.bfloat16, arch) for arch in ("9", "10", "gfx942", ""))
+    assert all(_policy.waits(torch.bfloat16, arch) for arch in ("8", "12"))
+    assert all(_policy.waits(dtype, arch) for dtype in (torch.float32, torch.float16) for arch in ("8", "9", "10", "12"))
+    many = Shape(3000 * 8, 8, 512, 512)
+    assert _policy.outer(many, torch.float16, "9") is not None and _policy.outer(many, torch.bfloat16, "9") is None
+
+
+def test_products_that_threads_fetch_for():
+    for dtype, along in itertools.product(LOW, (True, False)):
+        shapes = [Shape(count * 8, 8, 512, 512) for count in (1, 12, 40, 100, 4000)]
+        cuts = [_policy.fetched(shape, dtype, "8", along=along) for shape in shapes]
+        assert [cut.rows for cut in cuts] == ([16, 16, 32, 64, 64] if dtype is torch.float32 else [32, 32, 64, 128, 128])
+
+
+def test_float32_is_rounded_as_by_torch_matmul(monkeypatch):
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    x = torch.zeros(1, device="meta")
+    try:
+        for allowed, precise in (("ieee", "tf32x3"), ("tf32", "tf32")):
+            settings.fp32_precision = allowed
+            monkeypatch.setattr(_launch, "arch", lambda device: _launch.Arch("9", 32))
+            assert _launch.precision(x) == allowed and _launch.precision(x, along=True) == precise
+            assert _launch.precision(x.bfloat16(), along=True) == "ieee"
+            monkeypatch.setattr(_launch, "arch", lambda device: _launch.Arch("gfx942", 64))
+            assert _launch.precision(x, along=True) == "ieee"
+    finally:
+        settings.fp32_precision = before

@@ -193,8 +193,7 @@ def _all_products() -> Iterator[Case]:
             what = f"{name} R={rows} r={rank}" + (" back" if back else "")
             shown = name == "bf16" and rows == _R
             yield case("grouped_slice", what, x, matrices, offsets, 0, out, *update, shown=shown)
-            if name != "fp32":
-                yield case("grouped_rows", what, x, matrices, offsets, None, *update)
+            yield case("grouped_rows", what, x, matrices, offsets, None, *update)
         if name != "fp32":
             short = _meta(experts, width, _I, dtype=dtype).mT
             x = _meta(_R, _I, dtype=dtype)
@@ -250,10 +249,10 @@ def _all_gathered() -> Iterator[Case]:
 
 def _all_outer() -> Iterator[Case]:
     for (name, dtype), (height, width) in itertools.product(_DTYPES.items(), ((2 * _I, _H), (_H, _I))):
-        if name == "fp32":
-            continue
         left, right, shown = _meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), name == "bf16"
         yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", (left, right, _integers(_E)), shown, False)
+        if name == "fp32":  # of which no rows are fetched as they are found
+            continue
         for odd in (0, 8):
             args = (_meta(_T, height - odd, dtype=dtype), right, _integers(_E), _integers(_R), "left")
             yield Case(f"gathered_outer {name} {height - odd}x{width}", "gathered_outer", args, False, False)

@@ -105,6 +105,19 @@ def overlaps(device: torch.device) -> bool:
     return name.isdecimal() and int(name) >= 9
 
 
+def precision(x: Tensor, *, along: bool = False) -> str:
+    """How ``tl.dot`` treats float32: as such, or where ``torch.matmul`` may, rounded to TF32.
+
+    Of operands both adjacent ``along`` the sum, tensor cores multiply what TF32 holds of a number and what it leaves: three
+    products, whose sum is as exact as that of float32 and twice as fast.
+    """
+    if x.dtype is not torch.float32 or not approximates(x.device):
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if along else "ieee"
+
+
 def computes(*tensors: Tensor | None) -> bool:
     """Whether the kernels compute in all of these dtypes."""
     return all(t is None or t.dtype in _FLOATS for t in tensors)

@@ -152,7 +152,9 @@ def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none"
 
     Of ``gathered``, "left" or "right", threads fetch the rows one by one, again for each block of the other's columns.
     """
-    if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128 or shape.rows_an_expert > _MANY:
+    if arch not in _DESCRIBED or dtype not in _HALVES or min(shape.depth, shape.width) < 128:
+        return None
+    if shape.rows_an_expert > _MANY and not waits(dtype, arch):
         return None
     if gathered != "none":
         fetches = _has_parts(shape, arch) and gathered == "left" and shape.width <= _NARROW
@@ -160,9 +162,29 @@ def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none"
     return APART if _has_parts(shape, arch) else Blocks(128, 256, 64, 8, 3, 1, flat=True)
 
 
+def waits(dtype: torch.dtype, arch: str) -> bool:
+    """Whether PyTorch's grouped product is a loop over experts, before which the host waits for the offsets."""
+    return arch.isdecimal() and not (arch in _DESCRIBED and dtype is torch.bfloat16)
+
+
 def plain(dtype: torch.dtype) -> Blocks:
     """Of operands that threads fetch, on any architecture."""
     return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
+
+
+def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool) -> Blocks:
+    """The same for so many rows an expert, and matrices adjacent ``along`` the sum or across it."""
+    if dtype in _HALVES:
+        cuts = (*_LEAN[:2], plain(dtype))
+    else:
+        wide = Blocks(64, 128, 32, 4, 3, 2) if along and arch in _DESCRIBED else Blocks(64, 64, 32, 4, 3, 3)
+        cuts = (Blocks(16, 64, 32, 4, 3, 4), Blocks(32, 64, 32, 4, 3, 4), wide)
+    return next((cut for step, cut in zip(_STEPS, cuts, strict=True) if shape.rows_an_expert <= step), cuts[-1])
+
+
+def fetched_outer(dtype: torch.dtype) -> Blocks:
+    """Of both factors of a weight's gradient."""
+    return plain(dtype) if dtype in _HALVES else Blocks(64, 128, 16, 4, 3, 2)
 
 
 def packed(shape: Shape, form: str, dtype: torch.dtype, arch: str, *, back: bool) -> Blocks | None:

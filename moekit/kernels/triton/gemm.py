@@ -83,7 +83,7 @@ def _fetched_kernel(
     FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, UNIT: tl.constexpr,
     BACK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of the rows of the experts from ``first`` on.
 
@@ -130,7 +130,7 @@ def _fetched_kernel(
             )  # fmt: skip
             # Weights second, which is never the operand from registers: those Triton's pipeline on sm_90 writes again while
             # matrix instructions may still read them.
-            total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision="ieee")
+            total = tl.dot(x, w if BACK else tl.trans(w), total, input_precision=PRECISION)
         store(out, total, top, column, end, width, stride_out)
 
 
@@ -240,12 +240,13 @@ def _fetched(
     """Launch the kernel whose threads fetch; ``weights``: tensors, sizes, constants, and whether they are ``[K, N]``."""
     rows = _launch.rows_of(rows)
     tensors, strides, constants, back = weights
+    precision = _launch.precision(rows, along=constants["FORMAT"] == "dense" and not back)
     _launch.launch(
         _fetched_kernel, grid(cut, shape, out.device),
         rows, *tensors, *update, offsets.contiguous(), out,
         shape.num_rows, first, shape.num_experts, shape.depth, shape.width, _launch.blocks(shape.width, cut.columns),
         rows.stride(0), out.stride(0), *strides, *update.sizes,
-        **constants, BACK=back, **update.parts, BLOCK_K=cut.depth,
+        **constants, BACK=back, **update.parts, BLOCK_K=cut.depth, PRECISION=precision,
         EVEN_K=shape.depth % cut.depth == 0, EVEN_N=shape.width % cut.columns == 0,
         **sizes(cut, shape.num_experts), enable_fp_fusion=rows.dtype is torch.float32, config=cut,
     )  # fmt: skip
@@ -362,20 +363,24 @@ def grouped_rows(
     factors: Tensor | None = None,
     invariant: bool = False,
 ) -> Any:
-    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, and PyTorch's product is not faster.
+    """See :func:`moekit.ops.gemm.grouped_rows`; where the copy engine can fetch, or PyTorch's product waits for the offsets.
 
     With ``invariant`` the number of rows decides on nothing, and PyTorch's product, by which it does, is not resorted to.
     """
     shape = _shape(rows, matrices)
     cut = _cut(rows, shape.of_any_rows() if invariant else shape, out, low)
     fetched = cut is None or not describable(rows, matrices)
-    if (fetched and not invariant) or not _fits(rows, offsets, low, factors, matrices, out):
+    arch = _launch.arch(rows.device).name
+    wanted = invariant or not fetched or _policy.waits(rows.dtype, arch)
+    if not wanted or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
     out, update = _room(rows, matrices.shape[2], out), _update(low, factors)
     if out is None:
         return NotImplemented
     if fetched:
-        return _fetched(rows, _dense(matrices), offsets, 0, shape, out, _policy.plain(rows.dtype), update)
+        weights = _dense(matrices)
+        cut = _policy.plain(rows.dtype) if invariant else _policy.fetched(shape, rows.dtype, arch, along=not weights[-1])
+        return _fetched(rows, weights, offsets, 0, shape, out, cut, update)
     return _described(rows, matrices, offsets, 0, out, cut, update)
 
 

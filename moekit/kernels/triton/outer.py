@@ -1,7 +1,8 @@
 """Gradients of weights: the outer products of each expert's rows, summed over them.
 
-For GPUs with a copy engine, which fetches both factors. A descriptor of ragged rows ends where an expert's rows do: what a
-block has past them are zeros, which add nothing, whatever the next expert's rows hold.
+In one kernel the copy engine of sm_90 and later fetches both factors. A descriptor of ragged rows ends where an expert's
+rows do: what a block has past them are zeros, which add nothing, whatever the next expert's rows hold. In the other threads
+fetch, on any architecture, what PyTorch would multiply expert by expert once the host knew the offsets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ from moekit.kernels.triton.gemm import describes, processors
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor
 
 
+@triton.jit
+def _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Of a tile: its expert, that one's first row and the end of its rows, and its block of rows and of columns."""
+    of_expert = blocks_m * blocks_n
+    expert = tile // of_expert
+    own = slot == expert
+    begin = tl.sum(tl.where(own, begins, 0), 0)
+    end = tl.sum(tl.where(own, ends, 0), 0)
+    inner = tile - expert * of_expert
+    group = inner // (GROUP * blocks_n)
+    inner -= group * GROUP * blocks_n
+    together = tl.minimum(blocks_m - group * GROUP, GROUP)
+    return expert, begin, end, group * GROUP + inner % together, inner // together
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _outer_kernel(
     offsets, left, right, out, num_rows, num_experts, blocks_m, blocks_n,
@@ -32,17 +48,9 @@ def _outer_kernel(
     """Each program takes every so many-th tile ``[BLOCK_M, BLOCK_N]`` of ``out [E, M, N]``; all tensors are descriptors."""
     slot = tl.arange(0, BLOCK_E)
     begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
-    of_expert = blocks_m * blocks_n
-    for tile in tl.range(tl.program_id(0), num_experts * of_expert, tl.num_programs(0), flatten=FLAT):
-        expert = tile // of_expert
-        own = slot == expert
-        begin = tl.sum(tl.where(own, begins, 0), 0)
-        end = tl.sum(tl.where(own, ends, 0), 0)
-        inner = tile - expert * of_expert
-        group = inner // (GROUP * blocks_n)
-        inner -= group * GROUP * blocks_n
-        together = tl.minimum(blocks_m - group * GROUP, GROUP)
-        m, n = (group * GROUP + inner % together) * BLOCK_M, inner // together * BLOCK_N
+    for tile in tl.range(tl.program_id(0), num_experts * blocks_m * blocks_n, tl.num_programs(0), flatten=FLAT):
+        expert, begin, end, block_m, block_n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP)
+        m, n = block_m * BLOCK_M, block_n * BLOCK_N
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # An expert without rows has a block of zeros: one loop of two must not be one of no turns.
         for row in range(begin, tl.maximum(end, begin + 1), BLOCK_K):
@@ -50,6 +58,35 @@ def _outer_kernel(
             b = load_ragged(right, row, end, n, BLOCK_K, BLOCK_N)
             total = tl.dot(tl.trans(a), b, total)
         out.store([expert, m, n], tl.reshape(total.to(out.dtype), (1, BLOCK_M, BLOCK_N)))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _fetched_outer_kernel(
+    left, right, offsets, out, num_rows, num_experts, height, width, blocks_m, blocks_n, stride_left, stride_right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same tiles, of contiguous ``out``. Columns past the last are read as zeros, and so are rows of other experts."""
+    slot = tl.arange(0, BLOCK_E)
+    begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_experts * blocks_m * blocks_n, tl.num_programs(0)):
+        expert, begin, end, block_m, block_n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP)
+        m, n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for row in range(begin, end, BLOCK_K):
+            inside, place = k < end - row, (row + k).to(tl.int64)
+            of_left = left + (place * stride_left)[None, :] + m[:, None]
+            a = tl.load(of_left, mask=inside[None, :] & (m < height)[:, None], other=0.0)
+            of_right = right + (place * stride_right)[:, None] + n[None, :]
+            b = tl.load(of_right, mask=inside[:, None] & (n < width)[None, :], other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        line = (tl.zeros([BLOCK_M], tl.int64) + expert) * height + m
+        tl.store(
+            out + line[:, None] * width + n[None, :],
+            total.to(out.dtype.element_ty),
+            mask=(m < height)[:, None] & (n < width)[None, :],
+        )
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
@@ -68,16 +105,17 @@ def _outer(
     left: Tensor, right: Tensor, offsets: Tensor, num_rows: int, index: Tensor | None = None, side: str = "none"
 ) -> Any:
     shape = Shape(num_rows, offsets.shape[0], left.shape[1], right.shape[1])
-    cut = _policy.outer(shape, left.dtype, _launch.arch(left.device).name, gathered=side)
+    arch = _launch.arch(left.device).name
+    cut = _policy.outer(shape, left.dtype, arch, gathered=side)
     fits = left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64) and 0 < num_rows <= MOST_ROWS
     # Copies of 16 bytes, from rows whose distance is an integer of 32 bits.
     whole = left.shape[1] * left.itemsize % 16 == 0 and max(left.stride(0), right.stride(0)) < 2**31
     able = cut is not None and (index is None or (cut.fetchers and whole))
     if not (able and fits and describes(left) and describes(right)):
-        return NotImplemented
+        return _fetched(left, right, offsets, shape) if index is None and _policy.waits(left.dtype, arch) else NotImplemented
     out = left.new_empty(shape.num_experts, shape.depth, shape.width)
     if not describes(out):
-        return NotImplemented
+        return _fetched(left, right, offsets, shape) if index is None and _policy.waits(left.dtype, arch) else NotImplemented
     offsets, programs = offsets.contiguous(), cut.programs * processors(left.device)
     if cut.fetchers:
         from moekit.kernels.triton import hopper_outer  # Gluon, for one architecture alone
@@ -91,5 +129,24 @@ def _outer(
         TensorDescriptor.from_tensor(out, [1, cut.rows, cut.columns]), num_rows, shape.num_experts, blocks_m, blocks_n,
         BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(shape.num_experts),
         GROUP=_GROUP, FLAT=cut.flat, num_stages=cut.stages, config=cut,
+    )  # fmt: skip
+    return out
+
+
+def _fetched(left: Tensor, right: Tensor, offsets: Tensor, shape: Shape) -> Any:
+    """Launch the kernel whose threads fetch."""
+    fits = _launch.computes(left) and left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64)
+    if not fits or shape.num_rows >= 2**31:
+        return NotImplemented
+    left, right = _launch.rows_of(left), _launch.rows_of(right)
+    out = left.new_empty(shape.num_experts, shape.depth, shape.width)
+    cut = _policy.fetched_outer(left.dtype)
+    blocks_m, blocks_n = _launch.blocks(shape.depth, cut.rows), _launch.blocks(shape.width, cut.columns)
+    _launch.launch(
+        _fetched_outer_kernel, (min(shape.num_experts * blocks_m * blocks_n, cut.programs * processors(left.device)),),
+        left, right, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.depth, shape.width,
+        blocks_m, blocks_n, left.stride(0), right.stride(0),
+        BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(shape.num_experts),
+        GROUP=_GROUP, PRECISION=_launch.precision(left), num_stages=cut.stages, config=cut,
     )  # fmt: skip
     return out
