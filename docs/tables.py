@@ -94,6 +94,28 @@ def small_batches() -> str:
     return table(["tokens", *what], lines)
 
 
+def one_token() -> str:
+    """The same of one token, by the layer."""
+    layers = load("gpu_experts.json")["one token"]
+    what = list(dict.fromkeys(name for each in layers.values() for name in each))
+    return table(["layer", *what], [[layer, *(number(each.get(name)) for name in what)] for layer, each in layers.items()])
+
+
+def other_dtypes() -> str:
+    """Milliseconds and MiB of steps that are not in bfloat16."""
+    lines, found = [], load("gpu_experts.json")["other dtypes"]
+    who = list(
+        dict.fromkeys(name for shapes in found.values() for shape in shapes.values() for e in shape.values() for name in e)
+    )
+    for dtype, shapes in found.items():
+        for name, shape in shapes.items():
+            for what, each in shape.items():
+                lines.append(
+                    [f"{name}, {dtype}", what if "MiB" in what else f"{what}, ms", *(number(each.get(w)) for w in who)]
+                )
+    return table(["shape", "", *who], lines)
+
+
 def packed(what: str, layer: str) -> str:
     """packed_h200.json: a line for each contender, columns for each number of tokens."""
     rows = [row for row in load("packed_h200.json") if row["what"] == what and row["layer"] == layer]
@@ -160,7 +182,7 @@ def page() -> str:
     parts = [
         "# Measured, all figures",
         "`python docs/tables.py` writes this page from the JSON files; the other pages say what the figures mean. "
-        "bfloat16 throughout.",
+        "bfloat16 where nothing else is said.",
         "## Operators",
         f"One {setting['device']}, torch {setting['torch']}, triton {setting['triton']}, transformers "
         f"{setting['transformers']}, {setting['peers']}. A copy moves {ceilings['copy_GBps']:,} GB/s, a dense product "
@@ -175,6 +197,10 @@ def page() -> str:
         shapes_of_experts(),
         "Small batches: microseconds of a layer in a graph, beside the reading of the touched experts' weights.",
         small_batches(),
+        "One token.",
+        one_token(),
+        "Steps in other dtypes.",
+        other_dtypes(),
         "## Packed experts",
         "One H200; a step is forward and backward of one layer's experts with adapters of rank 16. "
         "[packed_h200.json](packed_h200.json).",

@@ -1,9 +1,10 @@
 """Grouped matrix products: one matrix an expert, one block of rows an expert.
 
-:func:`grouped_rows` has kernels: for few rows an expert (decoding) on a CPU, at the speed of memory, and for GPUs with a
-copy engine, with a low-rank update in the same sum. All other products are PyTorch's. ``torch.nn.functional.grouped_mm``
-has conditions (16-byte strides, no float64, ...) and, on a CPU, is a loop of ``mm`` inside; here is the form without
-conditions. Rows at or past the last offset, which belong to no expert, hold anything: whoever reads them masks them.
+:func:`grouped_rows` has kernels: for few rows an expert (decoding) on a CPU, at the speed of memory, and for GPUs, with a
+low-rank update in the same sum. All other products are PyTorch's. ``torch.nn.functional.grouped_mm`` has conditions
+(16-byte strides, no float64, ...) and on a CPU is a loop of ``mm`` inside, as it is on a GPU in any dtype but bfloat16,
+where it waits for the offsets. Here is the form without conditions, which waits for float64 alone. Rows at or past the
+last offset, which belong to no expert, hold anything: whoever reads them masks them.
 :mod:`moekit.ops.grouped_linear` has the differentiable form, which makes them zero.
 """
 

@@ -114,6 +114,8 @@ def _slot_down_kernel(
             inside = column < tl.where(known, width, 0)
             biases += weight * tl.load(bias + expert * stride_bias + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.sum(tl.sum(total, 2), 0) + biases
+    if OVERLAPS:
+        gdc_wait()  # with nothing to add, too: memory that is written may be what a launch ahead still reads
     tl.store(out + token.to(tl.int64) * stride_result + column, value.to(out.dtype.element_ty), mask=allowed)
 
 
