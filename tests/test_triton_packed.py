@@ -48,7 +48,7 @@ def cut(monkeypatch):
         described = small._replace(flat=True) if arch == "9" else None
         monkeypatch.setattr(_policy, "described", lambda shape, dtype, *_, **__: described if dtype.itemsize == 2 else None)
         monkeypatch.setattr(_policy, "plain", lambda dtype: small)
-        monkeypatch.setattr(_policy, "fetched", lambda *_, along: small)
+        monkeypatch.setattr(_policy, "fetched", lambda *_, **__: small)
         monkeypatch.setattr(_policy, "low_rank", lambda dtype: small)
 
     return choose

@@ -124,7 +124,8 @@ def test_where_pytorch_waits_for_the_offsets():
 def test_products_that_threads_fetch_for():
     for dtype, along in itertools.product(LOW, (True, False)):
         shapes = [Shape(count * 8, 8, 512, 512) for count in (1, 12, 40, 100, 4000)]
-        cuts = [_policy.fetched(shape, dtype, "8", along=along) for shape in shapes]
+        cuts = [_policy.fetched(shape, dtype, "8", along=along, updated=False) for shape in shapes]
+        assert _policy.fetched(shapes[0], torch.float32, "9", along=along, updated=True) == _policy.plain(torch.float32)
         assert [cut.rows for cut in cuts] == ([16, 16, 32, 64, 64] if dtype is torch.float32 else [32, 32, 64, 128, 128])
 
 

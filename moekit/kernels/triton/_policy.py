@@ -172,10 +172,15 @@ def plain(dtype: torch.dtype) -> Blocks:
     return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
 
 
-def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool) -> Blocks:
-    """The same for so many rows an expert, and matrices adjacent ``along`` the sum or across it."""
+def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool, updated: bool) -> Blocks:
+    """The same for so many rows an expert, and matrices adjacent ``along`` the sum or across it.
+
+    Beside an ``updated`` product's factors there are no registers for larger tiles of float32.
+    """
     if dtype in _HALVES:
         cuts = (*_LEAN[:2], plain(dtype))
+    elif updated:
+        return plain(dtype)
     else:
         wide = Blocks(64, 128, 32, 4, 3, 2) if along and arch in _DESCRIBED else Blocks(64, 64, 32, 4, 3, 3)
         cuts = (Blocks(16, 64, 32, 4, 3, 4), Blocks(32, 64, 32, 4, 3, 4), wide)

@@ -379,7 +379,9 @@ def grouped_rows(
         return NotImplemented
     if fetched:
         weights = _dense(matrices)
-        cut = _policy.plain(rows.dtype) if invariant else _policy.fetched(shape, rows.dtype, arch, along=not weights[-1])
+        cut = _policy.plain(rows.dtype)
+        if not invariant:
+            cut = _policy.fetched(shape, rows.dtype, arch, along=not weights[-1], updated=update.low is not None)
         return _fetched(rows, weights, offsets, 0, shape, out, cut, update)
     return _described(rows, matrices, offsets, 0, out, cut, update)
 
