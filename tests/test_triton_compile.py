@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
@@ -120,6 +121,38 @@ def test_fused_products_and_additions_are_in_the_code(cases, monkeypatch):
         compiled = offline.triton.compile(source, target=offline.TARGETS[ARCH], options=options)
         assert ("fma.rn.f32" in compiled.asm["ptx"]) == fused
     assert launches[0].options["enable_fp_fusion"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_a_launch_that_begins_early_waits_for_what_it_reads(cases, arch):
+    """Nothing of the first launch is read, and nothing written, before it has ended; weights may be."""
+    with offline.catch_launches(offline.TARGETS[arch]) as launches:
+        KERNELS["experts_by_slot"](*cases["experts_by_slot bf16 clamp after bias"].args)
+    first, second = (
+        offline.triton.compile(offline.source_of(launch), target=offline.TARGETS[arch], options=launch.options).asm["ptx"]
+        for launch in launches
+    )
+    early = arch != "sm_80"
+    assert [launch.options.get("launch_pdl", False) for launch in launches] == [False, early]
+    assert ("griddepcontrol.launch_dependents" in first) == early and "griddepcontrol.launch_dependents" not in second
+    assert ("griddepcontrol.wait" in second) == early and "griddepcontrol.wait" not in first
+    if early:
+        ahead, behind = second.split("griddepcontrol.wait", 1)
+        activation = re.search(r"ld\.param\.b64 \s*(%rd\d+), \[_slot_down_kernel_param_0\];", second)
+        assert activation and "st.global" in behind
+        assert "st.global" not in ahead and not _reads(ahead, activation[1])
+
+
+def _reads(ptx: str, pointer: str) -> bool:
+    """Whether something is loaded from addresses made of ``pointer``."""
+    made = {pointer}
+    for line in ptx.splitlines():
+        registers = re.findall(r"%\w+", line)
+        if "ld.global" in line and any(register in made for register in registers):
+            return True
+        if registers and any(register in made for register in registers[1:]):
+            made.add(registers[0])
+    return False
 
 
 def test_the_table_has_what_each_architecture_has():

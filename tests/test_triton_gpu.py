@@ -165,6 +165,45 @@ def test_steps_of_experts_neither_wait_nor_change_in_a_graph(dtype):
             assert (value.cpu().double() - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
 
 
+def test_float32_is_rounded_to_tf32_where_torch_may():
+    settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    drawn = normal(400, 256, dtype=torch.float32), normal(400, 128, dtype=torch.float32, seed=1)
+    matrices, ends = (
+        normal(4, 256, 128, dtype=torch.float32, seed=2),
+        torch.tensor([100, 100, 333, 400], device="cuda").int(),
+    )
+    products = [lambda: gemm.grouped_outer(*drawn, ends), lambda: gemm.grouped_rows(drawn[0], matrices, ends)]
+    products.append(lambda: gemm.grouped_rows(drawn[0], matrices.mT.contiguous().mT, ends))
+
+    def found(allowed):
+        settings.fp32_precision = allowed
+        return [product() for product in products]
+
+    try:
+        exact, rounded, again = found("ieee"), found("tf32"), found("ieee")
+    finally:
+        settings.fp32_precision = before
+    assert all(map(torch.equal, exact, again))
+    true = torch.cat(
+        [x @ m for x, m in zip(drawn[0].double().tensor_split([100, 100, 333]), matrices.double(), strict=True)]
+    )
+    for one, other in zip(exact[1:], rounded[1:], strict=True):
+        assert (one - true).norm() < 1e-6 * true.norm() and 1e-5 < (other - true).norm() / true.norm() < 2**-10
+    assert 1e-5 < (exact[0] - rounded[0]).norm() / exact[0].norm() < 2**-10
+
+
+def test_few_tokens_read_nothing_of_the_call_before():
+    """The second launch begins before the first has ended: with other tokens in turn, what is left of them would show."""
+    (indices, weights), x = choose(), normal(T, H)
+    layer = [normal(E, 2 * I, H, seed=1) * 0.1, normal(E, H, I, seed=2) * 0.1]
+    calls = [(x[t : t + 1], (indices[t : t + 1], weights[t : t + 1])) for t in range(2)]
+    expected = [moekit.experts(*call, *layer) for call in calls]
+    assert not torch.equal(*expected)
+    for _ in range(200):
+        found = [moekit.experts(*call, *layer) for call in calls]
+        assert all(map(torch.equal, found, expected))
+
+
 def test_two_streams():
     x, (indices, weights) = normal(T, 2 * I), choose()
     expected = layer(indices, x, weights)

@@ -18,6 +18,7 @@ import moekit
 from moekit.kernels.triton import KERNELS, _launch, _policy, gathered, gemm, outer
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.ops import gemm as ops_gemm
+from moekit.ops.grouped_linear import outer_op
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
@@ -85,7 +86,7 @@ def test_what_others_rows_hold_stays_theirs():
 def test_where_threads_fetch(dtype, cut, monkeypatch):
     """Any widths and distances of rows; what others' rows hold stays theirs, and sums are exact here in any order."""
     if cut is not None:
-        monkeypatch.setattr(_policy, "fetched_outer", lambda dtype: cut)
+        monkeypatch.setattr(_policy, "fetched_outer", lambda dtype, even: cut)
     ends = torch.tensor(ENDS, device=DEVICE)
     for height, width in ((ONE - 3, MORE - 1), (MORE, 7)):
         left, right = factors(dtype, height, width)
@@ -173,3 +174,10 @@ def test_how_they_are_cut():
         (qwen._replace(width=16), torch.float16, "10"),
     ):
         assert _policy.outer(shape, dtype, arch) is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_factors_of_different_rows_are_refused(backend):
+    left, right = torch.ones(8, 3, device=DEVICE), torch.ones(4, 5, device=DEVICE)
+    with moekit.backend(backend), pytest.raises(ValueError, match="right must be of 8 rows, as left, got 4 rows"):
+        outer_op(left, right, torch.tensor([8], device=DEVICE))

@@ -114,7 +114,7 @@ def test_an_adapter_is_part_of_the_product(weight, dropout):
 
 
 def test_where_pytorch_waits_for_the_offsets():
-    assert not any(_policy.waits(torch.bfloat16, arch) for arch in ("9", "10", "gfx942", ""))
+    assert not any(_policy.waits(torch.bfloat16, arch) for arch in ("7", "9", "10", "gfx942", ""))
     assert all(_policy.waits(torch.bfloat16, arch) for arch in ("8", "12"))
     assert all(_policy.waits(dtype, arch) for dtype in (torch.float32, torch.float16) for arch in ("8", "9", "10", "12"))
     many = Shape(3000 * 8, 8, 512, 512)
@@ -124,8 +124,10 @@ def test_where_pytorch_waits_for_the_offsets():
 def test_products_that_threads_fetch_for():
     for dtype, along in itertools.product(LOW, (True, False)):
         shapes = [Shape(count * 8, 8, 512, 512) for count in (1, 12, 40, 100, 4000)]
-        cuts = [_policy.fetched(shape, dtype, "8", along=along, updated=False) for shape in shapes]
-        assert _policy.fetched(shapes[0], torch.float32, "9", along=along, updated=True) == _policy.plain(torch.float32)
+        cuts = [_policy.fetched(shape, dtype, "8", along=along, updated=False, even=True) for shape in shapes]
+        updated = _policy.fetched(shapes[0], torch.float32, "9", along=along, updated=True, even=True)
+        odd = _policy.fetched(shapes[0], dtype, "9", along=along, updated=True, even=False)
+        assert updated == _policy.plain(torch.float32) and odd == _policy.fetched_outer(dtype, even=False)
         assert [cut.rows for cut in cuts] == ([16, 16, 32, 64, 64] if dtype is torch.float32 else [32, 32, 64, 128, 128])
 
 

@@ -1,10 +1,10 @@
 """Grouped matrix products: one matrix an expert, one block of rows an expert.
 
-:func:`grouped_rows` has kernels: for few rows an expert (decoding) on a CPU, at the speed of memory, and for GPUs, with a
-low-rank update in the same sum. All other products are PyTorch's. ``torch.nn.functional.grouped_mm`` has conditions
-(16-byte strides, no float64, ...) and on a CPU is a loop of ``mm`` inside, as it is on a GPU in any dtype but bfloat16,
-where it waits for the offsets. Here is the form without conditions, which waits for float64 alone. Rows at or past the
-last offset, which belong to no expert, hold anything: whoever reads them masks them.
+Products have kernels for few rows an expert (decoding) on a CPU, at the speed of memory, and for GPUs, with a low-rank
+update in the same sum. All others are PyTorch's. ``torch.nn.functional.grouped_mm`` has conditions (16-byte strides, no
+float64, ...) and on a CPU is a loop of ``mm`` inside. So it is on a GPU in any dtype but bfloat16, and before sm_90 in that,
+too: a loop that waits for the offsets, which on NVIDIA's from sm_80 on is left to float64 alone. Here is the form without
+conditions. Rows at or past the last offset, which belong to no expert, hold anything: whoever reads them masks them.
 :mod:`moekit.ops.grouped_linear` has the differentiable form, which makes them zero.
 """
 
@@ -112,11 +112,14 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
         ``[E, M, N]``; zero for an expert without rows.
     """
     wide_left, wide_right = (x.tokens if isinstance(x, Gathered) else x for x in (left, right))
+    num_rows, others = (len(x.index if isinstance(x, Gathered) else x) for x in (left, right))
+    if num_rows != others:
+        raise _check.fail("grouped_outer", "right", f"of {num_rows} rows, as left", f"{others} rows")
     num_experts, height, width = offsets.shape[0], wide_left.shape[1], wide_right.shape[1]
     if looped(wide_left):
         out = wide_left.new_empty(num_experts, height, width)
         filled = set()
-        for expert, block in blocks(offsets, (left.index if isinstance(left, Gathered) else left).shape[0]):
+        for expert, block in blocks(offsets, num_rows):
             torch.mm(block_of(left, block).T, block_of(right, block), out=out[expert])
             filled.add(expert)
         for expert in set(range(num_experts)) - filled:

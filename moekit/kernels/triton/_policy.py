@@ -164,7 +164,8 @@ def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none"
 
 def waits(dtype: torch.dtype, arch: str) -> bool:
     """Whether PyTorch's grouped product is a loop over experts, before which the host waits for the offsets."""
-    return arch.isdecimal() and not (arch in _DESCRIBED and dtype is torch.bfloat16)
+    # Before sm_80 Triton has no tensor cores to offer, and cuBLAS has: there the loop is the faster one.
+    return arch.isdecimal() and int(arch) >= 8 and not (arch in _DESCRIBED and dtype is torch.bfloat16)
 
 
 def plain(dtype: torch.dtype) -> Blocks:
@@ -172,11 +173,14 @@ def plain(dtype: torch.dtype) -> Blocks:
     return Blocks(128, 128, 64, 8, 3, 2) if dtype in _HALVES else Blocks(64, 64, 16, 4, 3, 2)
 
 
-def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool, updated: bool) -> Blocks:
+def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool, updated: bool, even: bool) -> Blocks:
     """The same for so many rows an expert, and matrices adjacent ``along`` the sum or across it.
 
-    Beside an ``updated`` product's factors there are no registers for larger tiles of float32.
+    There are no registers for larger tiles of float32 beside an ``updated`` product's factors, and of anything beside the
+    addresses of rows that are not ``even``: no multiples of 16 apart, and so fetched number by number.
     """
+    if not even:
+        return _uneven(dtype)
     if dtype in _HALVES:
         cuts = (*_LEAN[:2], plain(dtype))
     elif updated:
@@ -187,8 +191,14 @@ def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool, updated
     return next((cut for step, cut in zip(_STEPS, cuts, strict=True) if shape.rows_an_expert <= step), cuts[-1])
 
 
-def fetched_outer(dtype: torch.dtype) -> Blocks:
+def _uneven(dtype: torch.dtype) -> Blocks:
+    return Blocks(64, 64, 32, 4, 2, 3) if dtype in _HALVES else Blocks(64, 64, 16, 8, 3, 2)
+
+
+def fetched_outer(dtype: torch.dtype, *, even: bool) -> Blocks:
     """Of both factors of a weight's gradient."""
+    if not even:
+        return _uneven(dtype)
     return plain(dtype) if dtype in _HALVES else Blocks(64, 128, 16, 4, 3, 2)
 
 

@@ -1,13 +1,14 @@
 """The experts of few tokens, slot by slot: two launches, without routing tables.
 
-What counts here are bytes of weights and launches. A slot is a token's choice of an expert; as long as hardly two slots have
-the same expert, there are no rows to bring together, and so nothing to sort:
+What counts here are bytes of weights and launches. A slot is a token's choice of an expert; as long as few slots have the
+same expert, there are no rows worth bringing together, and so nothing to sort:
 
 - each program of the first kernel takes some features of one slot's expert, gate and up, to the activation;
 - each of the second takes some outputs of one token, and adds over its slots.
 
-A program is one warp, which needs no barriers; many of them together keep the memory busy. Sums are in float32, in an order
-that depends on neither the other tokens nor their experts; what is rounded is the activation and the output, once each.
+Programs are of a warp or a few; many of them together keep the memory busy. Where a GPU can, those of the second kernel
+begin while the last of the first still run. Sums are in float32, in an order that depends on neither the other tokens nor
+their experts; what is rounded is the activation and the output, once each.
 """
 
 from __future__ import annotations
@@ -150,9 +151,10 @@ def experts_by_slot(
     if not fits or not _policy.slots_apart(num_tokens, topk, num_experts):
         return NotImplemented
     x, indices, weights = _launch.rows_of(x), indices.contiguous(), weights.contiguous()
+    # There is nothing to overlap with if the first launch has no programs.
+    overlaps = _launch.overlaps(x.device) and num_tokens * topk * inner > 0
     activation, out = x.new_empty(num_tokens * topk, inner), x.new_empty(num_tokens, hidden)
     bias, spread = tidy_bias(gate_up_bias), tidy_bias(down_bias)
-    overlaps = _launch.overlaps(x.device)
     cut = _policy.slot_gate(x.dtype, along=gate_up.stride(1) == 1)
     features = cut.columns if layout == "ungated" else cut.columns // 2
     feature_blocks = _launch.blocks(inner, features)

@@ -3,7 +3,7 @@
 A launch has as many programs as the GPU holds, which take tiles in turn until none is left; how many there are they find
 out from the offsets, so that nothing waits for the host. Two kernels: in one the copy engine of sm_90 and later fetches the
 operands; in the other threads do, on any architecture, and can unpack weights on their way into the product: each to
-float32, times its scale, rounded to the rows' dtype, so that results are those of unpacking first.
+float32, times its scale, rounded to the rows' dtype, as by unpacking first.
 
 Descriptors are made on the host and passed by value. Those that a kernel makes for itself need a global allocator of
 Triton's, which is one for the process (one thread in newer releases), and memory that a captured graph would have to keep.
@@ -339,6 +339,11 @@ def describes(x: Tensor) -> bool:
     return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
+def even(*tensors: Tensor) -> bool:
+    """Whether rows are so far apart that threads can fetch several numbers of each at once, wherever the first one is."""
+    return all(stride == 1 or stride % 16 == 0 for x in tensors for stride in x.stride())
+
+
 def describes_ragged(x: Tensor) -> bool:
     """Whether one can be made of the rows of an expert in ``x``, wherever they begin and end."""
     return describes(x) and len(x) <= MOST_ROWS
@@ -368,7 +373,8 @@ def grouped_rows(
     With ``invariant`` the number of rows decides on nothing, and PyTorch's product, by which it does, is not resorted to.
     """
     shape = _shape(rows, matrices)
-    cut = _cut(rows, shape.of_any_rows() if invariant else shape, out, low)
+    cut_for = shape.of_any_rows() if invariant else shape
+    cut = _cut(rows, cut_for, out, low)
     fetched = cut is None or not describable(rows, matrices)
     arch = _launch.arch(rows.device).name
     wanted = invariant or not fetched or _policy.waits(rows.dtype, arch)
@@ -378,10 +384,9 @@ def grouped_rows(
     if out is None:
         return NotImplemented
     if fetched:
-        weights = _dense(matrices)
-        cut = _policy.plain(rows.dtype)
-        if not invariant:
-            cut = _policy.fetched(shape, rows.dtype, arch, along=not weights[-1], updated=update.low is not None)
+        rows, weights = _launch.rows_of(rows), _dense(matrices)
+        how = {"along": not weights[-1], "updated": update.low is not None, "even": even(rows, matrices)}
+        cut = _policy.fetched(cut_for, rows.dtype, arch, **how)
         return _fetched(rows, weights, offsets, 0, shape, out, cut, update)
     return _described(rows, matrices, offsets, 0, out, cut, update)
 

@@ -19,7 +19,7 @@ from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._policy import Shape
 from moekit.kernels.triton._ragged import MOST_ROWS, load_ragged, ragged
 from moekit.kernels.triton._tiles import row_blocks
-from moekit.kernels.triton.gemm import describes, processors
+from moekit.kernels.triton.gemm import describes, even, processors
 
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor
 
@@ -140,7 +140,7 @@ def _fetched(left: Tensor, right: Tensor, offsets: Tensor, shape: Shape) -> Any:
         return NotImplemented
     left, right = _launch.rows_of(left), _launch.rows_of(right)
     out = left.new_empty(shape.num_experts, shape.depth, shape.width)
-    cut = _policy.fetched_outer(left.dtype)
+    cut = _policy.fetched_outer(left.dtype, even=even(left, right))
     blocks_m, blocks_n = _launch.blocks(shape.depth, cut.rows), _launch.blocks(shape.width, cut.columns)
     _launch.launch(
         _fetched_outer_kernel, (min(shape.num_experts * blocks_m * blocks_n, cut.programs * processors(left.device)),),
