@@ -137,7 +137,8 @@ def test_nothing_waits_for_the_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_steps_of_experts_neither_wait_nor_change_in_a_graph(dtype):
     """PyTorch's grouped product in float32 and float16 reads the offsets on the host, which a capture would not survive."""
-    (indices, weights), x = choose(), normal(T, H, dtype=dtype).requires_grad_()
+    indices, weights = (part[:512].clone() for part in choose())
+    x = normal(512, H, dtype=dtype).requires_grad_()
     leaves = [normal(E, 2 * I, H, dtype=dtype, seed=1), normal(E, H, I, dtype=dtype, seed=2)]
     leaves = [x, weights.to(dtype).requires_grad_(), *((leaf * 0.1).requires_grad_() for leaf in leaves)]
 
@@ -155,7 +156,7 @@ def test_steps_of_experts_neither_wait_nor_change_in_a_graph(dtype):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()
-    indices.copy_(choose(3)[0])
+    indices.copy_(choose(3)[0][:512])
     graph.replay()
     assert all(map(torch.equal, found, step()))
     with moekit.backend("torch"):

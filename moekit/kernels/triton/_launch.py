@@ -101,6 +101,10 @@ def approximates(device: torch.device) -> bool:
 
 def overlaps(device: torch.device) -> bool:
     """Whether a launch there can start before the one ahead of it has ended: NVIDIA's from sm_90 on."""
+    return _since_hopper(device)
+
+
+def _since_hopper(device: torch.device) -> bool:
     name = arch(device).name
     return name.isdecimal() and int(name) >= 9
 
@@ -135,8 +139,7 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 def float8(x: Tensor) -> Tensor:
     """``x`` in float8 e4m3, as its bits in uint8 where the architecture has no instructions for the type."""
-    name = arch(x.device).name
-    return x if name.isdecimal() and int(name) >= 9 else x.view(torch.uint8)
+    return x if _since_hopper(x.device) else x.view(torch.uint8)
 
 
 def words(*tensors: Tensor) -> list[Tensor]:

@@ -61,6 +61,21 @@ def place_of(tile, begin, end, through, slot, column_blocks, BLOCK_M: tl.constex
 
 
 @triton.jit
+def place_in(
+    tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
+    """Of a tile of matrices, one an expert: its expert, that one's rows, and its first row and column in the matrix."""
+    expert = tile // (blocks_m * blocks_n)
+    begin = tl.sum(tl.where(slot == expert, begins, 0), 0)
+    end = tl.sum(tl.where(slot == expert, ends, 0), 0)
+    inner = tile % (blocks_m * blocks_n)
+    group = inner // (GROUP * blocks_n)
+    inner -= group * GROUP * blocks_n
+    together = tl.minimum(blocks_m - group * GROUP, GROUP)
+    return expert, begin, end, (group * GROUP + inner % together) * BLOCK_M, inner // together * BLOCK_N
+
+
+@triton.jit
 def low_rank(
     total, low, factors, expert, row, column, width, rank, stride_low, stride_fe, stride_fr, stride_fn,
     RANK: tl.constexpr, PARTS: tl.constexpr,

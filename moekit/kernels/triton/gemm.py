@@ -376,18 +376,14 @@ def grouped_rows(
     cut_for = shape.of_any_rows() if invariant else shape
     cut = _cut(rows, cut_for, out, low)
     fetched = cut is None or not describable(rows, matrices)
-    arch = _launch.arch(rows.device).name
-    wanted = invariant or not fetched or _policy.waits(rows.dtype, arch)
+    wanted = invariant or not fetched or _policy.waits(rows.dtype, _launch.arch(rows.device).name)
     if not wanted or not _fits(rows, offsets, low, factors, matrices, out):
         return NotImplemented
     out, update = _room(rows, matrices.shape[2], out), _update(low, factors)
     if out is None:
         return NotImplemented
     if fetched:
-        rows, weights = _launch.rows_of(rows), _dense(matrices)
-        how = {"along": not weights[-1], "updated": update.low is not None, "even": even(rows, matrices)}
-        cut = _policy.fetched(cut_for, rows.dtype, arch, **how)
-        return _fetched(rows, weights, offsets, 0, shape, out, cut, update)
+        return _fetched_dense(rows, matrices, offsets, 0, out, cut_for, update)
     return _described(rows, matrices, offsets, 0, out, cut, update)
 
 
@@ -405,19 +401,26 @@ def grouped_slice(
     if not _fits(rows, offsets, low, factors, matrices, out) or _room(rows, matrices.shape[2], out) is None:
         return NotImplemented
     shape, update = _shape(rows, matrices), _update(low, factors)
-    cut = _cut(rows, shape.of_any_rows() if invariant else shape, out, low)
+    cut_for = shape.of_any_rows() if invariant else shape
+    cut = _cut(rows, cut_for, out, low)
     if cut is not None and describable(rows, matrices):
         return _described(rows, matrices, offsets, first, out, cut, update)
-    return _fetched(rows, _dense(matrices), offsets, first, shape, out, _policy.plain(rows.dtype), update)
+    return _fetched_dense(rows, matrices, offsets, first, out, cut_for, update)
 
 
-def _dense(matrices: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any], bool]:
-    """Matrices ``[n, K, N]`` as :func:`_fetched` takes weights: which of the two dimensions is adjacent says their order."""
+def _fetched_dense(
+    rows: Tensor, matrices: Tensor, offsets: Tensor, first: int, out: Tensor, cut_for: Shape, update: _Update
+) -> Tensor:
+    """Launch the kernel whose threads fetch, cut as for ``cut_for``: which side of a matrix is adjacent says its order."""
     if 1 not in matrices.stride()[1:]:
         matrices = matrices.contiguous()
     back = matrices.stride(2) == 1
     sizes = (matrices.stride(0), matrices.stride(1 if back else 2), 0, 0)
-    return (matrices, *(None,) * 5), sizes, {"FORMAT": "dense", "SHARE_A": 1, "SHARE_B": 1, "UNIT": 1}, back
+    constants = {"FORMAT": "dense", "SHARE_A": 1, "SHARE_B": 1, "UNIT": 1}
+    how = {"along": not back, "updated": update.low is not None, "even": even(rows, matrices)}
+    cut = _policy.fetched(cut_for, rows.dtype, _launch.arch(rows.device).name, **how)
+    weights = ((matrices, *(None,) * 5), sizes, constants, back)
+    return _fetched(rows, weights, offsets, first, _shape(rows, matrices), out, cut, update)
 
 
 def packed_rows(

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._policy import Blocks, Shape
 from moekit.kernels.triton._ragged import ragged, rows_at
-from moekit.kernels.triton._tiles import rows_of_experts
+from moekit.kernels.triton._tiles import place_in, rows_of_experts
 from moekit.kernels.triton.hopper import (
     GROUPS,
     await_free,
@@ -35,21 +35,6 @@ from moekit.kernels.triton.hopper import (
     shares,
     write,
 )
-
-
-@gluon.jit
-def _place_of(
-    tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr
-):
-    """Of a tile: its expert, the expert's rows, and its first row and column in the expert's matrix."""
-    expert = tile // (blocks_m * blocks_n)
-    begin = gl.sum(gl.where(slot == expert, begins, 0), 0)
-    end = gl.sum(gl.where(slot == expert, ends, 0), 0)
-    inner = tile % (blocks_m * blocks_n)
-    group = inner // (GROUP * blocks_n)
-    inner -= group * GROUP * blocks_n
-    together = gl.minimum(blocks_m - group * GROUP, GROUP)
-    return expert, begin, end, (group * GROUP + inner % together) * BLOCK_M, inner // together * BLOCK_N
 
 
 @gluon.jit
@@ -67,7 +52,7 @@ def _fetch_both(
     step = gl.arange(0, BLOCK_K, gl.SliceLayout(1, each))
     turn = 0
     for tile in range(gl.program_id(0), num_experts * blocks_m * blocks_n, gl.num_programs(0)):
-        _expert, begin, end, m, n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
+        _expert, begin, end, m, n = place_in(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
         if INDEXED != "none":
             across = gl.arange(0, COLUMNS, gl.SliceLayout(0, each))
             column = (m if INDEXED == "left" else n) + across
@@ -109,7 +94,7 @@ def _multiply_both(
     begins, ends = rows_of_experts(offsets, 0, num_experts, num_rows, slot)
     turn = 0
     for tile in range(gl.program_id(0), num_experts * blocks_m * blocks_n, gl.num_programs(0)):
-        expert, begin, end, m, n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
+        expert, begin, end, m, n = place_in(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
         if m + OWN * WHICH < height:
             total = gl.zeros([OWN, BLOCK_N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
             for row in range(begin, end, BLOCK_K):

@@ -18,25 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._policy import Shape
 from moekit.kernels.triton._ragged import MOST_ROWS, load_ragged, ragged
-from moekit.kernels.triton._tiles import row_blocks
+from moekit.kernels.triton._tiles import place_in, row_blocks
 from moekit.kernels.triton.gemm import describes, even, processors
 
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor
-
-
-@triton.jit
-def _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Of a tile: its expert, that one's first row and the end of its rows, and its block of rows and of columns."""
-    of_expert = blocks_m * blocks_n
-    expert = tile // of_expert
-    own = slot == expert
-    begin = tl.sum(tl.where(own, begins, 0), 0)
-    end = tl.sum(tl.where(own, ends, 0), 0)
-    inner = tile - expert * of_expert
-    group = inner // (GROUP * blocks_n)
-    inner -= group * GROUP * blocks_n
-    together = tl.minimum(blocks_m - group * GROUP, GROUP)
-    return expert, begin, end, group * GROUP + inner % together, inner // together
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -49,8 +34,7 @@ def _outer_kernel(
     slot = tl.arange(0, BLOCK_E)
     begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
     for tile in tl.range(tl.program_id(0), num_experts * blocks_m * blocks_n, tl.num_programs(0), flatten=FLAT):
-        expert, begin, end, block_m, block_n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP)
-        m, n = block_m * BLOCK_M, block_n * BLOCK_N
+        expert, begin, end, m, n = place_in(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # An expert without rows has a block of zeros: one loop of two must not be one of no turns.
         for row in range(begin, tl.maximum(end, begin + 1), BLOCK_K):
@@ -71,22 +55,19 @@ def _fetched_outer_kernel(
     begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_experts * blocks_m * blocks_n, tl.num_programs(0)):
-        expert, begin, end, block_m, block_n = _place_of(tile, begins, ends, slot, blocks_m, blocks_n, GROUP)
-        m, n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        expert, begin, end, m, n = place_in(tile, begins, ends, slot, blocks_m, blocks_n, BLOCK_M, BLOCK_N, GROUP)
+        m, n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for row in range(begin, end, BLOCK_K):
-            inside, place = k < end - row, (row + k).to(tl.int64)
+            known, place = k < end - row, (row + k).to(tl.int64)
             of_left = left + (place * stride_left)[None, :] + m[:, None]
-            a = tl.load(of_left, mask=inside[None, :] & (m < height)[:, None], other=0.0)
+            a = tl.load(of_left, mask=known[None, :] & (m < height)[:, None], other=0.0)
             of_right = right + (place * stride_right)[:, None] + n[None, :]
-            b = tl.load(of_right, mask=inside[:, None] & (n < width)[None, :], other=0.0)
+            b = tl.load(of_right, mask=known[:, None] & (n < width)[None, :], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         line = (tl.zeros([BLOCK_M], tl.int64) + expert) * height + m
-        tl.store(
-            out + line[:, None] * width + n[None, :],
-            total.to(out.dtype.element_ty),
-            mask=(m < height)[:, None] & (n < width)[None, :],
-        )
+        inside = (m < height)[:, None] & (n < width)[None, :]
+        tl.store(out + line[:, None] * width + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
@@ -111,11 +92,10 @@ def _outer(
     # Copies of 16 bytes, from rows whose distance is an integer of 32 bits.
     whole = left.shape[1] * left.itemsize % 16 == 0 and max(left.stride(0), right.stride(0)) < 2**31
     able = cut is not None and (index is None or (cut.fetchers and whole))
+    fits = fits and shape.num_experts > 0 and shape.width * left.itemsize % 16 == 0  # of which there is a descriptor
     if not (able and fits and describes(left) and describes(right)):
         return _fetched(left, right, offsets, shape) if index is None and _policy.waits(left.dtype, arch) else NotImplemented
     out = left.new_empty(shape.num_experts, shape.depth, shape.width)
-    if not describes(out):
-        return _fetched(left, right, offsets, shape) if index is None and _policy.waits(left.dtype, arch) else NotImplemented
     offsets, programs = offsets.contiguous(), cut.programs * processors(left.device)
     if cut.fetchers:
         from moekit.kernels.triton import hopper_outer  # Gluon, for one architecture alone
