@@ -75,6 +75,10 @@ def _linear_reference(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor
 
 def _outer_reference(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     check_offsets(offsets)
+    for name, factor in (("left", left), ("right", right)):
+        _check.tensor_dim("grouped_outer", name, factor, 2)
+    if left.dtype is not right.dtype:
+        raise _check.wrong_type("grouped_outer", "right", f"of {left.dtype}, as left", right.dtype)
     return grouped_outer(left, right, within(offsets, left.shape[0]))
 
 
@@ -116,6 +120,7 @@ outer_op = _library.define(
     backward=_outer_backward,
     tangent=_library.product_rule(lambda *args: outer_op(*args)),
     flops=lambda left, right, offsets, **_: 2 * left[0] * left[1] * right[1],
+    kernels=False,  # which would take factors of different rows
 )
 linear_op = _library.define(
     "grouped_linear(Tensor rows, Tensor matrices, Tensor offsets) -> Tensor",
