@@ -74,9 +74,9 @@ def expert_mlp(shape: str) -> str:
     return table(["", "by", "ms", "TFLOP/s", ""], lines)
 
 
-def shapes_of_experts() -> str:
-    """gpu_experts.json: a line for each shape and measure, a column for each contender."""
-    shapes = load("gpu_experts.json")["shapes"]
+def shapes_of_experts(file: str = "gpu_experts.json") -> str:
+    """A line for each shape and measure, a column for each contender."""
+    shapes = load(file)["shapes"]
     who = list(dict.fromkeys(name for shape in shapes.values() for each in shape.values() for name in each))
     lines = []
     for name, shape in shapes.items():
@@ -195,6 +195,10 @@ def page() -> str:
         f"One {experts['device']}, torch {experts['torch']}; a copy moves {experts['copy GB/s']:,} GB/s, a dense product "
         f"reaches {experts['dense TFLOP/s']} TFLOP/s. [gpu_experts.json](gpu_experts.json).",
         shapes_of_experts(),
+        "Beside others, in two runs: [gpu_experts_peers.json](gpu_experts_peers.json) and "
+        "[gpu_experts_sonicmoe.json](gpu_experts_sonicmoe.json).",
+        shapes_of_experts("gpu_experts_peers.json"),
+        shapes_of_experts("gpu_experts_sonicmoe.json"),
         "Small batches: microseconds of a layer in a graph, beside the reading of the touched experts' weights.",
         small_batches(),
         "One token.",

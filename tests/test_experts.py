@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moekit
 from moekit import Routing, experts
+from moekit.ops import experts_backward
 from moekit.ops.gemm import grouped_outer, grouped_rows
 from moekit.ops.packed_products import packed_rows
 
@@ -305,6 +306,39 @@ def test_what_has_served_goes_before_the_end_of_backward(save):
     # The output, the gradient of x, one [R, H], one [R, 2I] and one [R, I]; and what does not grow with rows that are wide.
     bound = 4 * (2 * tokens * hidden + rows * (hidden + 2 * inner + inner)) + 64 * rows + 4 * 3 * experts * hidden * inner
     assert peak_bytes(step) <= bound + (4 * rows * hidden if save == "all" else 0)
+
+
+@pytest.mark.parametrize("save", ["recompute", "all"])
+def test_rows_that_two_products_share_change_nothing(save, monkeypatch):
+    base, indices = make(dtype=torch.float32, bias=True), choose()
+
+    def gradients() -> list[Tensor]:
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in base.items()}
+        return list(torch.autograd.grad(ours(indices, save=save)(**leaves).square().sum(), list(leaves.values())))
+
+    expected, asked = gradients(), []
+    monkeypatch.setattr(experts_backward, "looped", lambda grad: False)  # as on a GPU
+    monkeypatch.setattr(experts_backward, "shares_rows", lambda *shape: not asked.append(shape))
+    for found, value in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, value)
+    assert asked == ([] if save == "all" else [(T, T * K, E, H, I)])  # beside what that keeps there is no room
+
+
+@pytest.mark.parametrize(
+    ("tokens", "topk", "hidden", "inner", "experts", "shared"),
+    [
+        (16384, 8, 2048, 768, 128, True),  # Qwen3-30B-A3B
+        (8192, 8, 2048, 768, 128, False),  # more than the activation's: down's gradient, beside gate_up's
+        (65536, 8, 2048, 768, 128, False),  # a copy beside what the gate's backward takes and makes
+        (16384, 8, 1536, 768, 128, False),  # rows of x all at once
+        (24576, 8, 1536, 256, 128, False),  # quick without
+        (16384, 8, 2048, 1024, 64, True),  # OLMoE
+        (16384, 4, 2880, 2880, 32, True),  # gpt-oss
+        (0, 1, 64, 1024, 4, False),
+    ],
+)
+def test_where_two_products_share_rows(tokens, topk, hidden, inner, experts, shared):
+    assert experts_backward.shares_rows(tokens, tokens * topk, experts, hidden, inner) is shared
 
 
 def saved(run, inputs: dict[str, Tensor | None]) -> int:

@@ -162,8 +162,9 @@ def test_steps_of_experts_neither_wait_nor_change_in_a_graph(dtype):
     with moekit.backend("torch"):
         leaves = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
         indices = indices.cpu()
+        bound = 16 if dtype is torch.float32 else 1  # which adds up what it rounds
         for value, true in zip(found, step(), strict=True):
-            assert (value.cpu().double() - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
+            assert (value.cpu().double() - true).norm() <= bound * torch.finfo(dtype).eps * true.norm()
 
 
 def test_float32_is_rounded_to_tf32_where_torch_may():

@@ -160,7 +160,7 @@ def test_gradients_of_weights(specialised, side, height, width, dtype):
             found = KERNELS["grouped_outer"](left, right, offsets)
         else:
             given = (tokens["left"], right) if side == "left" else (left, tokens["right"])
-            found = KERNELS["gathered_outer"](*given, offsets, index(), side)
+            found = KERNELS["gathered_outer"](*given, offsets, (index(),), side)
         for expert, (a, b) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
             assert torch.equal(found[expert], (left[a:b].double().T @ right[a:b].double()).to(dtype)), expert
 
@@ -183,7 +183,7 @@ def test_as_many_experts_as_layers_have(num_experts):
         patch.setattr(_policy, "outer", lambda *_, gathered="none": cuts["described" if gathered == "none" else "gathered"])
         found = KERNELS["gathered_rows"](tokens, of, matrices, offsets)
         again = KERNELS["grouped_rows"](together(tokens, of), matrices, offsets)
-        gradient = KERNELS["gathered_outer"](tokens, right, offsets, of, "left")
+        gradient = KERNELS["gathered_outer"](tokens, right, offsets, (of,), "left")
     begin = 0
     for expert, end in enumerate(ends.tolist()):
         x = together(tokens, of)[begin:end].double()

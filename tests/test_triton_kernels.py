@@ -131,6 +131,22 @@ def test_glu_backward_gives_what_is_wanted(wanted):
         assert_accurate(value, expected.double(), what=f"{wanted}")
 
 
+@pytest.mark.parametrize("bias", ["none", "experts"])
+def test_glu_backward_writes_the_activation_over_the_gradient(bias):
+    from moekit.kernels.triton import KERNELS
+
+    inputs, parameters, grad = glu_inputs("silu", bias, torch.bfloat16, num_rows=70, width=40)
+    offsets = parameters.pop("offsets", None)
+    args = (inputs["y"], None, inputs["weights"], inputs.get("bias"), offsets, *glu_ops.make_glu(**parameters))
+    for given in (grad, torch.stack([grad, grad], 1)[:, 0], grad.float()):
+        found, own = kernel("glu_backward", given, *args, [True] * 4), place(given)
+        results = KERNELS["glu_backward_over"](own, *place(args), [True] * 4)
+        assert_exact(tuple(result.cpu() for result in results), found, "over the gradient")
+        taken = given.is_contiguous() and given.dtype is torch.bfloat16
+        assert (results[3] is own) is taken
+        assert taken or torch.equal(own.cpu(), given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", glu_ops.LAYOUTS)
 def test_glu_float8(layout, dtype):

@@ -5,6 +5,8 @@ Without a GPU one test starts another pytest on this file, which interprets, as 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ pytest.importorskip("triton")
 import moekit
 from moekit.kernels.triton import KERNELS, _launch, _policy, gathered, gemm, outer
 from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.ops import experts_backward, tables
 from moekit.ops import gemm as ops_gemm
 from moekit.ops.grouped_linear import outer_op
 
@@ -46,6 +49,7 @@ def small_tiles(monkeypatch):
     for name in ("gathered", "described"):
         monkeypatch.setattr(_policy, name, lambda *_, **__: cut)
     monkeypatch.setattr(_policy, "outer", lambda *_, gathered="none": cut if gathered == "none" else None)
+    monkeypatch.setattr(_policy, "column_halves", lambda columns: [slice(0, 32), slice(32, columns)])  # of whole tiles
 
 
 def factors(dtype, height, width):
@@ -104,6 +108,34 @@ def test_where_threads_fetch(dtype, cut, monkeypatch):
 
 
 @kernel_runs
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # described, and fetched by threads
+def test_rows_brought_together_half_of_their_columns_at_a_time(dtype, side, monkeypatch):
+    height, width = (2056, 2312) if GPU else (ONE, MORE)
+    if dtype is torch.float32 or GPU:
+        cut = None if dtype is torch.float32 else _policy.APART
+        monkeypatch.setattr(_policy, "outer", lambda *_, gathered="none": cut if gathered == "none" else None)
+    factor = dict(zip(("left", "right"), factors(dtype, height, width), strict=True))
+    index = torch.arange(ROWS).mul(7).remainder(ROWS + 1).sub(1).int().to(DEVICE)  # one of no token
+    given = factor | {side: torch.stack([factor[side]] * 2, 1).flatten(1)[:, : factor[side].shape[1]]}  # strided
+    moved = torch.where(index[:, None] < 0, 0, factor[side][index])
+    moved_tables = (index, *tables.rows_of_tokens(index, ROWS))
+    halves = []
+
+    def noted(*args):
+        gc.collect()  # what a compilation has left in cycles does not stay
+        assert all(half() is None for half, _ in halves), "one half goes before the next is there"
+        half = KERNELS["permute"](*args)
+        halves.append((weakref.ref(half), half.shape[1]))
+        return half
+
+    monkeypatch.setattr(outer, "permute", noted)
+    found = KERNELS["gathered_outer"](given["left"], given["right"], torch.tensor(ENDS, device=DEVICE), moved_tables, side)
+    assert torch.equal(found, expected(**(factor | {side: moved})))
+    assert len(halves) == 2 and sum(columns for _, columns in halves) == factor[side].shape[1]
+
+
+@kernel_runs
 def test_offsets_out_of_order_and_range_are_put_right():
     left, right = factors(torch.bfloat16, ONE, ONE)
     right_ones, wrong = [5, 5, 24, 36, 36, 36], [5, -7, 24, 2**31 - 1, 12, 99]
@@ -128,9 +160,12 @@ def test_what_is_left_to_pytorch(monkeypatch):
 
 
 @kernel_runs
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_experts_as_on_a_gpu(transposed, monkeypatch):
-    monkeypatch.setattr(ops_gemm, "looped", lambda rows: False)
+def test_the_experts_as_on_a_gpu(transposed, shared, monkeypatch):
+    for module in (ops_gemm, experts_backward):
+        monkeypatch.setattr(module, "looped", lambda rows: False)
+    monkeypatch.setattr(experts_backward, "shares_rows", lambda *_: shared)
     tokens, hidden, inner = (24, 512, 128) if GPU else (12, 64, 32)
     shapes = {"x": (tokens, hidden), "gate_up": (E, 2 * inner, hidden), "down": (E, hidden, inner)}
     leaves = {name: draw(place, *shape, scale=0.3) for place, (name, shape) in enumerate(shapes.items())}
@@ -147,13 +182,13 @@ def test_the_experts_as_on_a_gpu(transposed, monkeypatch):
     calls = []
     for name in ("grouped_outer", "gathered_outer"):
 
-        def noted(*args, kernel=KERNELS[name]):
+        def noted(*args, name=name, kernel=KERNELS[name]):
             result = kernel(*args)
-            return result if result is NotImplemented else calls.append(args) or result
+            return result if result is NotImplemented else calls.append(name) or result
 
         monkeypatch.setitem(KERNELS, name, noted)
     found = gradients(torch.bfloat16, DEVICE)
-    assert len(calls) == 2
+    assert calls == (["grouped_outer", "gathered_outer"] if shared else ["gathered_outer"] * 2)
     monkeypatch.undo()
     with moekit.backend("torch"):
         exact = gradients(torch.float64, "cpu")
@@ -177,7 +212,12 @@ def test_how_they_are_cut():
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_factors_of_different_rows_are_refused(backend):
-    left, right = torch.ones(8, 3, device=DEVICE), torch.ones(4, 5, device=DEVICE)
-    with moekit.backend(backend), pytest.raises(ValueError, match="right must be of 8 rows, as left, got 4 rows"):
-        outer_op(left, right, torch.tensor([8], device=DEVICE))
+def test_factors_that_do_not_fit_together_are_refused(backend):
+    left, offsets = torch.ones(8, 3, device=DEVICE), torch.tensor([8], device=DEVICE)
+    for right, error, message in (
+        (torch.ones(4, 5), ValueError, "right must be of 8 rows, as left, got 4 rows"),
+        (torch.ones(8, 5).half(), TypeError, "right must be of torch.float32, as left, got torch.float16"),
+        (torch.ones(8), ValueError, "right must be a 2-D tensor"),
+    ):
+        with moekit.backend(backend), pytest.raises(error, match=message):
+            outer_op(left, right.to(DEVICE), offsets)

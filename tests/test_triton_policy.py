@@ -121,6 +121,13 @@ def test_where_pytorch_waits_for_the_offsets():
     assert _policy.outer(many, torch.float16, "9") is not None and _policy.outer(many, torch.bfloat16, "9") is None
 
 
+@pytest.mark.parametrize(("columns", "expected"), [(1536, [1536]), (2048, [1024, 1024]), (2880, [1536, 1344]), (0, [0])])
+def test_halves_of_columns(columns, expected):
+    parts = _policy.column_halves(columns)
+    assert [part.stop - part.start for part in parts] == expected
+    assert parts[0].start == 0 and parts[-1].stop == columns and all(part.start % 256 == 0 for part in parts)
+
+
 def test_products_that_threads_fetch_for():
     for dtype, along in itertools.product(LOW, (True, False)):
         shapes = [Shape(count * 8, 8, 512, 512) for count in (1, 12, 40, 100, 4000)]

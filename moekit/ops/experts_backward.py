@@ -1,10 +1,10 @@
 """The operator ``moekit::experts_backward``: the gradients of the expert MLP.
 
 Rows of tokens and of their gradients are fetched by the products that need them, which bring them together only where they
-cannot do otherwise, and the activation is computed again by the backward of the gate. The gradient of a routing weight is a
-dot product over the activation (``g . (a W) = (g W^T) . a``), so the down projection's output is never needed. What is of
-row size goes as soon as it has served, what the forward kept included, where it is nobody else's: beside the gradients of
-the weights no more exists at a time than one ``[R, H]``, one ``[R, 2I]`` and one ``[R, I]``.
+cannot do otherwise; two products may share a copy of the gradients'. The activation is computed again by the backward of the
+gate, and the gradient of a routing weight is a dot product over it, which never needs the output of the down projection:
+``g . (a W) = (g W^T) . a``. What is of row size goes as soon as it has served, what the forward kept included, where it is
+nobody else's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from moekit import _check
 from moekit.ops import _library, glu, rows, tables
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
 from moekit.ops.gathered import Gathered
+from moekit.ops.gemm import looped
 from moekit.ops.products import DIFFERENTIABLE, Products
 from moekit.ops.projection import Projection
 
+_SHORT = 512  # features of the activation, which products fetch the gradient's rows for in less time than copying them takes
+_WIDE, _MANY = 2048, 2048  # columns and rows an expert from and up to which kernels bring rows together in halves
 _KEPT = ("projected", "scale", "kept_rows", "kept_act", "low")
 
 
@@ -54,14 +57,16 @@ def gradients(
     offsets = routed.offsets
     gate_up, down = options.projections(given, products)
     result = Wanted(*(grad.new_empty(0) for _ in want))
-    g = Gathered(grad, routed.tables)
-    if down.A is not None:  # which need it three times
-        g = g.together()
+    g = _rows_of(grad, given, routed, down, want, alone=not (kept_rows.numel() or act.numel()))
     high_down = down.raised(g, offsets) if want.before_gate else None
     d_projected, d_weights, d_bias, act = _through_gate(
         g, high_down, down, given, (projected, scale, act), routed, options, want
     )
     del projected, scale
+    factors, together = [g, act, high_down], isinstance(g, Tensor)
+    del g, act, high_down  # so that they go with the list
+    if together:  # rows that go before as many are needed again
+        result = _of_down(result, want, down, options, factors, offsets)
     high = gate_up.raised(d_projected, offsets) if want.projected else None
     if want.x:
         moved = gate_up.backward(d_projected, offsets, high)
@@ -69,12 +74,42 @@ def gradients(
         del moved
     result = _of_gate_up(result, want, gate_up, options, given, routed, kept_rows, d_projected, low, high)
     del kept_rows, d_projected, low, high
-    result = _of_down(result, want, down, options, g, act, high_down, offsets)
+    if not together:
+        result = _of_down(result, want, down, options, factors, offsets)
     if want.gate_up_bias:
         result = result._replace(gate_up_bias=d_bias)
     if want.weights:
         result = result._replace(weights=tables.take(d_weights, given.inverse))
     return tuple(_of_down_bias(result, want, grad, given, routed, products))
+
+
+def _rows_of(grad: Tensor, given: Arguments, routed: Rows, down: Projection, wanted: Wanted, *, alone: bool) -> Any:
+    """The rows of the output's gradient, brought together where several products share them.
+
+    ``alone``: nothing but the projection is kept from the forward.
+    """
+    g = Gathered(grad, routed.tables)
+    if down.A is not None:  # three products
+        return g.together()
+    if looped(grad) or not (alone and wanted.down and wanted.before_gate):
+        return g
+    num_rows, (num_tokens, hidden), (num_experts, *_) = len(g.index), grad.shape, given.down.shape
+    inner = given.down.numel() // max(num_experts * hidden, 1)
+    return g.together() if shares_rows(num_tokens, num_rows, num_experts, hidden, inner) else g
+
+
+def shares_rows(num_tokens: int, num_rows: int, num_experts: int, hidden: int, inner: int) -> bool:
+    """Whether one copy of the gradient's rows serves both products that need it, which is faster if rows are not short.
+
+    A copy lies beside what the gate's backward takes and makes, ``[R, 5I]``; and as it goes before rows of x are brought
+    together, the gradient of down is there beside gate_up's, and the activation is not. That may take what has been won by
+    bringing half of those rows together at a time, and no more: a peak without either is where gate_up's gradient, that of
+    x, ``[R, 3I]`` and all rows of x are.
+    """
+    of_down, halved = num_experts * inner * hidden, hidden >= _WIDE and num_rows <= _MANY * num_experts
+    beside_gate = 2 * num_rows * inner <= 2 * of_down + num_tokens * hidden
+    beside_gate_up = of_down <= num_rows * (inner + (hidden // 2 if halved else 0))
+    return inner > _SHORT and beside_gate and beside_gate_up
 
 
 def _through_gate(
@@ -94,7 +129,8 @@ def _through_gate(
     if not any(masks):
         return act, act, act, act
     d_act = down.backward(g, routed.offsets, high)
-    d_projected, d_weights, d_bias, again = glu.backward(
+    backward = glu.backward if down.products is DIFFERENTIABLE else glu.backward_over
+    d_projected, d_weights, d_bias, again = backward(
         d_act, projected, scale, routed.weights, given.gate_up_bias, routed.offsets, *options.spec, masks
     )
     return d_projected, d_weights, d_bias, again if masks[3] else act
@@ -105,13 +141,12 @@ def _of_down(
     wanted: Wanted,
     down: Projection,
     options: Options,
-    g: Tensor | Gathered,
-    act: Tensor,
-    high: Tensor | None,
+    factors: list[Any],
     offsets: Tensor,
 ) -> Wanted:
-    """The gradients of the down projection's weight and factors."""
-    outer = down.products.outer
+    """The gradients of the down projection's weight and factors, from rows which go with the list that is emptied."""
+    outer, (g, act, high) = down.products.outer, factors
+    factors.clear()
     if wanted.down:
         result = result._replace(down=outer(*options.stored(act, g), offsets))
     if wanted.down_a and high is not None:

@@ -140,17 +140,18 @@ def grouped_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Te
 
 
 def _gathered_outer(left: Tensor | Gathered, right: Tensor | Gathered, offsets: Tensor) -> Tensor | None:
-    """That product where a kernel fetches the rows of one side as they are found."""
+    """That product where a kernel takes the rows of one side as they are found, or in parts."""
     if isinstance(left, Gathered) and isinstance(right, Tensor):
-        tokens, other, index, side = left.tokens, right, left.index, "left"
+        tokens, other, tables, side = left.tokens, right, left.tables, "left"
     elif isinstance(right, Gathered) and isinstance(left, Tensor):
-        tokens, other, index, side = right.tokens, left, right.index, "right"
+        tokens, other, tables, side = right.tokens, left, right.tables, "right"
     else:
         return None
     kernel = _backend.kernel("gathered_outer", tokens)
     if kernel is None:
         return None
-    product = kernel(tokens, other, offsets, index, side) if side == "left" else kernel(other, tokens, offsets, index, side)
+    sides = (tokens, other) if side == "left" else (other, tokens)
+    product = kernel(*sides, offsets, tables, side)
     return None if product is NotImplemented else product
 
 

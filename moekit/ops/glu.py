@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit import _check
+from moekit import _backend, _check
 from moekit.ops import _library
 from moekit.ops._activations import LAYOUTS, Glu, activate, activate_grad, make_glu
 from moekit.ops._segments import expert_of_row, sum_by_index
@@ -431,6 +431,15 @@ backward = _library.define(
     save=_save_backward,
     backward=_double_backward,
 )
+
+
+def backward_over(grad: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`backward` for those who are done with ``grad`` then: a kernel may write the activation over it."""
+    kernel = _backend.kernel("glu_backward_over", grad)
+    outputs = NotImplemented if kernel is None else kernel(grad, y, *args)
+    return backward(grad, y, *args) if outputs is NotImplemented else outputs
+
+
 forward = _library.define(
     f"glu(Tensor y, {_INPUTS}, {CONSTANTS}) -> Tensor",
     reference=glu_reference,

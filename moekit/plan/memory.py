@@ -20,6 +20,7 @@ _ON_THE_WAY, _ON_THE_WAY_OF = 112, {"fp8": 224}
 # There, too: past the first a GPU brings rows together before a product, and where a gradient of a weight is within the
 # others it does not.
 _MOST_PER_MOVE, _LEAST, _NARROW, _MANY, _EXPERTS = 2500, 128, 768, 2048, 128
+_WIDE_ROWS = 2048  # columns of which a GPU brings rows together in halves, for that gradient
 _INT, _SLOT, _WIDE = 4, 8, 4  # bytes of table entries, of a router's indices and of float32
 
 
@@ -211,16 +212,28 @@ def fetches_left(load: Load) -> bool:
     return load.on_gpu and not load.rank and load.itemsize == 2 and narrow and few and load.hidden >= _LEAST
 
 
+def shares_rows(load: Load) -> bool:
+    """Whether two products of a GPU's backward share a copy of the rows of the output's gradient."""
+    from moekit.ops import experts_backward
+
+    shape = (load.tokens, load.rows, load.experts, load.hidden, load.inner)
+    return load.on_gpu and load.trained and load.save != "all" and experts_backward.shares_rows(*shape)
+
+
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
 def _backward(load: Load, ledger: Ledger) -> None:
     kept_rows, kept_act = "gathered" in ledger.held, "activation" in ledger.held
     ledger.hold("rows of the routing", **_row_order(load))
-    if load.rank:
+    together = load.rank > 0 or shares_rows(load)
+    if together:
         ledger.hold("rows of the gradient", grad_rows=load.row_bytes(load.hidden))
+    if load.rank:
         ledger.hold("down, high", high_down=load.row_bytes(load.rank))
     _through_gate(load, ledger, kept_act)
+    if together:
+        _of_down(load, ledger)
     if load.rank:
         ledger.hold("gate_up, high", high=load.row_bytes(load.rank))
     ledger.hold("gradient of rows", moved=load.row_bytes(load.hidden))
@@ -229,11 +242,12 @@ def _backward(load: Load, ledger: Ledger) -> None:
     ledger.hold("gradient of tokens", grad_tokens=load.tokens * load.hidden * load.itemsize)
     ledger.drop("moved")
     _of_gate_up(load, ledger, kept_rows)
-    _of_down(load, ledger)
+    if not together:
+        _of_down(load, ledger)
     ledger.hold("gradient of routing weights", grad_weights=load.tokens * load.topk * load.weight_itemsize)
     if load.biases and load.trained:
         _of_down_bias(load, ledger)
-    ledger.drop("output", "tables", "grad_rows", "high_down", "activation", "grad_row_weights", *_row_order(load))
+    ledger.drop("output", "tables", "grad_row_weights", *_row_order(load))
 
 
 def _through_gate(load: Load, ledger: Ledger, kept_act: bool) -> None:
@@ -242,20 +256,23 @@ def _through_gate(load: Load, ledger: Ledger, kept_act: bool) -> None:
     ledger.hold("gradient of the activation", grad_act=inner)
     with ledger.during("gradient of the activation", **_workspace(load, load.hidden * load.inner), **_rows_of_grad(load)):
         pass
-    again = load.trained or load.rank
+    again = (load.trained or load.rank) and not kept_act
+    over = again and load.on_gpu  # a GPU's kernel writes it over its gradient
     ledger.hold(
         "gate, backward",
         grad_projected=load.row_bytes(load.width),
         grad_row_weights=load.rows * load.weight_itemsize,
-        **({"activation": inner} if again and not kept_act else {}),
+        **({"activation": inner} if again and not over else {}),
         **({"grad_gate_up_bias": load.experts * load.width * load.itemsize} if load.biases and load.trained else {}),
     )
     ledger.drop("grad_act", "projected", "scale")
+    if over:
+        ledger.hold("gate, backward", activation=inner)
 
 
 def _rows_of_grad(load: Load) -> dict[str, int]:
     """Rows of the output's gradient, for the product that needs them."""
-    if load.rank:
+    if load.rank or shares_rows(load):
         return {}
     if load.packed or not _fetches(load, load.hidden, load.inner):
         return {"fetched": load.row_bytes(load.hidden)}
@@ -263,15 +280,19 @@ def _rows_of_grad(load: Load) -> dict[str, int]:
 
 
 def _of_gate_up(load: Load, ledger: Ledger, kept_rows: bool) -> None:
-    gathered = {} if kept_rows or not (load.trained or load.rank) else _brought_together(load)
+    def gathered(factor: int) -> dict[str, int]:
+        return {} if kept_rows else _brought_together(load, factor)
+
     if load.rank:
         ledger.hold("gate_up B", grad_b=load.experts * load.width * load.rank * load.itemsize)
-        with ledger.during("gate_up A", **gathered, grad_a=load.experts * load.rank * load.hidden * load.itemsize):
+        with ledger.during(
+            "gate_up A", **gathered(load.rank), grad_a=load.experts * load.rank * load.hidden * load.itemsize
+        ):
             pass
         ledger.hold("gate_up A", grad_a=load.experts * load.rank * load.hidden * load.itemsize)
     if load.trained:
         ledger.hold("gradient of gate_up", grad_gate_up=load.experts * load.width * load.hidden * load.itemsize)
-        with ledger.during("gradient of gate_up", **gathered):
+        with ledger.during("gradient of gate_up", **gathered(load.width)):
             pass
     ledger.drop("grad_projected", "low", "high", "gathered")
 
@@ -285,8 +306,10 @@ def _of_down(load: Load, ledger: Ledger) -> None:
         ledger.hold("down B", grad_down_b=load.experts * load.hidden * load.rank * load.itemsize)
     if load.trained:
         ledger.hold("gradient of down", grad_down=load.experts * load.hidden * load.inner * load.itemsize)
-        with ledger.during("gradient of down", **({} if fetches_left(load) else _brought_together(load))):
+        there = load.rank > 0 or shares_rows(load) or fetches_left(load)
+        with ledger.during("gradient of down", **({} if there else _brought_together(load, load.inner))):
             pass
+    ledger.drop("grad_rows", "high_down", "activation")
 
 
 def _of_down_bias(load: Load, ledger: Ledger) -> None:
@@ -317,9 +340,13 @@ def _of_an_expert(load: Load) -> int:
     return -(-load.rows // load.experts) * load.hidden * load.itemsize
 
 
-def _brought_together(load: Load) -> dict[str, int]:
-    """Rows for the gradient of a weight: PyTorch's product on a GPU takes all of them."""
-    return {"fetched": load.row_bytes(load.hidden) if load.on_gpu else _of_an_expert(load)}
+def _brought_together(load: Load, factor: int) -> dict[str, int]:
+    """Rows for the gradient of a weight, whose other factor has so many columns: PyTorch's product takes all of them."""
+    if not load.on_gpu:
+        return {"fetched": _of_an_expert(load)}
+    ours = load.rows <= _MANY * load.experts and min(load.hidden, factor) >= _LEAST
+    halves = load.hidden >= _WIDE_ROWS and (ours or load.itemsize == _WIDE)
+    return {"fetched": load.row_bytes(-(-load.hidden // 512) * 256 if halves else load.hidden)}
 
 
 def unpacks_on_the_way(load: Load) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from moekit import _check
 from moekit.plan.exchange import B200, GB200, H200, Machine
-from moekit.plan.memory import DEVICES, Load, fetches_left, unpacks_on_the_way
+from moekit.plan.memory import DEVICES, Load, fetches_left, shares_rows, unpacks_on_the_way
 
 _OWN = "as given"
 _REACHED = 0.75  # of a link's published speed, where nobody has measured
@@ -72,7 +72,7 @@ def _h200() -> Rates:
     """Of docs/performance: products and copies from gpu_experts.json, the link from ep_h200.json (four GPUs, 256 MB)."""
     known, measured = _published("H200", H200), "measured (gpu_experts.json)"
     sources = {"flops": measured, "bandwidth": measured, "inside": "measured (ep_h200.json)"}
-    return replace(known, flops=800e12, bandwidth=4289e9, inside=166e9, sources=known.sources | sources)
+    return replace(known, flops=786e12, bandwidth=4221e9, inside=166e9, sources=known.sources | sources)
 
 
 MACHINES = {"H200": _h200(), "B200": _published("B200", B200), "GB200": _published("GB200", GB200)}
@@ -155,7 +155,8 @@ def traffic(load: Load) -> int:
     backward = (hidden + inner) + (inner + 2 * width + inner) + (width + hidden) + hidden
     total, weights = forward + backward + tokens, 2
     if load.trained:
-        total += 3 * hidden + width + (1 if fetches_left(load) else 3) * hidden + inner  # brought together, or not
+        fetched = fetches_left(load) and not shares_rows(load)  # or brought together
+        total += 3 * hidden + width + (1 if fetched else 3) * hidden + inner
         weights = 3
     if load.rank:  # rows brought together in forward, of the gradient, and for the gradient of A; and read by factors
         total += 3 * hidden + 4 * hidden + 3 * hidden + 2 * width + 2 * inner

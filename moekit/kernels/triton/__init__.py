@@ -24,6 +24,7 @@ KERNELS: dict[str, Callable] = {
     "glu": glu.glu,
     "glu_fp8": glu.glu_fp8,
     "glu_backward": glu_backward.glu_backward,
+    "glu_backward_over": glu_backward.glu_backward_over,
     "permute": rows.permute,
     "unpermute": rows.unpermute,
     "unpermute_backward": rows.unpermute_backward,

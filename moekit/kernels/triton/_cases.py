@@ -56,7 +56,7 @@ def _glu_cases(width: int, dtype_name: str, layout: str, bias_kind: str, constan
     yield case("glu", "glu", y, *inputs)
     yield case("glu_fp8", "glu float8", y, *inputs)
     yield case("glu_backward", "glu backward", grad, y, None, *inputs, [True, True, False, False])
-    yield case("glu_backward", "glu backward again", grad, y, None, *inputs, [True, True, False, True])
+    yield case("glu_backward_over", "glu backward again", grad, y, None, *inputs, [True, True, False, True])
     stored = _meta(_R, features, dtype=torch.float8_e4m3fn)
     yield case("glu_backward", "glu backward float8", grad, stored, _meta(_R), *inputs, [True, True, False, False])
     if bias is not None:
@@ -249,12 +249,13 @@ def _all_gathered() -> Iterator[Case]:
 
 def _all_outer() -> Iterator[Case]:
     for (name, dtype), (height, width) in itertools.product(_DTYPES.items(), ((2 * _I, _H), (_H, _I))):
+        tables = (_integers(_R), _integers(_T + 1), _integers(_R))
         left, right, shown = _meta(_R, height, dtype=dtype), _meta(_R, width, dtype=dtype), name == "bf16"
         yield Case(f"grouped_outer {name} {height}x{width}", "grouped_outer", (left, right, _integers(_E)), shown, False)
         if name == "fp32":  # of which no rows are fetched as they are found
             continue
         for odd in (0, 8):
-            args = (_meta(_T, height - odd, dtype=dtype), right, _integers(_E), _integers(_R), "left")
+            args = (_meta(_T, height - odd, dtype=dtype), right, _integers(_E), tables, "left")
             yield Case(f"gathered_outer {name} {height - odd}x{width}", "gathered_outer", args, False, False)
 
 

@@ -64,6 +64,7 @@ APART = Blocks(128, 256, 64, 4, 4, 1, leaving=64, fetchers=1)
 APART_GATHERED = APART._replace(fetchers=4)
 _SHALLOW_SUM = 2048  # numbers to a sum up to which one group of warps has much to write while the other multiplies
 _NARROW = 768  # columns of the other factor, beyond which rows are brought together sooner than fetched so often
+_WIDE_ROWS = 2048  # columns, of which a product of half is as fast as of all
 _HALVES = (torch.bfloat16, torch.float16)
 # Rows an expert up to which packed weights are cut so. With more, unpacking once into memory is faster than for each block
 # of rows.
@@ -160,6 +161,12 @@ def outer(shape: Shape, dtype: torch.dtype, arch: str, *, gathered: str = "none"
         fetches = _has_parts(shape, arch) and gathered == "left" and shape.width <= _NARROW
         return APART_GATHERED if fetches else None
     return APART if _has_parts(shape, arch) else Blocks(128, 256, 64, 8, 3, 1, flat=True)
+
+
+def column_halves(columns: int) -> list[slice]:
+    """What is brought together of rows for a product at a time: of many columns half, to a whole number of tiles."""
+    first = -(-columns // 512) * 256
+    return [slice(0, first), slice(first, columns)] if columns >= _WIDE_ROWS else [slice(0, columns)]
 
 
 def waits(dtype: torch.dtype, arch: str) -> bool:

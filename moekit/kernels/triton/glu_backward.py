@@ -7,6 +7,7 @@ others', and a second kernel adds them up in a fixed order. No atomics either wa
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -212,8 +213,14 @@ def glu_backward(
     clamp_after_bias: bool,
     layout: str,
     wanted: list[bool],
+    *,
+    over: bool = False,
 ) -> Any:
-    """``moekit::glu_backward``: ``(dy, dweights, dbias, activation)``, empty where not wanted."""
+    """``moekit::glu_backward``: ``(dy, dweights, dbias, activation)``, empty where not wanted.
+
+    ``over`` writes the activation over ``grad``, each tile by the program that has read it. Where another thread writes a
+    number than the one that reads it, a barrier lies between, by which NVIDIA's have read what they asked for before.
+    """
     if leaves(y, bias, offsets, grad, scale if scale is not None else y, weights, bias):
         return NotImplemented
     dtype = y.dtype if scale is None else grad.dtype
@@ -223,8 +230,11 @@ def glu_backward(
         if wanted[1] and weights is not None
         else None,
         "dbias": torch.empty(bias.shape, dtype=bias.dtype, device=y.device) if wanted[2] and bias is not None else None,
-        "activation": torch.empty(grad.shape, dtype=dtype, device=y.device) if wanted[3] else None,
+        "activation": None,
     }
+    if wanted[3]:
+        fits = over and grad.dtype is dtype and grad.is_contiguous() and torch.version.hip is None
+        need["activation"] = grad if fits else torch.empty(grad.shape, dtype=dtype, device=y.device)
     grad, y, bias = _launch.rows_of(grad), _launch.rows_of(y), tidy_bias(bias)
     constants = describe(y, bias, offsets, act, clamp, clamp_after_bias, layout)
     constants["MULTIPLE"] = _launch.multiple(constants["MULTIPLE"], grad.stride(0))
@@ -242,6 +252,10 @@ def glu_backward(
     (_backward_by_chunks if reduces else _backward_by_rows)(tensors, need, scalars, constants)
     empty = grad.new_empty(0)
     return tuple(empty.clone() if t is None else t for t in need.values())
+
+
+glu_backward_over = functools.partial(glu_backward, over=True)
+"""See :func:`moekit.ops.glu.backward_over`."""
 
 
 def _backward_by_rows(tensors: tuple, need: dict[str, Tensor | None], scalars: tuple, constants: dict) -> None:

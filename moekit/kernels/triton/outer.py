@@ -20,6 +20,7 @@ from moekit.kernels.triton._policy import Shape
 from moekit.kernels.triton._ragged import MOST_ROWS, load_ragged, ragged
 from moekit.kernels.triton._tiles import place_in, row_blocks
 from moekit.kernels.triton.gemm import describes, even, processors
+from moekit.kernels.triton.rows import permute
 
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor
 
@@ -47,10 +48,11 @@ def _outer_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _fetched_outer_kernel(
     left, right, offsets, out, num_rows, num_experts, height, width, blocks_m, blocks_n, stride_left, stride_right,
+    stride_expert, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same tiles, of contiguous ``out``. Columns past the last are read as zeros, and so are rows of other experts."""
+    """The same tiles. Columns past the last are read as zeros, and so are rows of other experts."""
     slot = tl.arange(0, BLOCK_E)
     begins, ends, _ = row_blocks(offsets, 0, num_experts, num_rows, slot, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
@@ -65,9 +67,9 @@ def _fetched_outer_kernel(
             of_right = right + (place * stride_right)[:, None] + n[None, :]
             b = tl.load(of_right, mask=known[:, None] & (n < width)[None, :], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
-        line = (tl.zeros([BLOCK_M], tl.int64) + expert) * height + m
+        line = (tl.zeros([BLOCK_M], tl.int64) + expert) * stride_expert + m.to(tl.int64) * stride_out
         inside = (m < height)[:, None] & (n < width)[None, :]
-        tl.store(out + line[:, None] * width + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + line[:, None] + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
@@ -75,15 +77,50 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Any:
     return _outer(left, right, offsets, len(left))
 
 
-def gathered_outer(left: Tensor, right: Tensor, offsets: Tensor, index: Tensor, side: str) -> Any:
-    """The same where the rows of ``side``, "left" or "right", are those tokens of it that ``index`` names."""
+def gathered_outer(left: Tensor, right: Tensor, offsets: Tensor, tables: tuple[Tensor, Tensor, Tensor], side: str) -> Any:
+    """The same where the rows of ``side``, "left" or "right", are tokens: see :class:`moekit.ops.gathered.Gathered`.
+
+    They are fetched, or brought together; of many columns half at a time, which takes half of the memory.
+    """
+    index = tables[0]
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         return NotImplemented
-    return _outer(left, right, offsets, len(index), index.contiguous(), side)
+    product = _outer(left, right, offsets, len(index), index.contiguous(), side)
+    return _by_column_halves(left, right, offsets, tables, side) if product is NotImplemented else product
+
+
+def _by_column_halves(left: Tensor, right: Tensor, offsets: Tensor, tables: tuple[Tensor, Tensor, Tensor], side: str) -> Any:
+    """Of rows that are brought together; not where PyTorch's product would take all of them, or no descriptor a half."""
+    arch = _launch.arch(left.device).name
+    whole = Shape(len(tables[0]), offsets.shape[0], left.shape[1], right.shape[1])
+    tokens = left if side == "left" else right
+    if not _policy.waits(left.dtype, arch):
+        uneven = max(extent * left.itemsize % 16 for extent in (tokens.shape[1], whole.width))
+        if uneven or _policy.outer(whole, left.dtype, arch) is None:
+            return NotImplemented
+    out = left.new_empty(whole.num_experts, whole.depth, whole.width)
+    for part in _policy.column_halves(tokens.shape[1]):
+        moved = permute(tokens[:, part], *tables)
+        if moved is NotImplemented:
+            return NotImplemented
+        if side == "left":
+            product = _outer(moved, right, offsets, whole.num_rows, out=out[:, part])
+        else:
+            product = _outer(left, moved, offsets, whole.num_rows, out=out[:, :, part])
+        if product is NotImplemented:
+            return NotImplemented
+        del moved  # before the next half is there
+    return out
 
 
 def _outer(
-    left: Tensor, right: Tensor, offsets: Tensor, num_rows: int, index: Tensor | None = None, side: str = "none"
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    num_rows: int,
+    index: Tensor | None = None,
+    side: str = "none",
+    out: Tensor | None = None,
 ) -> Any:
     shape = Shape(num_rows, offsets.shape[0], left.shape[1], right.shape[1])
     arch = _launch.arch(left.device).name
@@ -92,10 +129,12 @@ def _outer(
     # Copies of 16 bytes, from rows whose distance is an integer of 32 bits.
     whole = left.shape[1] * left.itemsize % 16 == 0 and max(left.stride(0), right.stride(0)) < 2**31
     able = cut is not None and (index is None or (cut.fetchers and whole))
-    fits = fits and shape.num_experts > 0 and shape.width * left.itemsize % 16 == 0  # of which there is a descriptor
+    apart = shape.width if out is None else out.stride(1)
+    fits = fits and shape.num_experts > 0 and apart * left.itemsize % 16 == 0  # of which there is a descriptor
     if not (able and fits and describes(left) and describes(right)):
-        return _fetched(left, right, offsets, shape) if index is None and _policy.waits(left.dtype, arch) else NotImplemented
-    out = left.new_empty(shape.num_experts, shape.depth, shape.width)
+        takes = index is None and _policy.waits(left.dtype, arch)
+        return _fetched(left, right, offsets, shape, out) if takes else NotImplemented
+    out = left.new_empty(shape.num_experts, shape.depth, shape.width) if out is None else out
     offsets, programs = offsets.contiguous(), cut.programs * processors(left.device)
     if cut.fetchers:
         from moekit.kernels.triton import hopper_outer  # Gluon, for one architecture alone
@@ -113,19 +152,19 @@ def _outer(
     return out
 
 
-def _fetched(left: Tensor, right: Tensor, offsets: Tensor, shape: Shape) -> Any:
+def _fetched(left: Tensor, right: Tensor, offsets: Tensor, shape: Shape, out: Tensor | None = None) -> Any:
     """Launch the kernel whose threads fetch."""
     fits = _launch.computes(left) and left.dtype is right.dtype and offsets.dtype in (torch.int32, torch.int64)
     if not fits or shape.num_rows >= 2**31:
         return NotImplemented
     left, right = _launch.rows_of(left), _launch.rows_of(right)
-    out = left.new_empty(shape.num_experts, shape.depth, shape.width)
+    out = left.new_empty(shape.num_experts, shape.depth, shape.width) if out is None else out
     cut = _policy.fetched_outer(left.dtype, even=even(left, right))
     blocks_m, blocks_n = _launch.blocks(shape.depth, cut.rows), _launch.blocks(shape.width, cut.columns)
     _launch.launch(
         _fetched_outer_kernel, (min(shape.num_experts * blocks_m * blocks_n, cut.programs * processors(left.device)),),
         left, right, offsets.contiguous(), out, shape.num_rows, shape.num_experts, shape.depth, shape.width,
-        blocks_m, blocks_n, left.stride(0), right.stride(0),
+        blocks_m, blocks_n, left.stride(0), right.stride(0), out.stride(0), out.stride(1),
         BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_E=_launch.power_of_two(shape.num_experts),
         GROUP=_GROUP, PRECISION=_launch.precision(left), num_stages=cut.stages, config=cut,
     )  # fmt: skip
