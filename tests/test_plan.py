@@ -393,7 +393,7 @@ def test_operations_are_those_counted(way: str):
 
 @pytest.mark.parametrize("name", GPU_SHAPES)
 def test_times_are_near_those_measured(name: str):
-    """A quarter: docs/performance/plan.md has each, and small experts, whose rows come from a cache, are the furthest off."""
+    """A quarter: docs/performance/plan.md has each. Small experts, whose rows come from a cache, are the furthest off."""
     load, speeds = load_of(GPU_SHAPES[name]), MACHINES["H200"]
     seconds = rates.operations(load) / speeds.flops + rates.traffic(load) / speeds.bandwidth
     found = measured("gpu_experts.json")

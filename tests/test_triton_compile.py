@@ -59,6 +59,8 @@ PRODUCTS = [
     ("sm_90", "packed_rows mxfp4 bf16 R/E=96 r=0"),
     ("sm_90", "packed_rows fp8 bf16 R/E=32 r=16"),
     ("sm_100", "grouped_rows bf16 R=4096 r=64"),
+    ("sm_100", "grouped_rows fp32 R=4096 r=64 back"),
+    ("sm_100", "gathered_outer bf16 1528x2048"),
     ("sm_90", "grouped_rows bf16 R=131072 short"),
     ("sm_90", "grouped_outer bf16 1536x2048"),
     ("sm_80", "grouped_outer bf16 1536x2048"),

@@ -191,7 +191,7 @@ def fetched(shape: Shape, dtype: torch.dtype, arch: str, *, along: bool, updated
     if dtype in _HALVES:
         cuts = (*_LEAN[:2], plain(dtype))
     elif updated:
-        return plain(dtype)
+        return plain(dtype)._replace(stages=2 if arch == "10" else 3)  # with a third, registers of sm_100 spill
     else:
         wide = Blocks(64, 128, 32, 4, 3, 2) if along and arch in _DESCRIBED else Blocks(64, 64, 32, 4, 3, 3)
         cuts = (Blocks(16, 64, 32, 4, 3, 4), Blocks(32, 64, 32, 4, 3, 4), wide)
