@@ -224,6 +224,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set_title(f"{what}: times as fast as the old state")
         axes.tick_params(axis="x", rotation=30)
+        axes.margins(y=0.12)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -168,7 +168,9 @@ LEFT = {
     "computed by a parametrisation": lambda m: nn.utils.parametrize.register_parametrization(m, "gate_up_proj", Twice()),
     "packed already, in fp8": lambda m: replace(m, lambda w: packed(w, "fp8")),
     "not a parameter of the module": lambda m: m._parameters.pop("gate_up_proj"),
-    "weight must be of out * in (a block of nf4) divisible by 64": lambda m: replace(m, lambda w: w[:, :30]),
+    "weight must be of so many values an expert (out * in: nf4 has blocks of them) divisible by 64": lambda m: replace(
+        m, lambda w: w[:, :30]
+    ),
     "weight must be finite": lambda m: replace(m, lambda w: w * float("nan")),
 }
 

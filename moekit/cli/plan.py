@@ -120,7 +120,8 @@ def _rates(device: str, dtype: str, machine: str | None, own: dict[str, float | 
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must be positive")
     if machine is not None and machine not in plans.MACHINES:
-        raise ValueError(f"machine must be one of {', '.join(plans.MACHINES)}, got {machine!r}")
+        known = ", ".join(plans.MACHINES)
+        raise ValueError(f"machine must be one of {known}, got {machine!r}; of others give --flops and --bandwidth")
     if machine is not None and device == "cpu":
         raise ValueError(f"--machine {machine} is a GPU's: with --device cpu give --flops and --bandwidth, or --measure")
     if machine is not None and measure:

@@ -22,7 +22,7 @@ _BYTES = MXFP4_BLOCK // 2
 
 def block(op: str, height: int, width: int, wanted: Block | None) -> Block:
     """The only block; whole ones make up a row."""
-    divisible(op, "in (a block of mxfp4)", width, MXFP4_BLOCK)
+    divisible(op, "a last dimension (in: mxfp4 has blocks along it)", width, MXFP4_BLOCK)
     return only_block(op, "mxfp4", wanted, (1, MXFP4_BLOCK))
 
 

@@ -25,8 +25,8 @@ _MARK = ".quant_state.bitsandbytes__nf4"
 
 def block(op: str, height: int, width: int, wanted: Block | None) -> Block:
     """The only block; whole ones make up an expert."""
-    divisible(op, "in (two values a byte of nf4)", width, 2)
-    divisible(op, "out * in (a block of nf4)", height * width, NF4_BLOCK)
+    divisible(op, "a last dimension (in: nf4 has two values a byte)", width, 2)
+    divisible(op, "so many values an expert (out * in: nf4 has blocks of them)", height * width, NF4_BLOCK)
     return only_block(op, "nf4", wanted, (1, NF4_BLOCK))
 
 
