@@ -82,8 +82,11 @@ def _activations(plan: Plan) -> Table:
     for save, found in plan.activations.items():
         layer = (f"{found.kept / _MI:,.1f}", f"{found.peak / _MI:,.1f}", found.peak_at)
         lines.append((save, *layer, f"{found.all_kept / _GI:.2f}", f"{found.all_peak / _GI:.2f}"))
-    note = f"A layer's input, to which backward refers, takes {plan.inputs / _MI:,.1f} MiB; it is in the sums of all layers."
-    heads = ("save", "kept, MiB", "peak, MiB", "peak at", "kept in all, GiB", "peak in all, GiB")
+    note = (
+        "save is that of moekit.experts, recompute unless given: what a layer keeps for backward. A layer's input, to which "
+        f"backward refers, takes {plan.inputs / _MI:,.1f} MiB; it is in the sums of all layers."
+    )
+    heads = ("save", "kept, MiB", "peak, MiB", "peak at", "kept by all layers, GiB", "peak of all layers, GiB")
     return _table("Activations of the experts", heads, lines, note)
 
 
@@ -128,9 +131,12 @@ def _fit(found: Fit) -> Table:
         left = "" if found.capacity is None else f"{found.left[save] / _GI:.2f}" if found.left[save] >= 0 else "does not fit"
         lines.append((save, f"{found.activations[save] / _GI:.2f}", f"{total / _GI:.2f}", *([left] if left else [])))
     of = "" if found.capacity is None else f" of {found.capacity / _GI:.4g} GiB"
-    heads = ("save", "activations, GiB", "all, GiB", *([f"left{of}"] if of else []))
-    note = f"GiB: {fixed}. Not in it: what attention and the head keep, buffers of messages, fragmentation."
-    return _table("Memory of a device", heads, lines, note)
+    heads = ("save", "activations, GiB", "a step, GiB", *([f"left{of}"] if of else []))
+    note = (
+        f"GiB of a step: {fixed}, and activations. Checkpointed: a layer keeps its input alone and is computed again "
+        "(gradient checkpointing). Not in it: what attention and the head keep, buffers of messages, fragmentation."
+    )
+    return _table("Memory of a device in a step", heads, lines, note)
 
 
 def chart(plan: Plan, path: Path) -> None:
