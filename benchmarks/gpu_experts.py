@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from _experts_peers import PEERS
+from _memory import peak
 
 SHAPES = {  # tokens, hidden, intermediate, experts, experts a token
     "qwen3": (16384, 2048, 768, 128, 8),
@@ -120,17 +121,11 @@ def milliseconds(calls: dict[str, Callable], count: int = CALLS) -> dict[str, fl
     return {name: round(statistics.median(found), 4) for name, found in times.items()}
 
 
-def peak(call: Callable[[], None], data: dict) -> int:
+def peak_of_step(call: Callable[[], None], data: dict) -> int:
     """MiB that a training step takes at most, above what is there before it."""
     call()
     drop_gradients(data)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+    return round(peak(call) / 2**20)
 
 
 def join(runs: dict[str, Callable], peers: list[str], data: dict) -> dict[str, str]:
@@ -164,7 +159,7 @@ def training(name: str, dtype: torch.dtype, old: str | None, peers: list[str]) -
     runs = contenders(old)
     left = join(runs, peers, data)
     calls = {who: step(run, data) for who, run in runs.items()}
-    found: dict[str, Any] = {"peak MiB": {who: peak(call, data) for who, call in calls.items()}}
+    found: dict[str, Any] = {"peak MiB": {who: peak_of_step(call, data) for who, call in calls.items()}}
     if left:
         found["left out"] = left
     quick = {who: forward(run, data) for who, run in runs.items() if who != "moekit fp8"}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _memory import kept, peak
 from torch import Tensor
 
 import moekit
@@ -180,31 +181,6 @@ def graphs(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], None]]
     return found
 
 
-def peak_of(call: Callable[[], Any]) -> float:
-    """MiB beyond what is allocated before the call."""
-    wait("cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    wait("cuda")
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def kept_by(run: Callable[[], Tensor], own: list[Tensor]) -> float:
-    """MiB that stay for backward, without what was there before."""
-    there, found = {tensor.untyped_storage().data_ptr() for tensor in own}, {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run()
-    return sum(found.values()) / 2**20
-
-
 def contenders(problem: Problem, formats: list[str]) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     """What takes a step, and the leaves of its gradients."""
     packed = {name: tuple(moekit.pack(weight, name) for weight in problem.dense) for name in formats}
@@ -242,9 +218,9 @@ def steps(layer: Layer, tokens: int, device: str, formats: list[str], rounds: in
     for name, (run, leaves) in found.items():
         row = {"what": "LoRA step", "layer": layer.name, "tokens": tokens, "name": name, "ms": times[name]}
         row |= {"graph ms": replayed[name]} if name in replayed else {}
-        row["kept MiB"] = kept_by(run, [*leaves, *problem.dense, problem.indices])
+        row["kept MiB"] = kept(run, [*leaves, *problem.dense, problem.indices]) / 2**20
         if device == "cuda":
-            row["peak MiB"] = peak_of(calls[name])
+            row["peak MiB"] = peak(calls[name]) / 2**20
         rows.append(row)
     return rows
 

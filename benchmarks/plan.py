@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import kept, peak
+from gpu_experts import SHAPES
 
 import moekit
 from moekit.plan.memory import SAVES, Load, step
 
-LAYERS = {  # tokens, hidden, intermediate, experts, experts a token
-    "granite": (2048, 1024, 512, 32, 8),
-    "qwen3": (4096, 2048, 768, 128, 8),
-    "olmoe": (4096, 2048, 1024, 64, 8),
-    "gpt-oss": (4096, 2880, 2880, 32, 4),
-    "mixtral": (4096, 4096, 14336, 8, 2),
-}
-MANY, RANK, NEAR = 16384, 16, 0.01
+FEW, MANY, RANK, NEAR = 4096, 16384, 16, 0.01
+LAYERS = {"granite": (2048, 1024, 512, 32, 8)}  # tokens, hidden, intermediate, experts, experts a token
+LAYERS |= {name: (FEW, *SHAPES[name][1:]) for name in ("qwen3", "olmoe", "gpt-oss", "mixtral")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ def cases(layers: list[str]) -> Iterator[tuple[str, tuple[int, ...], Way]]:
             yield layer, shape, Way(save)
             yield from ((layer, shape, Way(save, *way, trained=False)) for way in frozen)
         yield layer, shape, Way(biases=True)
-    for layer, packed in itertools.product({"qwen3", "gpt-oss"} & set(layers), ("", "nf4", "mxfp4", "fp8", "int8")):
+    adapted = [layer for layer in ("qwen3", "gpt-oss") if layer in layers]
+    for layer, packed in itertools.product(adapted, ("", "nf4", "mxfp4", "fp8", "int8")):
         yield layer, (MANY, *LAYERS[layer][1:]), Way("recompute", RANK, packed, trained=False)
 
 
@@ -97,31 +95,15 @@ class Problem:
         self.forward().backward(self.grad)
 
     def peak(self, call: Callable[[], None]) -> int:
-        """Bytes that it takes at most, above those before it."""
-        for _ in range(2):  # the first loads kernels
-            for leaf in self.leaves:
-                leaf.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-        return torch.cuda.max_memory_allocated() - before
+        """Bytes, with kernels that are loaded already and without gradients of a step before."""
+        call()
+        for leaf in self.leaves:
+            leaf.grad = None
+        return peak(call)
 
     def kept(self) -> int:
-        """Bytes for backward that are not the caller's."""
-        given = [*self.leaves, *(weight for weight in self.experts if type(weight) is torch.Tensor)]
-        own, found = {tensor.untyped_storage().data_ptr() for tensor in given}, {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.forward()
-        return sum(found.values())
+        """Bytes that are not the caller's."""
+        return kept(self.forward, [*self.leaves, *(weight for weight in self.experts if type(weight) is torch.Tensor)])
 
 
 def main() -> int:
