@@ -211,7 +211,7 @@ def test_how_they_are_cut():
         assert _policy.outer(shape, dtype, arch) is None
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=kernel_runs)])
 def test_factors_that_do_not_fit_together_are_refused(backend):
     left, offsets = torch.ones(8, 3, device=DEVICE), torch.tensor([8], device=DEVICE)
     for right, error, message in (
