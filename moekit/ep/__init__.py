@@ -4,10 +4,11 @@ from moekit.ep._traffic import Traffic, traffic
 from moekit.ep.all_gather import AllGather
 from moekit.ep.all_to_all import AllToAll
 from moekit.ep.choose import choose, dispatcher
+from moekit.ep.ddp import expert_parameters, hide_from_ddp
 from moekit.ep.dispatcher import Dispatcher, Overlapping, Underway
 from moekit.ep.gradients import clip_grad_norm_
 from moekit.ep.local import Local
-from moekit.ep.parallelize import Parallelized, expert_parameters, hide_from_ddp, parallelize
+from moekit.ep.parallelize import Parallelized, parallelize
 from moekit.ep.placement import part, shard, shard_parameters
 from moekit.ep.run import run
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,11 +13,11 @@ from moekit.ep import placement
 from moekit.ep._agree import agree
 from moekit.ep._ranks import one_dimensional
 from moekit.ep.choose import dispatcher as dispatcher_of
+from moekit.ep.ddp import hide_sharded, send
 from moekit.ep.dispatcher import Dispatcher
 from moekit.ep.gradients import Reduction
 from moekit.ep.placement import Sharding
 from moekit.nn.moe import MoE
-from moekit.packed import PackedExperts
 
 _OP = "ep.parallelize"
 
@@ -104,38 +101,10 @@ def parallelize(
     placement.shard_together([layer.experts for layer in layers.values()], Sharding(mesh, reduced))
     for layer, one in zip(layers.values(), made, strict=True):
         layer.dispatcher = one
-    names = hide_from_ddp(model)
+    names = hide_sharded(model)
     experts = sum(layer.experts.num_experts for layer in layers.values())
     kinds = tuple(dict.fromkeys(type(one).__name__ for one in made))
     return Parallelized(tuple(layers), names, experts, mesh.size(), kinds)
-
-
-def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the experts that are sharded, by this module or by :func:`moekit.ep.shard_parameters`.
-
-    They are what ``fully_shard(..., ignored_params=)`` has to leave where it shards over the same ranks, and what needs a
-    group of its own in an optimiser that is fused.
-    """
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "sharding", None), Sharding):
-            yield from module.named_parameters(name)
-
-
-def hide_from_ddp(model: nn.Module) -> tuple[str, ...]:
-    """Have ``DistributedDataParallel`` leave sharded experts alone, around ``model`` or around a part of it.
-
-    :func:`parallelize` does it for the model that it is given. This is for layers that were made with ``ep_mesh=``, and for
-    :func:`moekit.ep.shard_parameters`. (Without it, DDP refuses the model.)
-
-    Returns:
-        the names of the parameters that DDP leaves alone.
-    """
-    for module in model.modules():
-        names = {name for name, _ in expert_parameters(module)}
-        if names:
-            before = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*{*before, *names}])
-    return tuple(name for name, _ in expert_parameters(model))
 
 
 def shard_layer(op: str, layer: MoE, mesh: DeviceMesh, dispatcher: str | Dispatcher) -> None:
@@ -177,18 +146,8 @@ def _dispatcher(mesh: DeviceMesh, layer: MoE, kind: str | Dispatcher, options: d
     return kind
 
 
-@torch.no_grad()
 def _broadcast(model: nn.Module, sources: list[tuple[DeviceMesh, int]]) -> None:
     tensors: dict[int, Tensor] = {id(value): value for value in (*model.parameters(), *model.buffers())}
     for mesh, source in sources:
         for tensor in tensors.values():
-            for piece in _pieces(tensor.detach()):
-                dist.broadcast(piece, group=mesh.get_group(), group_src=source)
-
-
-def _pieces(tensor: Tensor) -> list[Tensor]:
-    """What is stored."""
-    if not isinstance(tensor, PackedExperts):
-        return [tensor]
-    stored = tensor.stored()
-    return [piece.view(torch.uint8) if piece.itemsize == 1 else piece for piece in (stored.codes, *stored.scales)]
+            send(tensor, mesh.get_group(), source)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moekit.packed.tensor import PackedExperts
 
 _aten: Any = torch.ops.aten
+_SENDING = ("aten.cat.default", "c10d.broadcast_.default")  # how DDP sends parameters: many as one, or a large one alone
 
 
 def run(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -33,6 +34,8 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
         return func.decompose(*args, **kwargs)  # in inference mode nobody else has taken it apart
     changes = of_packed and func._schema.is_mutable
     taken = " (Transformers' experts take them with experts_implementation='moekit'); use .unpack()"
+    if str(func) in _SENDING:
+        taken = "; before DistributedDataParallel, which wants to, call moekit.ep.hide_from_ddp(model)"
     hint = ", which are immutable" if changes else taken
     raise TypeError(f"PackedExperts: {func} is not defined for packed weights{hint}")
 
