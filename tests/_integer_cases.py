@@ -223,10 +223,9 @@ def _(m: Make) -> dict[str, Any]:
     return {"rows": rows, **{f"part{i}": part for i, part in parts.items()}, "offsets": m.offsets(), "back": back}
 
 
-def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors and the constants of the experts, dense or packed, with adapters or without."""
-    s = m.sizes
-    named: dict[str, Any] = {"x": m.floats(s.tokens, s.hidden), "weights": m.floats(s.tokens, s.topk)}
+def _stored_weights(m: Make) -> tuple[dict[str, Any], dict[str, Any], tuple]:
+    """Experts' weights, dense or packed, their scales, and the constants that say how they are stored."""
+    named: dict[str, Any] = {}
     parts = ("scale", "nested", "offset")
     scales = {f"{name}_{part}": None for name in ("gate_up", "down") for part in parts}
     formats, blocks = ["", ""], [0, 0, 0, 0]
@@ -235,6 +234,15 @@ def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
         if m._rng.random() < 0.3:
             named[name], [scales[f"{name}_scale"]], formats[which], block = moekit.pack(weight, "int8").stored()
             blocks[2 * which : 2 * which + 2] = block
+    return named, scales, (False, *formats, blocks, False, False)
+
+
+def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and the constants of the experts, dense or packed, with adapters or without."""
+    s = m.sizes
+    named: dict[str, Any] = {"x": m.floats(s.tokens, s.hidden), "weights": m.floats(s.tokens, s.topk)}
+    stored, scales, storage = _stored_weights(m)
+    named |= stored
     biases = {"gate_up_bias": m.bias(), "down_bias": m.optional(m.floats(s.experts, s.hidden))}
     shapes = {
         **{"gate_up_a": (s.experts, 3, s.hidden), "gate_up_b": (s.experts, 2 * s.inner, 3)},
@@ -243,7 +251,7 @@ def _expert_inputs(m: Make) -> tuple[dict[str, Any], dict[str, Any]]:
     rank = m._rng.random() < 0.3
     factors = {name: m.floats(*shape) if rank else None for name, shape in shapes.items()}
     lora = [3.0, 0.5, 0.0] if rank else []
-    constants = _constants(False, *formats, blocks, False, False, lora, lora)
+    constants = _constants(*storage, lora, lora)
     return {**named, **biases, **factors, **m.of_routing(), **scales, "seeds": None}, constants
 
 
@@ -258,7 +266,8 @@ def _(m: Make) -> dict[str, Any]:
 def _(m: Make) -> dict[str, Any]:
     s, biases = m.sizes, {"gate_up_bias": m.bias(), "down_bias": m.optional(m.floats(m.sizes.experts, m.sizes.hidden))}
     inputs = {"x": m.floats(s.tokens, s.hidden), "indices": m.indices, "weights": m.floats(s.tokens, s.topk)}
-    return {**inputs, **m.expert_weights(), **biases, **_constants(False, m._rng.random() < 0.5)}
+    stored, scales, storage = _stored_weights(m)
+    return {**inputs, **stored, **biases, **scales, **_constants(*storage, m._rng.random() < 0.5)}
 
 
 @target("ops.experts_backward", "order inverse offsets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import moekit
 from moekit.kernels.triton import KERNELS, _policy, by_slot
 from moekit.ops import experts_topk  # noqa: F401  (defines the operator)
 from moekit.ops.glu import make_glu
+from moekit.ops.unpack import unpack
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,6 +34,19 @@ GATES = {
     "gpt-oss": {"activation": "quick_gelu", "linear_offset": 1.0, "clamp": 0.7, "layout": "interleaved"},
     "gelu": {"activation": "gelu", "clamp": 0.5},
     "relu2": {"activation": "relu2", "layout": "ungated"},
+}
+# What the operator takes between biases and weight_after_down: no scales, the gate, how dense weights are stored.
+DENSE = (*(None,) * 6, *make_glu("silu", alpha=None, op="test"), False, "", "", [0, 0, 0, 0], False, False)
+# As above, with sides that all formats pack.
+PACKED_SHAPES = {"one token": (1, 8, 16, 192, 64), "several": (3, 2, 48, 64, 128), "odd": (1, 11, 12, 64, 64)}
+PACKED_CASES = [
+    (torch.bfloat16, "one token", "silu"),
+    (torch.bfloat16, "several", "gpt-oss"),
+    (torch.float16, "odd", "relu2"),
+]
+FORMATS = {
+    **{"nf4": {}, "nf4 nested": {"double_quant": True}, "mxfp4": {}, "int8": {}},
+    **{"fp8": {}, "fp8 by rows": {"block": (1, 64)}},
 }
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -52,9 +67,9 @@ def small_tiles(request, monkeypatch):
             monkeypatch.setattr(_policy, name, small)
 
 
-def case(shape: str, dtype: torch.dtype, gate: str = "silu", *, across: bool = False, bias: bool = False):
-    """Tokens, choices (some of no expert), weights, matrices as stored and biases."""
-    tokens, topk, experts, hidden, inner = SHAPES[shape]
+def case(shape: str, dtype: torch.dtype, gate: str = "silu", *, across: bool = False, bias: bool = False, form: str = ""):
+    """Tokens, choices (some of no expert), weights, matrices as stored or packed, and biases."""
+    tokens, topk, experts, hidden, inner = (PACKED_SHAPES if form else SHAPES)[shape]
     width = inner if GATES[gate].get("layout") == "ungated" else 2 * inner
     torch.manual_seed(1)
     indices = torch.rand(tokens, experts).topk(topk).indices
@@ -62,6 +77,8 @@ def case(shape: str, dtype: torch.dtype, gate: str = "silu", *, across: bool = F
         indices[:, 1] = torch.tensor([-1, experts, 2**40 + 1, -(2**40)])[: len(indices)]
     stored = [draw(2, experts, width, hidden) * 0.3, draw(3, experts, hidden, inner) * 0.3]
     stored = [(weight.mT if across else weight).contiguous().to(dtype) for weight in stored]
+    if form:
+        stored = [moekit.pack(weight, form.split()[0], **FORMATS[form]) for weight in stored]
     biases = [draw(4, experts, width).to(dtype), draw(5, experts, hidden).to(dtype)] if bias else [None, None]
     tensors = [draw(6, tokens, hidden).to(dtype), indices, torch.rand(tokens, topk), *stored, *biases]
     return [t if t is None else t.to(DEVICE) for t in tensors]
@@ -73,11 +90,15 @@ def by_kernel(given: list, gate: str = "silu", *, across: bool = False, after: b
     spec = make_glu(options.pop("activation"), alpha=None, op="test", clamp_after_bias=True, **{
         "linear_offset": 0.0, "clamp": None, "layout": "concatenated", **options,
     })  # fmt: skip
-    matrices = (gate_up, down) if across else (gate_up.mT, down.mT)
+    matrices = [
+        weight.stored() if isinstance(weight, moekit.PackedExperts) else weight if across else weight.mT
+        for weight in (gate_up, down)
+    ]
     return KERNELS["experts_by_slot"](x, indices, weights, *matrices, *biases, *spec, after)
 
 
 def exactly(given: list, gate: str = "silu", *, across: bool = False) -> torch.Tensor:
+    given = [unpack(t.stored(), 0, len(t), torch.float64) if isinstance(t, moekit.PackedExperts) else t for t in given]
     x, indices, weights, *others = [t if t is None or t.dtype is torch.int64 else t.double().cpu() for t in given]
     gate_up, down, gate_up_bias, down_bias = others
     biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
@@ -86,10 +107,10 @@ def exactly(given: list, gate: str = "silu", *, across: bool = False) -> torch.T
         return moekit.experts(x, (indices, weights), gate_up, down, transposed=across, **biases, **GATES[gate])
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def close(found: torch.Tensor, wanted: torch.Tensor, roundings: int = 1) -> bool:
     """Token by token, within the roundings of the activation and of the output."""
     off = (found.double().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    return found.shape == wanted.shape and bool((off < EPS[found.dtype]).all())
+    return found.shape == wanted.shape and bool((off < roundings * EPS[found.dtype]).all())
 
 
 @kernels_run
@@ -105,8 +126,43 @@ def test_values(shape, dtype, gate):
 
 
 @kernels_run
-def test_a_token_has_the_same_bits_in_any_company():
-    given = case("several", torch.float32, bias=True)
+@pytest.mark.parametrize(("dtype", "shape", "gate"), PACKED_CASES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_values_of_packed_weights(form, dtype, shape, gate):
+    bias = after = gate != "silu"
+    given = case(shape, dtype, gate, bias=bias, form=form)
+    found = by_kernel(given, gate, after=after)
+    roundings = 2 if "nf4" in form and dtype is torch.float16 else 1  # its table is rounded to float16, too
+    assert found.dtype is dtype and close(found, exactly(given, gate), roundings)
+    assert all(torch.equal(found, by_kernel(given, gate, after=after)) for _ in range(RUNS if GPU else 0))
+
+
+@kernels_run
+@pytest.mark.parametrize("place", [3, 4])
+def test_one_weight_packed_and_one_dense(place):
+    given = case("several", torch.bfloat16, bias=True, form="mxfp4")
+    given[place] = given[place].unpack()
+    assert close(by_kernel(given), exactly(given))
+
+
+@kernels_run
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
+def test_what_scales_of_others_hold_stays_theirs(form):
+    """A slot of no expert stands for the first one, where something has to be read."""
+    x, indices, weights, *stored, _, _ = case("several", torch.bfloat16, form=form)
+    indices = torch.where(indices == 0, 1, indices)
+    found = by_kernel([x, indices, weights, *stored, None, None])
+    for weight in stored:
+        for scale in weight.stored().scales:
+            scale[0] = torch.nan
+    assert found.isfinite().all() and torch.equal(by_kernel([x, indices, weights, *stored, None, None]), found)
+
+
+@kernels_run
+@pytest.mark.parametrize("form", ["", "nf4"])
+def test_a_token_has_the_same_bits_in_any_company(form):
+    given = case("several", torch.bfloat16 if form else torch.float32, bias=True, form=form)
     together = by_kernel(given)
     for token in range(3):
         alone = [part[token : token + 1] for part in given[:3]]
@@ -142,6 +198,11 @@ def test_what_it_leaves_to_others():
         assert by_kernel([*given[:place], part[:-1], *given[place + 1 :]]) is NotImplemented
     spread = torch.stack([given[3]] * 2, -1)[..., 0]  # no side of it adjacent
     assert by_kernel([*given[:3], spread, *given[4:]]) is NotImplemented
+    packed = case("several", torch.float32, form="nf4")
+    assert by_kernel(packed) is NotImplemented  # sums of halves alone
+    packed = [t.to(torch.bfloat16) if t is not None and t.is_floating_point() else t for t in packed]
+    assert by_kernel([*packed[:4], packed[4][:-1], None, None]) is NotImplemented
+    assert by_kernel([*packed[:3], packed[3][:0], packed[4][:0], None, None]) is NotImplemented
 
 
 @kernels_run
@@ -170,6 +231,27 @@ def test_experts_take_it_where_nothing_needs_a_gradient(monkeypatch):
             moekit.experts(x, choice, gate_up, down, **options)
 
 
+@kernels_run
+@pytest.mark.parametrize("form", FORMATS)
+def test_experts_take_it_with_packed_weights(form, monkeypatch):
+    found = []
+    kernel = KERNELS["experts_by_slot"]
+    monkeypatch.setitem(KERNELS, "experts_by_slot", lambda *args: (found.append(kernel(*args)), found[-1])[1])
+    x, indices, weights, gate_up, down, *_ = given = case("several", torch.bfloat16, form=form)
+    wanted = exactly(given)
+    with moekit.backend("triton"):
+        with FlopCounterMode(display=False) as counter:
+            out = moekit.experts(x, (indices, weights), gate_up, down)
+        assert counter.get_total_flops() == 2 * 6 * 3 * 64 * 128
+        seen = moekit.experts(x, (indices, weights), gate_up.mT, down.mT, transposed=True)  # as gpt-oss has them
+        assert len(found) == 2 and torch.equal(out, found[0]) and torch.equal(seen, out) and close(out, wanted)
+        across = [moekit.pack(w.unpack().mT.contiguous(), "int8").to(DEVICE) for w in (gate_up, down)]  # along the outputs
+        out = moekit.experts(x, (indices, weights), *across, transposed=True)
+        assert len(found) == 2 and out.any()
+        out = moekit.experts(x.requires_grad_(), (indices, weights), gate_up, down)
+        assert len(found) == 2 and out.requires_grad
+
+
 # --- what needs no kernel -------------------------------------------------------------------------------------------
 
 
@@ -187,6 +269,13 @@ def test_when_and_how():
             assert all(cut.rows * cut.columns * cut.depth * dtype.itemsize >= 16 * 32 * cut.warps for cut in found)
 
 
+def test_how_packed_weights_are_cut():
+    for arch, along, threads, adds in itertools.product(("8", "9", "gfx942"), (4, 8, 32), (32, 64), (False, True)):
+        cut = _policy.slot_packed(along, threads, arch, adds=adds)
+        assert cut.depth == along and cut.rows == ((8 if arch == "9" else 4) if adds else 1)
+        assert cut.rows * cut.columns * along == threads * (8 if arch == "9" else 4)
+
+
 def test_numbers_too_far_apart_for_32_bits():
     def stored(*strides: int) -> torch.Tensor:
         return torch.empty_strided((2, 1 << 16, 1 << 16), strides, device="meta")
@@ -198,7 +287,7 @@ def test_numbers_too_far_apart_for_32_bits():
 def test_the_operator():
     x, indices, weights, *others = case("several", torch.float32, bias=True)
     indices = indices.clamp(-1, len(others[1]) - 1)
-    args = (x, indices, weights, *others, *make_glu("silu", alpha=None, op="test"), False, False)
+    args = (x, indices, weights, *others, *DENSE, False)
     torch.library.opcheck(torch.ops.moekit.experts_topk.default, args)
 
 
@@ -210,6 +299,6 @@ def test_what_is_no_expert_here_is_left_out_on_a_cpu():
     for none in (-1, len(others[1]), len(others[1]) + 7):
         given = indices.clone()
         given[0, 0] = given[1, 1] = none
-        args = (x, given, weights, *others, *make_glu("silu", alpha=None, op="test"), False, False)
+        args = (x, given, weights, *others, *DENSE, False)
         found.append(torch.ops.moekit.experts_topk.default(*args))
     assert found[0].any() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -108,13 +108,16 @@ def experts(
     gate_up, down = (given if cast is None else cast for given, cast in zip((gate_up, down), dense, strict=True))
     _check_shapes(hidden_states, gate_up, down, gate_up_bias, down_bias, spec, transposed)
     named = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    weights = [_Weight.of(gate_up, transposed), _Weight.of(down, transposed)]
+    scales = (*weights[0].scales, *weights[1].scales)
+    stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], *(w.turned for w in weights)]
     if lora is None and not batch_invariant and _goes_directly(hidden_states, routing, gate_up, down, *biases):
         choice = _as_choice(routing, gate_up.shape[0])
         _check_placed(hidden_states, choice[0], choice[0].shape[0], named)
-        return experts_topk(hidden_states, *choice, gate_up, down, *biases, *spec, transposed, weight_after_down)
+        given = (hidden_states, *choice, weights[0].tensor, weights[1].tensor, *biases, *scales)
+        return experts_topk(*given, *spec, transposed, *stored, weight_after_down)
     routing = _as_routing(routing, gate_up.shape[0])
     _check_placed(hidden_states, routing.order, routing.num_tokens, named)
-    weights = [_Weight.of(gate_up, transposed), _Weight.of(down, transposed)]
     factors = [
         _adapters(name, given, weight, transposed, hidden_states)
         for name, given, weight in zip(WEIGHTS, of_weights(lora), (gate_up, down), strict=True)
@@ -127,8 +130,7 @@ def experts(
         raise _check.fail(op, "lora", "of adapters that drop nothing, if batch_invariant", "a dropout")
     if not _library.needs_grad(*inputs):
         save = "nothing"
-    found = (routing.order, routing.inverse, routing.offsets, *weights[0].scales, *weights[1].scales, _seeds(*factors))
-    stored = [*(weight.format for weight in weights), [*weights[0].block, *weights[1].block], *(w.turned for w in weights)]
+    found = (routing.order, routing.inverse, routing.offsets, *scales, _seeds(*factors))
     stored += [factors[0].numbers, factors[1].numbers]
     return operator(*inputs, *found, *spec, transposed, *stored, weight_after_down, save, batch_invariant)[0]
 
@@ -171,8 +173,7 @@ def _goes_directly(hidden_states: Tensor, routing: Any, gate_up: Any, down: Any,
     if isinstance(routing, Routing) or not _backend.has_kernel(KERNEL, hidden_states):
         return False
     whole = isinstance(routing, (tuple, list)) and len(routing) == 2 and all(isinstance(part, Tensor) for part in routing)
-    dense = not any(isinstance(weight, PackedExperts) for weight in (gate_up, down))
-    return whole and dense and not _library.needs_grad(hidden_states, routing[1], gate_up, down, *biases)
+    return whole and not _library.needs_grad(hidden_states, routing[1], gate_up, down, *biases)
 
 
 def _as_choice(routing: Any, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -15,17 +15,17 @@ from moekit.ops.products import DIFFERENTIABLE, INVARIANT, PLAIN, Products
 from moekit.ops.projection import Projection
 from moekit.ops.unpack import FOUR_BITS, Stored
 
-_WEIGHTS = "Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
+WEIGHTS = "Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
 _FACTORS = "Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b"
 _TABLES = "Tensor order, Tensor inverse, Tensor offsets"
 # Not lists: the vmap of batched gradients takes none.
-_SCALES = ", ".join(f"Tensor? {name}_{part}" for name in ("gate_up", "down") for part in ("scale", "nested", "offset"))
-ARGUMENTS = f"Tensor x, {_WEIGHTS}, {_FACTORS}, {_TABLES}, {_SCALES}, Tensor? seeds"
-_STORAGE = (  # torch.jit.trace takes no lists of strings or bools
+SCALES = ", ".join(f"Tensor? {name}_{part}" for name in ("gate_up", "down") for part in ("scale", "nested", "offset"))
+ARGUMENTS = f"Tensor x, {WEIGHTS}, {_FACTORS}, {_TABLES}, {SCALES}, Tensor? seeds"
+STORAGE = (  # torch.jit.trace takes no lists of strings or bools
     "bool transposed, str gate_up_format, str down_format, int[] blocks, bool gate_up_turned, bool down_turned"
 )
 _CHOICES = "bool weight_after_down, str save, bool batch_invariant"
-CONSTANTS = f"{glu.CONSTANTS}, {_STORAGE}, float[] gate_up_lora, float[] down_lora, {_CHOICES}"
+CONSTANTS = f"{glu.CONSTANTS}, {STORAGE}, float[] gate_up_lora, float[] down_lora, {_CHOICES}"
 
 
 class Arguments(NamedTuple):

@@ -13,14 +13,15 @@ from torch import Tensor
 from moekit import _backend, _check
 from moekit.ops import _library, glu, tables
 from moekit.ops.experts_forward import operator as experts
-from moekit.ops.experts_parts import Options
+from moekit.ops.experts_parts import SCALES, STORAGE, WEIGHTS, Arguments, Options
 from moekit.ops.lora import NONE
 
 KERNEL = "experts_by_slot"
-_DENSE = ("", "", [0, 0, 0, 0], False, False)
 
 
-class _Arguments(NamedTuple):
+class _Choice(NamedTuple):
+    """The tensors that the operator takes, of which those after the indices are as the experts have them."""
+
     x: Tensor
     indices: Tensor
     weights: Tensor
@@ -28,19 +29,35 @@ class _Arguments(NamedTuple):
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    gate_up_scale: Tensor | None
+    gate_up_nested: Tensor | None
+    gate_up_offset: Tensor | None
+    down_scale: Tensor | None
+    down_nested: Tensor | None
+    down_offset: Tensor | None
+
+    def arguments(self, order: Any = None, inverse: Any = None, offsets: Any = None) -> Arguments:
+        """As those of the experts."""
+        factors = (None, None, None, None)
+        return Arguments._make((self.x, *self[2:7], *factors, order, inverse, offsets, *self[7:], None))
 
 
-_NUM = len(_Arguments._fields)
+_NUM = len(_Choice._fields)
+
+
+def _options(constants: tuple) -> Options:
+    return Options.of((*constants[:-1], NONE.numbers, NONE.numbers, constants[-1], "nothing", False))
 
 
 def _reference(*args: Any) -> Tensor:
-    """``[T, H]``; the arguments are those of :func:`moekit.experts` that go without a gradient, weights dense."""
-    given, spec, (transposed, weight_after_down) = _Arguments(*args[:_NUM]), args[_NUM:-2], args[-2:]
+    """``[T, H]``; the arguments are those of :func:`moekit.experts` that go without a gradient."""
+    given, options = _Choice(*args[:_NUM]), _options(args[_NUM:])
     _check.tensor_dim("experts", "indices", given.indices, 2)
     kernel = _backend.kernel(KERNEL, given.x)
-    if kernel is not None:
-        weights = (weight if transposed else weight.mT for weight in (given.gate_up, given.down))
-        out = kernel(*given[:3], *weights, *given[5:], *spec, weight_after_down)
+    if kernel is not None and not any(options.turned):
+        named = given.arguments()
+        weights = (options.weight(which, named) for which in range(2))
+        out = kernel(*given[:3], *weights, *given[5:7], *options.spec, options.weight_after_down)
         if out is not NotImplemented:
             return out
     indices, num_experts = given.indices, given.gate_up.shape[0]
@@ -50,12 +67,7 @@ def _reference(*args: Any) -> Tensor:
     if not indices.is_cuda or _backend.debugging():  # where values are looked at: no expert here is none to be refused
         indices = indices.masked_fill(indices >= num_experts, -1)
     _, offsets, order, inverse = tables.route_indices(indices, num_experts)
-    factors, scales, seeds = (None,) * 4, (None,) * 6, None
-    inputs = (given.x, *given[2:], *factors, order, inverse, offsets, *scales, seeds)
-    options = Options(
-        glu.Glu(*spec), transposed, *_DENSE, NONE.numbers, NONE.numbers, weight_after_down, "nothing", batch_invariant=False
-    )
-    return experts(*inputs, *options.constants())[0]
+    return experts(*given.arguments(order, inverse, offsets), *options.constants())[0]
 
 
 def _fake(*args: Any) -> Tensor:
@@ -64,14 +76,14 @@ def _fake(*args: Any) -> Tensor:
 
 def _flops(*args: Any, **_: Any) -> int:
     """Of the products; a slot of no expert counts as any other."""
-    given = _Arguments(*args[:_NUM])
-    shapes: Any = given.indices, given.gate_up[1:], given.down[1:]
-    return 2 * math.prod(shapes[0]) * sum(map(math.prod, shapes[1:]))
+    given, options = _Choice(*args[:_NUM]), _options(args[_NUM:])
+    slots: Any = given.indices
+    return 2 * math.prod(slots) * sum(math.prod(sides) for _, *sides in options.shapes(given))
 
 
 operator = _library.define(
-    "experts_topk(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    f"Tensor? down_bias, {glu.CONSTANTS}, bool transposed, bool weight_after_down) -> Tensor",
+    f"experts_topk(Tensor x, Tensor indices, {WEIGHTS}, {SCALES}, {glu.CONSTANTS}, {STORAGE}, "
+    "bool weight_after_down) -> Tensor",
     reference=_reference,
     fake=_fake,
     flops=_flops,

@@ -259,10 +259,12 @@ def _all_outer() -> Iterator[Case]:
             yield Case(f"gathered_outer {name} {height - odd}x{width}", "gathered_outer", args, False, False)
 
 
+_FORMS = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
+
+
 def _all_decoding() -> Iterator[Case]:
     """With one row an expert and with four: sums, and matrix instructions."""
-    forms = ("nf4", "nf4 nested", "mxfp4", "fp8", "int8")
-    for form, name, (height, width) in itertools.product(forms, ("bf16", "fp16"), ((2 * _I, _H), (_H, _I))):
+    for form, name, (height, width) in itertools.product(_FORMS, ("bf16", "fp16"), ((2 * _I, _H), (_H, _I))):
         stored = _packed(form, _E, height, width)
         for rows in (1, 4):
             args = (_meta(rows * _E, width, dtype=_DTYPES[name]), stored, _integers(_E))
@@ -270,23 +272,30 @@ def _all_decoding() -> Iterator[Case]:
             yield Case(f"packed_rows_few {form} {name} R/E={rows} {width}", "packed_rows_few", args, shown, aligned=False)
 
 
+_ONE_TOKEN = (
+    ("silu", (_E, _H, _I, _K), (*_SILU, 0.0, None, False, "concatenated")),
+    ("clamp after bias", (32, 2880, 2880, 4), (*_QUICK, 1.0, 7.0, True, "interleaved")),
+    ("relu2", (_E, _H, _I, _K), (*_RELU2, 0.0, None, False, "ungated")),
+)
+
+
 def _all_by_slot() -> Iterator[Case]:
-    """One token, with weights stored either way: Qwen3's layer, and gpt-oss's."""
-    for (name, dtype), across in itertools.product(_DTYPES.items(), (False, True)):
-        for label, (experts, hidden, inner, topk), gate in (
-            ("silu", (_E, _H, _I, _K), (*_SILU, 0.0, None, False, "concatenated")),
-            ("clamp after bias", (32, 2880, 2880, 4), (*_QUICK, 1.0, 7.0, True, "interleaved")),
-            ("relu2", (_E, _H, _I, _K), (*_RELU2, 0.0, None, False, "ungated")),
-        ):
-            width = inner if gate[-1] == "ungated" else 2 * inner
-            stored = [_meta(experts, width, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)]
+    """One token, with weights stored either way or packed: Qwen3's layer, and gpt-oss's."""
+    for (name, dtype), (label, (experts, hidden, inner, topk), gate) in itertools.product(_DTYPES.items(), _ONE_TOKEN):
+        width = inner if gate[-1] == "ungated" else 2 * inner
+        stored = [_meta(experts, width, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)]
+        biases = [_meta(experts, width), _meta(experts, hidden)] if "bias" in label else [None, None]
+        x, indices, weights = _meta(1, hidden, dtype=dtype), _meta(1, topk, dtype=torch.int64), _meta(1, topk)
+        for across in (False, True):
             matrices = [weight.mT.contiguous() if across else weight.mT for weight in stored]
-            biases = [_meta(experts, width), _meta(experts, hidden)] if "bias" in label else [None, None]
-            x, indices, weights = _meta(1, hidden, dtype=dtype), _meta(1, topk, dtype=torch.int64), _meta(1, topk)
             what = f"{name} {label}" + (" across" if across else "")
             args = (x, indices, weights, *matrices, *biases, *gate, False)
-            shown = name == "bf16" and label == "silu"
-            yield Case(f"experts_by_slot {what}", "experts_by_slot", args, shown)
+            yield Case(f"experts_by_slot {what}", "experts_by_slot", args, name == "bf16" and label == "silu")
+        for form in _FORMS if name != "fp32" else ():  # sums of codes are of halves alone
+            packed = [_packed(form, *weight.shape) for weight in stored]
+            args = (x, indices, weights, *packed, *biases, *gate, False)
+            shown = name == "bf16" and label == "silu" and form != "nf4 nested"
+            yield Case(f"experts_by_slot {name} {label} {form}", "experts_by_slot", args, shown, aligned=False)
 
 
 def cases(select: Callable[[Case], bool] = lambda case: True) -> Iterator[Case]:

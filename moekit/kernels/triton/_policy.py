@@ -256,5 +256,15 @@ def slot_down(topk: int, depth: int, dtype: torch.dtype, *, along: bool) -> Bloc
     return Blocks(min(experts, 2), 2, 2048 // size, 2, 1, 6, registers=168)
 
 
+def slot_packed(along: int, threads: int, arch: str, *, adds: bool) -> Blocks:
+    """Of packed weights, of whose features ``along`` of a warp's threads read 16 bytes each.
+
+    Where one program ``adds`` over experts it takes ``rows`` of these at once for few features, else one for many.
+    """
+    at_once = 8 if arch == "9" else 4
+    each = 1 if adds else at_once
+    return Blocks(at_once // each, each * (threads // along), along, 1, 1, 12)
+
+
 def _power_of_two(extent: int) -> int:
     return 1 << max(extent - 1, 0).bit_length()

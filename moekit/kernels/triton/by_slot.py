@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moekit.kernels.triton import _launch, _policy
-from moekit.kernels.triton._halves import through_gate
+from moekit.kernels.triton import _launch, _policy, by_slot_packed
+from moekit.kernels.triton._slots import features_of, slots_of, store_gated, weighted_bias
 from moekit.kernels.triton.glu import gate_constants, tidy_bias
 
 
@@ -41,12 +41,7 @@ def _slot_gate_kernel(
     slot, first = tl.program_id(0) // feature_blocks, tl.program_id(0) % feature_blocks * FEATURES
     expert = tl.load(indices + slot)
     if (expert >= 0) & (expert < num_experts):
-        place = tl.arange(0, HALVES * FEATURES)
-        if LAYOUT == "interleaved":
-            column, known = 2 * first + place, 2 * first + place < 2 * inner
-        else:
-            column, known = first + place % FEATURES, first + place % FEATURES < inner
-            column += place // FEATURES * inner
+        column, known = features_of(first, inner, FEATURES, LAYOUT)
         k = tl.arange(0, BLOCK_K)
         x = tokens + (slot // topk).to(tl.int64) * stride_tokens + k
         address = matrices + expert.to(tl.int64) * stride_expert + (column * stride_out)[:, None] + (k * stride_in)[None, :]
@@ -55,30 +50,10 @@ def _slot_gate_kernel(
             inside = start + k < depth
             w = tl.load(address + start * stride_in, mask=known[:, None] & inside[None, :], other=0.0)
             total += w.to(tl.float32) * tl.load(x + start, mask=inside, other=0.0).to(tl.float32)[None, :]
-        both = tl.sum(total, 1)
-        if LAYOUT == "ungated":
-            gate = both[None, :]
-            up = gate
-        elif LAYOUT == "interleaved":
-            gate, up = tl.split(tl.reshape(both, (1, FEATURES, 2)))
-        else:
-            gate, up = tl.split(tl.permute(tl.reshape(both, (1, 2, FEATURES)), (0, 2, 1)))
-        feature = first + tl.arange(0, FEATURES)
-        value = through_gate(
-            gate, up, weights, bias, expert, slot + tl.arange(0, 1), feature, slot + 1, inner, stride_bias,
-            c1, c3, linear_offset, clamp, ACT, LAYOUT, CLAMP, FAST,
+        store_gated(
+            tl.sum(total, 1), weights, bias, act, expert, slot, first, inner, stride_bias, c1, c3, linear_offset, clamp,
+            FEATURES, ACT, LAYOUT, CLAMP, FAST,
         )  # fmt: skip
-        target = act + slot.to(tl.int64) * inner + feature[None, :]
-        tl.store(target, value.to(act.dtype.element_ty), mask=(feature < inner)[None, :])
-
-
-@triton.jit
-def _slots_of(indices, token, place, topk, num_experts):
-    """The slots at some of a token's places, their experts, and whether there is one; 0 for none."""
-    slot = token.to(tl.int64) * topk + place
-    expert = tl.load(indices + slot, mask=place < topk, other=-1)
-    known = (expert >= 0) & (expert < num_experts)
-    return slot, tl.where(known, expert, 0).to(tl.int64), known
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -95,9 +70,9 @@ def _slot_down_kernel(
     token, block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
     column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     allowed, within = column < width, (column * stride_out)[None, :, None] + (k * stride_in)[None, None, :]
-    total, biases = tl.zeros([SLOTS, BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([SLOTS, BLOCK_N, BLOCK_K], tl.float32)
     for first in range(0, topk, SLOTS):
-        slot, expert, known = _slots_of(indices, token, first + tl.arange(0, SLOTS), topk, num_experts)
+        slot, expert, known = slots_of(indices, token, first + tl.arange(0, SLOTS), topk, num_experts)
         for start in range(0, depth, BLOCK_K):
             inside = known[:, None] & (start + k < depth)[None, :]
             address = matrices + (expert * stride_expert)[:, None, None] + start * stride_in + within
@@ -108,12 +83,7 @@ def _slot_down_kernel(
             if not WEIGHED:
                 a *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)[:, None]
             total += w.to(tl.float32) * a[:, None, :]
-    if bias is not None:
-        for place in range(topk):
-            slot, expert, known = _slots_of(indices, token, place, topk, num_experts)
-            weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
-            inside = column < tl.where(known, width, 0)
-            biases += weight * tl.load(bias + expert * stride_bias + column, mask=inside, other=0.0).to(tl.float32)
+    biases = weighted_bias(bias, indices, weights, token, column, topk, num_experts, width, stride_bias)
     value = tl.sum(tl.sum(total, 2), 0) + biases
     if OVERLAPS:
         gdc_wait()  # with nothing to add, too: memory that is written may be what a launch ahead still reads
@@ -127,8 +97,8 @@ def experts_by_slot(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Any,
+    down: Any,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     act: str,
@@ -140,12 +110,17 @@ def experts_by_slot(
     layout: str,
     weight_after_down: bool,
 ) -> Any:
-    """``moekit::experts_topk`` of few tokens, by ``gate_up [E, H, 2I]`` and ``down [E, I, H]`` in any storage."""
-    (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, down.shape
+    """``moekit::experts_topk`` of few tokens; weights are ``[E, H, 2I]`` and ``[E, I, H]`` in any storage, or packed.
+
+    Packed ones are :class:`moekit.ops.unpack.Stored` ``[E, 2I, H]`` and ``[E, H, I]``.
+    """
+    (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, _shape(down)
     width = inner if layout == "ungated" else 2 * inner
-    fits = _launch.computes(x, weights, gate_up, down, gate_up_bias, down_bias) and all(map(_reachable, (gate_up, down)))
+    fits = _launch.computes(x, weights, gate_up_bias, down_bias) and all(
+        _reads(weight, x.dtype) for weight in (gate_up, down)
+    )
     fits = fits and indices.dtype in (torch.int32, torch.int64) and weights.shape == indices.shape
-    fits = fits and x.shape == (num_tokens, hidden) and gate_up.shape == (num_experts, hidden, width)
+    fits = fits and x.shape == (num_tokens, hidden) and _shape(gate_up) == (num_experts, hidden, width)
     for bias, size in ((gate_up_bias, width), (down_bias, hidden)):
         fits = fits and (bias is None or bias.shape == (num_experts, size))
     if not fits or not _policy.slots_apart(num_tokens, topk, num_experts):
@@ -154,29 +129,89 @@ def experts_by_slot(
     # There is nothing to overlap with if the first launch has no programs.
     overlaps = _launch.overlaps(x.device) and num_tokens * topk * inner > 0
     activation, out = x.new_empty(num_tokens * topk, inner), x.new_empty(num_tokens, hidden)
-    bias, spread = tidy_bias(gate_up_bias), tidy_bias(down_bias)
-    cut = _policy.slot_gate(x.dtype, along=gate_up.stride(1) == 1)
-    features = cut.columns if layout == "ungated" else cut.columns // 2
+    bias, before = tidy_bias(gate_up_bias), None if weight_after_down else weights
+    gate = by_slot_packed.launch_gate if _is_packed(gate_up) else _launch_gate
+    constants = gate_constants(bias, act, clamp, clamp_after_bias, layout) | {"FAST": _launch.approximates(x.device)}
+    gate(
+        x,
+        indices,
+        before,
+        gate_up,
+        bias,
+        activation,
+        (c1, c3 or None, linear_offset, clamp or 0.0),
+        constants,
+        overlaps=overlaps,
+    )
+    last = by_slot_packed.launch_down if _is_packed(down) else _launch_down
+    last(activation, indices, weights, down, tidy_bias(down_bias), out, weighed=not weight_after_down, overlaps=overlaps)
+    return out
+
+
+def _launch_gate(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    matrices: Tensor,
+    bias: Tensor | None,
+    activation: Tensor,
+    numbers: tuple[float | None, ...],
+    constants: dict[str, Any],
+    *,
+    overlaps: bool,
+) -> None:
+    """``activation [S, I]`` from the tokens; ``numbers`` and ``constants`` are those of the gate."""
+    (num_slots, inner), (num_experts, hidden, _) = activation.shape, matrices.shape
+    cut = _policy.slot_gate(x.dtype, along=matrices.stride(1) == 1)
+    features = cut.columns if constants["LAYOUT"] == "ungated" else cut.columns // 2
     feature_blocks = _launch.blocks(inner, features)
     _launch.launch(
-        _slot_gate_kernel, (num_tokens * topk * feature_blocks,),
-        x, indices, None if weight_after_down else weights, gate_up, bias, activation,
-        topk, num_experts, hidden, inner, feature_blocks, x.stride(0), *gate_up.stride(),
-        0 if bias is None else bias.stride(0), c1, c3 or None, linear_offset, clamp or 0.0,
-        **gate_constants(bias, act, clamp, clamp_after_bias, layout),
-        FAST=_launch.approximates(x.device), FEATURES=features, BLOCK_K=cut.depth, OVERLAPS=overlaps, config=cut,
+        _slot_gate_kernel, (num_slots * feature_blocks,),
+        x, indices, weights, matrices, bias, activation,
+        indices.shape[1], num_experts, hidden, inner, feature_blocks, x.stride(0), *matrices.stride(),
+        0 if bias is None else bias.stride(0), *numbers,
+        **constants, FEATURES=features, BLOCK_K=cut.depth, OVERLAPS=overlaps, config=cut,
     )  # fmt: skip
-    cut = _policy.slot_down(topk, inner, x.dtype, along=down.stride(1) == 1)
+
+
+def _launch_down(
+    activation: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    matrices: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    weighed: bool,
+    overlaps: bool,
+) -> None:
+    """``out [T, H]`` from the activation, which is ``weighed`` already or not."""
+    (num_experts, inner, hidden), topk = matrices.shape, indices.shape[1]
+    cut = _policy.slot_down(topk, inner, out.dtype, along=matrices.stride(1) == 1)
     column_blocks = _launch.blocks(hidden, cut.columns)
     _launch.launch(
-        _slot_down_kernel, (num_tokens * column_blocks,),
-        activation, indices, weights, down, spread, out,
-        topk, num_experts, inner, hidden, column_blocks, *down.stride(),
-        0 if spread is None else spread.stride(0), out.stride(0),
-        WEIGHED=not weight_after_down, SLOTS=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, OVERLAPS=overlaps,
+        _slot_down_kernel, (len(out) * column_blocks,),
+        activation, indices, weights, matrices, bias, out,
+        topk, num_experts, inner, hidden, column_blocks, *matrices.stride(),
+        0 if bias is None else bias.stride(0), out.stride(0),
+        WEIGHED=weighed, SLOTS=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, OVERLAPS=overlaps,
         config=cut, early=overlaps,
     )  # fmt: skip
-    return out
+
+
+def _is_packed(weight: Any) -> bool:
+    return not isinstance(weight, Tensor)
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """``[E, in, out]``."""
+    num_experts, first, last = weight.shape
+    return (num_experts, last, first) if _is_packed(weight) else (num_experts, first, last)
+
+
+def _reads(weight: Any, dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply by it."""
+    return by_slot_packed.reads(weight, dtype) if _is_packed(weight) else _launch.computes(weight) and _reachable(weight)
 
 
 def _reachable(matrices: Tensor) -> bool:

@@ -114,7 +114,7 @@ def _planes(form: str, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _registers(table, zero, FORMAT: tl.constexpr, ASM: tl.constexpr):
+def registers(table, zero, FORMAT: tl.constexpr, ASM: tl.constexpr):
     """The table of a format of four bits."""
     if FORMAT != "nf4" and FORMAT != "mxfp4":
         t = (zero,)
@@ -234,6 +234,26 @@ def _origins(codes, expert, n, width, stride, stride_s, scale_columns, SHARE_A: 
     return base, expert.to(tl.int64) * stride_s + (n // SHARE_A)[:, None] * scale_columns
 
 
+@triton.jit
+def sums_of_codes(
+    x, codes, scales, t, dynamic, nested, shift, expert, n, first, width, depth, groups, stride_s, scale_columns, one,
+    FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_G: tl.constexpr, SIZE: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """A row times an expert's features ``n [N]``, summed over SIZE codes each: BLOCK_G groups from ``first`` on, ``[N, G]``.
+
+    There are ``groups`` to a feature, of LOADS elements each; ``t`` is what :func:`registers` gives. In float32.
+    """
+    base, above = _origins(codes, expert, n, width, groups * LOADS, stride_s, scale_columns, SHARE_A)
+    tile = _tile(base, first * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM, tl.float32)
+    scale = _scales(scales, dynamic, nested, shift, above, first, groups, one, BLOCK_G, SIZE, FORMAT, SHARE_B)
+    k = first * SIZE + tl.arange(0, BLOCK_G * SIZE)
+    row = tl.load(x + k, mask=k < depth, other=0).to(tl.float32)
+    if FORMAT == "int8":
+        scale *= 0.007874015748031496  # 1 / 127
+    return _sum_of_groups(tile * row[None, :], BLOCK_G) * scale
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "one"])
 def _sums_kernel(
     rows, codes, scales, table, dynamic, nested, shift, offsets, out,
@@ -241,24 +261,20 @@ def _sums_kernel(
     FORMAT: tl.constexpr, SHARE_A: tl.constexpr, SHARE_B: tl.constexpr, ASM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, SIZE: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row and block of features: ``groups`` of SIZE codes, BLOCK_G at a time, LOADS elements each."""
+    """A program for each row and block of features."""
     row = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, _, _ = _expert_of(offsets, row, num_rows, num_experts, BLOCK_E)
     if expert < num_experts:
-        n = tl.minimum(column, width - 1)
-        base, above = _origins(codes, expert, n, width, groups * LOADS, stride_s, scale_columns, SHARE_A)
-        t = _registers(table, one - 1, FORMAT, ASM)
+        x, n = rows + row.to(tl.int64) * stride_rows, tl.minimum(column, width - 1)
+        t = registers(table, one - 1, FORMAT, ASM)
         total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
         for first in range(0, groups, BLOCK_G):
-            tile = _tile(base, first * LOADS, groups * LOADS, t, BLOCK_G * LOADS, FORMAT, ASM, tl.float32)
-            scale = _scales(scales, dynamic, nested, shift, above, first, groups, one, BLOCK_G, SIZE, FORMAT, SHARE_B)
-            k = first * SIZE + tl.arange(0, BLOCK_G * SIZE)
-            x = tl.load(rows + row.to(tl.int64) * stride_rows + k, mask=k < depth, other=0).to(tl.float32)
-            total += _sum_of_groups(tile * x[None, :], BLOCK_G) * scale
+            total += sums_of_codes(
+                x, codes, scales, t, dynamic, nested, shift, expert, n, first, width, depth, groups, stride_s, scale_columns,
+                one, FORMAT, SHARE_A, SHARE_B, ASM, BLOCK_G, SIZE, LOADS,
+            )  # fmt: skip
         value = tl.sum(total, 1)
-        if FORMAT == "int8":
-            value *= 0.007874015748031496  # 1 / 127
         place = out + row.to(tl.int64) * stride_out + column
         tl.store(place, value.to(out.dtype.element_ty), mask=column < width)
 
@@ -285,7 +301,7 @@ def _dots_kernel(
     if (expert < num_experts) & ((row - begin) % ROWS == 0):
         n = tl.minimum(column, width - 1)
         base, above = _origins(codes, expert, n, width, groups * LOADS, stride_s, scale_columns, SHARE_A)
-        t = _registers(table, one - 1, FORMAT, ASM)
+        t = registers(table, one - 1, FORMAT, ASM)
         r = row + tl.arange(0, ROWS)
         total = tl.zeros([BLOCK_N, ROWS], tl.float32)
         for first in range(0, groups, BLOCK_G * PARTS):
@@ -313,39 +329,60 @@ def _dots_kernel(
 
 def packed_rows_few(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor | None = None) -> Any:
     """``packed_rows`` for few rows an expert: each expert's rows by its packed ``[out, in]``, along ``in``."""
-    (num_experts, width, depth), codes, halves = stored.shape, stored.codes, stored.format in ("nf4", "mxfp4")
+    num_experts, width, _ = stored.shape
     few = rows.shape[0] <= _DOTS * num_experts and rows.dtype in (torch.bfloat16, torch.float16)
-    whole = depth % (_BYTES * (2 if halves else 1)) == 0 and codes.storage_offset() % _BYTES == 0
-    known = offsets.dtype in (torch.int32, torch.int64) and _packed.reads(stored)
-    if not (few and whole and known) or (out is not None and (out.stride(1) != 1 or out.dtype is not rows.dtype)):
+    known = offsets.dtype in (torch.int32, torch.int64) and reads(stored)
+    if not (few and known) or (out is not None and (out.stride(1) != 1 or out.dtype is not rows.dtype)):
         return NotImplemented
     kind = "sums" if rows.shape[0] <= _SUMS[stored.format] * num_experts else "dots"
     if kind == "dots" and stored.format == "fp8":  # 1.3 times as long as the kernel of more rows
         return NotImplemented
     out = rows.new_empty(rows.shape[0], width) if out is None else out
     cut = _CUTS_OF_ARCH.get(_launch.arch(rows.device).name, {}).get(kind, _CUTS[kind])
-    if kind == "dots" and not halves:
+    if kind == "dots" and stored.format not in ("nf4", "mxfp4"):
         cut = cut._replace(bytes=2 * cut.bytes)
     return product(rows, stored, offsets, out, kind, cut)
 
 
+class Codes(NamedTuple):
+    """A packed stack as these kernels take it."""
+
+    tensors: tuple[Tensor | None, ...]  # codes, scales, table, and what undoes double quantisation
+    groups: int  # of codes that a thread reads at once, to a feature
+    strides: tuple[int, int]  # of an expert and of a row of scales
+    constants: dict[str, Any]
+
+    @staticmethod
+    def of(stored: Any, device: torch.device, dtype: torch.dtype) -> Codes:
+        """With a table of values in ``dtype``."""
+        codes, scales, table, *nested = _packed.parts(stored)
+        size, loads, asm = _BYTES, _BYTES, False
+        if stored.format in ("nf4", "mxfp4"):
+            size, loads, asm = 2 * _BYTES, _BYTES // 4, _launch.arch(device).name.isdecimal()
+            codes, table = codes.view(torch.int32), (_planes if asm else _values)(stored.format, device, dtype)
+        constants = _packed.constants(stored, size)
+        del constants["UNIT"]
+        constants |= {"ASM": asm, "SIZE": size, "LOADS": loads}
+        return Codes((codes, scales, table, *nested), stored.shape[2] // size, _packed.sizes(stored)[2:], constants)
+
+
+def reads(stored: Any) -> bool:
+    """Whether these kernels read a packed stack: whole loads, from aligned addresses."""
+    at_once = _BYTES * (2 if stored.format in ("nf4", "mxfp4") else 1)
+    return stored.shape[2] % at_once == 0 and stored.codes.storage_offset() % _BYTES == 0 and _packed.reads(stored)
+
+
 def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, cut: Cut) -> Tensor:
     """Launch one of the kernels: "sums" or "dots"."""
-    (num_experts, width, depth), (codes, scales, table, *nested) = stored.shape, _packed.parts(stored)
-    rows, arch = _launch.rows_of(rows), _launch.arch(rows.device)
-    size, loads, asm = _BYTES, _BYTES, False
-    if stored.format in ("nf4", "mxfp4"):
-        size, loads, asm = 2 * _BYTES, _BYTES // 4, arch.name.isdecimal()
-        exact = torch.float16 if kind == "sums" else rows.dtype
-        codes, table = codes.view(torch.int32), (_planes if asm else _values)(stored.format, codes.device, exact)
-    groups, columns, block_g = depth // size, cut.columns, cut.bytes // _BYTES
-    constants = _packed.constants(stored, size)
-    del constants["UNIT"]
+    num_experts, width, depth = stored.shape
+    rows, warp_size = _launch.rows_of(rows), _launch.arch(rows.device).warp_size
+    codes = Codes.of(stored, rows.device, torch.float16 if kind == "sums" else rows.dtype)
+    constants, columns = dict(codes.constants), cut.columns
     if kind == "sums":
-        block_g = _threads_along(groups, arch.warp_size)
-        columns = cut.columns * cut.warps * arch.warp_size // block_g
+        block_g = threads_along(codes.groups, warp_size)
+        columns = cut.columns * cut.warps * warp_size // block_g
     else:
-        scale_groups = constants["SHARE_B"] // size
+        scale_groups = constants["SHARE_B"] // constants["SIZE"]
         # What has one scale; or two of mxfp4, as products of depth 32 take as long as of 64.
         block_g = 2 if stored.format == "mxfp4" else min(scale_groups, cut.bytes // _BYTES)
         parts, scales_of = cut.bytes // _BYTES // block_g, max(block_g // scale_groups, 1)
@@ -353,15 +390,15 @@ def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, 
     column_blocks = _launch.blocks(width, columns)
     _launch.launch(
         _sums_kernel if kind == "sums" else _dots_kernel, (rows.shape[0] * column_blocks,),
-        rows, codes, scales, table, *nested, offsets.contiguous(), out,
-        rows.shape[0], num_experts, depth, width, groups, column_blocks, rows.stride(0), out.stride(0),
-        *_packed.sizes(stored)[2:], 1, **constants, ASM=asm, BLOCK_N=columns, BLOCK_G=block_g,
-        BLOCK_E=_launch.power_of_two(num_experts), SIZE=size, LOADS=loads, enable_fp_fusion=kind == "sums", config=cut,
+        rows, *codes.tensors, offsets.contiguous(), out,
+        rows.shape[0], num_experts, depth, width, codes.groups, column_blocks, rows.stride(0), out.stride(0),
+        *codes.strides, 1, **constants, BLOCK_N=columns, BLOCK_G=block_g, BLOCK_E=_launch.power_of_two(num_experts),
+        enable_fp_fusion=kind == "sums", config=cut,
     )  # fmt: skip
     return out
 
 
-def _threads_along(groups: int, threads: int) -> int:
+def threads_along(groups: int, threads: int) -> int:
     """Threads of a warp side by side along the codes of a feature: as many as leave at most an eighth of them idle."""
     count = min(threads, _launch.power_of_two(groups))
     while count > 4 and _launch.blocks(groups, count) * count * 8 > groups * 9:
