@@ -270,10 +270,11 @@ def test_when_and_how():
 
 
 def test_how_packed_weights_are_cut():
-    for arch, along, threads, adds in itertools.product(("8", "9", "gfx942"), (4, 8, 32), (32, 64), (False, True)):
-        cut = _policy.slot_packed(along, threads, arch, adds=adds)
-        assert cut.depth == along and cut.rows == ((8 if arch == "9" else 4) if adds else 1)
-        assert cut.rows * cut.columns * along == threads * (8 if arch == "9" else 4)
+    for arch, tokens, along, threads in itertools.product(("8", "9", "gfx942"), (1, 4), (4, 8, 32), (32, 64)):
+        gate, down = (_policy.slot_packed(tokens, along, threads, arch, adds=adds) for adds in (False, True))
+        assert gate.depth == down.depth == along and gate.rows == 1 < down.rows
+        assert gate.columns * along == 4 * threads
+        assert down.rows * down.columns * along == threads * (8 if arch == "9" else 4)
 
 
 def test_numbers_too_far_apart_for_32_bits():

@@ -121,6 +121,7 @@ def test_rounding_a_table_loses_no_more_than_rounding_weights_does():
 @pytest.mark.parametrize(("groups", "expected"), [(64, 32), (90, 32), (24, 8), (6, 4), (1, 1), (3, 4), (33, 4), (128, 32)])
 def test_threads_side_by_side(groups, expected):
     assert decode.threads_along(groups, 32) == expected
+    assert decode.threads_along(24, 32, used=3) == 32 and decode.threads_along(23, 32, used=3) == 8
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

@@ -256,14 +256,19 @@ def slot_down(topk: int, depth: int, dtype: torch.dtype, *, along: bool) -> Bloc
     return Blocks(min(experts, 2), 2, 2048 // size, 2, 1, 6, registers=168)
 
 
-def slot_packed(along: int, threads: int, arch: str, *, adds: bool) -> Blocks:
+def slot_packed(num_tokens: int, along: int, threads: int, arch: str, *, adds: bool) -> Blocks:
     """Of packed weights, of whose features ``along`` of a warp's threads read 16 bytes each.
 
-    Where one program ``adds`` over experts it takes ``rows`` of these at once for few features, else one for many.
+    A program that ``adds`` over a token's experts takes ``rows`` of them at once, of few features where there is one token
+    and so few programs. The others take one expert.
     """
-    at_once = 8 if arch == "9" else 4
-    each = 1 if adds else at_once
-    return Blocks(at_once // each, each * (threads // along), along, 1, 1, 12)
+    if not adds:
+        experts, each, registers = 1, 4, 128
+    elif arch != "9":
+        experts, each, registers = 2, 2, 128
+    else:
+        experts, each, registers = (4, 2, 184) if num_tokens == 1 else (2, 4, 168)
+    return Blocks(experts, each * (threads // along), along, 1, 1, 12, registers=registers)
 
 
 def _power_of_two(extent: int) -> int:

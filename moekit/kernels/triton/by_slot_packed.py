@@ -40,8 +40,8 @@ def _packed_gate_kernel(
         total = tl.zeros([n.shape[0], BLOCK_G], tl.float32)
         for group in range(0, groups, BLOCK_G):
             total += sums_of_codes(
-                x, codes, scales, t, dynamic, nested, shift, expert, n, group, width, depth, groups, stride_s, scale_columns,
-                one, FORMAT, SHARE_A, SHARE_B, ASM, BLOCK_G, SIZE, LOADS,
+                x, codes, scales, t, dynamic, nested, shift, expert, n, group,
+                width, depth, groups, stride_s, scale_columns, one, FORMAT, SHARE_A, SHARE_B, ASM, BLOCK_G, SIZE, LOADS,
             )  # fmt: skip
         store_gated(
             tl.sum(total, 1), weights, bias, act, expert, slot, first, inner, stride_bias, c1, c3, linear_offset, clamp,
@@ -104,7 +104,7 @@ def launch_gate(
 ) -> None:
     """``activation [S, I]`` from the tokens; ``numbers`` and ``constants`` are those of the gate."""
     codes, (num_experts, width, depth) = Codes.of(stored, x.device, torch.float16), stored.shape
-    cut, inner = _cut(codes, x.device), activation.shape[1]
+    cut, inner = _cut(codes, x), activation.shape[1]
     features = cut.columns // (1 if constants["LAYOUT"] == "ungated" else 2)
     feature_blocks = _launch.blocks(inner, features)
     _launch.launch(
@@ -129,7 +129,7 @@ def launch_down(
 ) -> None:
     """``out [T, H]`` from the activation, which is ``weighed`` already or not."""
     codes, (num_experts, width, depth) = Codes.of(stored, out.device, torch.float16), stored.shape
-    cut = _cut(codes, out.device, adds=True)
+    cut = _cut(codes, out, adds=True)
     column_blocks = _launch.blocks(width, cut.columns)
     _launch.launch(
         _packed_down_kernel, (len(out) * column_blocks,),
@@ -141,7 +141,7 @@ def launch_down(
     )  # fmt: skip
 
 
-def _cut(codes: Codes, device: torch.device, *, adds: bool = False) -> Blocks:
-    arch = _launch.arch(device)
-    along = decode.threads_along(codes.groups, arch.warp_size)
-    return _policy.slot_packed(along, arch.warp_size, arch.name, adds=adds)
+def _cut(codes: Codes, tokens: Tensor, *, adds: bool = False) -> Blocks:
+    arch = _launch.arch(tokens.device)
+    along = decode.threads_along(codes.groups, arch.warp_size, used=3 if adds else 8)
+    return _policy.slot_packed(len(tokens), along, arch.warp_size, arch.name, adds=adds)

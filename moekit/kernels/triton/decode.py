@@ -398,9 +398,9 @@ def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, 
     return out
 
 
-def threads_along(groups: int, threads: int) -> int:
-    """Threads of a warp side by side along the codes of a feature: as many as leave at most an eighth of them idle."""
+def threads_along(groups: int, threads: int, used: int = 8) -> int:
+    """Threads of a warp side by side along the codes of a feature: as many as leave at most one idle for each ``used``."""
     count = min(threads, _launch.power_of_two(groups))
-    while count > 4 and _launch.blocks(groups, count) * count * 8 > groups * 9:
+    while count > 4 and _launch.blocks(groups, count) * count * used > groups * (used + 1):
         count //= 2
     return count
