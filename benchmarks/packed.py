@@ -277,7 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--layers", nargs="+", choices=LAYERS)
-    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--decode", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rounds", type=int)
@@ -288,7 +288,8 @@ def main() -> int:
         sys.path.insert(0, str(options.peers))
     gpu = options.device == "cuda"
     layers = options.layers or (["qwen3", "gpt-oss"] if gpu else ["qwen3"])
-    tokens, rounds = options.tokens or ([4096, 16384] if gpu else [512]), options.rounds or (15 if gpu else 5)
+    rounds = options.rounds or (15 if gpu else 5)
+    tokens = ([4096, 16384] if gpu else [512]) if options.tokens is None else options.tokens
     rows: list[dict] = []
     for name in layers:
         for count in tokens:

@@ -72,7 +72,7 @@ def _h200() -> Rates:
     """Of docs/performance: products and copies from gpu_experts.json, the link from ep_h200.json (four GPUs, 256 MB)."""
     known, measured = _published("H200", H200), "measured (gpu_experts.json)"
     sources = {"flops": measured, "bandwidth": measured, "inside": "measured (ep_h200.json)"}
-    return replace(known, flops=786e12, bandwidth=4221e9, inside=166e9, sources=known.sources | sources)
+    return replace(known, flops=784e12, bandwidth=4275e9, inside=166e9, sources=known.sources | sources)
 
 
 MACHINES = {"H200": _h200(), "B200": _published("B200", B200), "GB200": _published("GB200", GB200)}
