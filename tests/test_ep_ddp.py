@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from _ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moekit
 import moekit.ep
+import moekit.hf
 
 EXPERTS, HIDDEN, INNER, TOPK, RANKS = 2, 64, 32, 2, 2
 FORMATS = {"nf4": {}, "nf4 nested": {"double_quant": True}, "mxfp4": {}, "fp8": {}, "int8": {}}
@@ -88,7 +91,15 @@ def on_a_rank() -> dict[str, Any]:
     before = stored(other[1])
     found["others"] = message(moekit.ep.hide_from_ddp, other)
     found["not sent"] = all(torch.equal(a, b) for a, b in zip(before, stored(other[1]), strict=True))
-    found["fewer"] = message(moekit.ep.hide_from_ddp, (built, built[0])[rank])
+    pair = [Layer("nf4"), Layer("nf4")]
+    found["fewer"] = message(moekit.ep.hide_from_ddp, nn.ModuleList(pair[: 2 - rank]))
+    # Ranks that register in another order; and a rank on its own, whose model has nothing to send.
+    ordered = nn.ModuleDict({name: Layer("nf4") for name in (("a", "b"), ("b", "a"))[rank]})
+    moekit.ep.hide_from_ddp(ordered, init_device_mesh("cpu", (RANKS,)))
+    found["ordered"] = [torch.equal(*everybody(part)) for name in ("a", "b") for part in stored(ordered[name])]
+    found["nothing"] = moekit.ep.hide_from_ddp(nn.Linear(2, 2)) if rank else ()
+    found["no group"] = message(moekit.ep.hide_from_ddp, built, "world")
+    found["meta"] = message(moekit.ep.hide_from_ddp, nn.ModuleList([Layer("nf4")]).to("meta"))
     return found
 
 
@@ -115,14 +126,21 @@ def test_ddp_around_more_and_around_a_part(ranks):
 
 @pytest.mark.parametrize("how", ["untold", "alone in a bucket"])
 def test_a_model_that_ddp_was_not_told_about_is_refused_with_what_to_do(ranks, how):
-    assert all("call moekit.ep.hide_from_ddp(model)" in found[how] for found in ranks)
+    assert all("call moekit.ep.hide_from_ddp on what it is given" in found[how] for found in ranks)
 
 
 def test_other_weights_on_another_rank_are_refused_on_all_and_stay(ranks):
     for found in ranks:
         assert "weight 1.gate_up" in found["others"] and "'nf4'" in found["others"] and "'int8'" in found["others"]
         assert found["not sent"]
-        assert "weights: 2 on rank 0; 0 on rank 1" in found["fewer"]
+        assert "weights: 4 on rank 0; 2 on rank 1" in found["fewer"] and "weight 1.down: " in found["fewer"]
+        assert "group must be" in found["no group"] and "got str" in found["no group"]
+        assert "must be in memory" in found["meta"]
+
+
+def test_the_order_of_weights_and_ranks_without_any(ranks):
+    for found in ranks:
+        assert all(found["ordered"]) and len(found["ordered"]) == 8 and found["nothing"] == ()
 
 
 def test_in_a_process_on_its_own_nothing_is_sent():
@@ -132,6 +150,24 @@ def test_in_a_process_on_its_own_nothing_is_sent():
     assert all(torch.equal(a, b) for a, b in zip(before, stored(built[1]), strict=True))
     assert set(built._ddp_params_and_buffers_to_ignore) == {"1.gate_up", "1.down"}
     assert set(built[1]._ddp_params_and_buffers_to_ignore) == {"gate_up", "down"}
+    assert moekit.ep.hide_from_ddp(nn.Linear(2, 2)) == ()
+
+
+def test_what_is_unpacked_again_is_trained_by_all():
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(**sizes, vocab_size=16, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1)
+    built = Qwen3MoeForCausalLM(config)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(built, ["others"])
+    moekit.hf.pack(built, "nf4")
+    assert len(moekit.ep.hide_from_ddp(built)) == 2 and len(built._ddp_params_and_buffers_to_ignore) == 3
+    moekit.hf.unpack(built)
+    assert [*built._ddp_params_and_buffers_to_ignore] == ["others"] and moekit.ep.hide_from_ddp(built) == ()
+
+
+def test_started_by_torchrun_without_a_group_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+        moekit.ep.hide_from_ddp(model("nf4"))
     assert moekit.ep.hide_from_ddp(nn.Linear(2, 2)) == ()
 
 

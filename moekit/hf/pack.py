@@ -143,6 +143,10 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
         raise _check.fail("hf.unpack", "model", "one with packed experts", "none")
     for root in _pretrained(model):
         _loader().give_back(root)
+    if torch.distributed.is_available():
+        from moekit.ep.ddp import hide_packed  # of the experts that DistributedDataParallel was told to leave alone
+
+        hide_packed(model)
     return model
 
 

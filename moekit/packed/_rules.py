@@ -35,7 +35,9 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     changes = of_packed and func._schema.is_mutable
     taken = " (Transformers' experts take them with experts_implementation='moekit'); use .unpack()"
     if str(func) in _SENDING:
-        taken = "; before DistributedDataParallel, which wants to, call moekit.ep.hide_from_ddp(model)"
+        taken = (
+            "; use .unpack(), or if DistributedDataParallel asks, call moekit.ep.hide_from_ddp on what it is given before"
+        )
     hint = ", which are immutable" if changes else taken
     raise TypeError(f"PackedExperts: {func} is not defined for packed weights{hint}")
 

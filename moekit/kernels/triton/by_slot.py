@@ -116,9 +116,7 @@ def experts_by_slot(
     """
     (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, _shape(down)
     width = inner if layout == "ungated" else 2 * inner
-    fits = _launch.computes(x, weights, gate_up_bias, down_bias) and all(
-        _reads(weight, x.dtype) for weight in (gate_up, down)
-    )
+    fits = _launch.computes(x, weights, gate_up_bias, down_bias) and _reads(gate_up, x) and _reads(down, x)
     fits = fits and indices.dtype in (torch.int32, torch.int64) and weights.shape == indices.shape
     fits = fits and x.shape == (num_tokens, hidden) and _shape(gate_up) == (num_experts, hidden, width)
     for bias, size in ((gate_up_bias, width), (down_bias, hidden)):
@@ -132,17 +130,8 @@ def experts_by_slot(
     bias, before = tidy_bias(gate_up_bias), None if weight_after_down else weights
     gate = by_slot_packed.launch_gate if _is_packed(gate_up) else _launch_gate
     constants = gate_constants(bias, act, clamp, clamp_after_bias, layout) | {"FAST": _launch.approximates(x.device)}
-    gate(
-        x,
-        indices,
-        before,
-        gate_up,
-        bias,
-        activation,
-        (c1, c3 or None, linear_offset, clamp or 0.0),
-        constants,
-        overlaps=overlaps,
-    )
+    numbers = (c1, c3 or None, linear_offset, clamp or 0.0)
+    gate(x, indices, before, gate_up, bias, activation, numbers, constants, overlaps=overlaps)
     last = by_slot_packed.launch_down if _is_packed(down) else _launch_down
     last(activation, indices, weights, down, tidy_bias(down_bias), out, weighed=not weight_after_down, overlaps=overlaps)
     return out
@@ -209,9 +198,9 @@ def _shape(weight: Any) -> tuple[int, ...]:
     return (num_experts, last, first) if _is_packed(weight) else (num_experts, first, last)
 
 
-def _reads(weight: Any, dtype: torch.dtype) -> bool:
-    """Whether the kernels multiply by it."""
-    return by_slot_packed.reads(weight, dtype) if _is_packed(weight) else _launch.computes(weight) and _reachable(weight)
+def _reads(weight: Any, x: Tensor) -> bool:
+    """Whether the kernels multiply tokens by it."""
+    return by_slot_packed.reads(weight, x) if _is_packed(weight) else _launch.computes(weight) and _reachable(weight)
 
 
 def _reachable(matrices: Tensor) -> bool:

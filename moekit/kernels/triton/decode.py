@@ -367,9 +367,10 @@ class Codes(NamedTuple):
 
 
 def reads(stored: Any) -> bool:
-    """Whether these kernels read a packed stack: whole loads, from aligned addresses."""
+    """Whether these kernels read a packed stack: whole loads, from aligned addresses, of codes that have one scale each."""
     at_once = _BYTES * (2 if stored.format in ("nf4", "mxfp4") else 1)
-    return stored.shape[2] % at_once == 0 and stored.codes.storage_offset() % _BYTES == 0 and _packed.reads(stored)
+    whole = stored.shape[2] % at_once == 0 and stored.codes.storage_offset() % _BYTES == 0
+    return whole and _packed.reads(stored) and _packed.constants(stored, at_once)["UNIT"] == at_once
 
 
 def product(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor, kind: str, cut: Cut) -> Tensor:
