@@ -289,7 +289,7 @@ def test_how_packed_weights_are_cut():
         gate, down = (_policy.slot_packed(tokens, along, threads, arch, adds=adds) for adds in (False, True))
         assert gate.depth == down.depth == along and gate.rows == 1 < down.rows
         assert gate.columns * along == 4 * threads
-        assert down.rows * down.columns * along == threads * (8 if arch == "9" and tokens > 1 else 4)
+        assert down.rows * down.columns * along == threads * (8 if arch == "9" else 4)
 
 
 def test_numbers_too_far_apart_for_32_bits():

@@ -267,7 +267,7 @@ def slot_packed(num_tokens: int, along: int, threads: int, arch: str, *, adds: b
     elif arch != "9":
         experts, each, registers = 2, 2, 128
     else:
-        experts, each, registers = (4, 1, 128) if num_tokens == 1 else (2, 4, 168)
+        experts, each, registers = (4, 2, 184) if num_tokens == 1 else (2, 4, 168)
     return Blocks(experts, each * (threads // along), along, 1, 1, 12, registers=registers)
 
 
