@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _ranks import on_ranks
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -70,6 +71,28 @@ def trained(form: str) -> dict[str, Any]:
     }
 
 
+def tiny_model() -> Qwen3MoeForCausalLM:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(**sizes, vocab_size=16, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1)
+    built = Qwen3MoeForCausalLM(config)
+    moekit.hf.pack(built, "nf4")
+    return built
+
+
+def adapted() -> dict[str, Any]:
+    """PEFT's adapters on a model of Transformers, which change names; other weights are those of the first rank by DDP."""
+    torch.manual_seed(dist.get_rank())
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    built = get_peft_model(tiny_model(), LoraConfig(r=2, target_parameters=targets, init_lora_weights=False))
+    names, called = moekit.ep.hide_from_ddp(built), DistributedDataParallel(built)
+    packed = [weight for weight in built.parameters() if isinstance(weight, moekit.PackedExperts)]
+    ids = torch.arange(8).view(1, 8) + dist.get_rank()
+    called(input_ids=ids, labels=ids).loss.backward()
+    values = [p.grad for p in built.parameters() if p.requires_grad] + [weight.stored().codes for weight in packed]
+    equal, filled = [torch.equal(*everybody(value)) for value in values], [value.any().item() for value in values]
+    return {"names": names, "equal": equal, "filled": filled}
+
+
 def message(call: Any, *args: Any) -> str:
     with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
         call(*args)
@@ -78,6 +101,7 @@ def message(call: Any, *args: Any) -> str:
 
 def on_a_rank() -> dict[str, Any]:
     found: dict[str, Any] = {form: trained(form) for form in FORMATS}
+    found["adapted"] = adapted()
     rank, group = dist.get_rank(), dist.group.WORLD
     built = model("nf4")
     found["untold"] = message(DistributedDataParallel, built)
@@ -120,6 +144,12 @@ def test_all_ranks_have_the_bytes_of_the_first_and_the_gradients_of_all(ranks, f
             torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_adapters_on_a_model_of_transformers(ranks):
+    for found in (rank["adapted"] for rank in ranks):
+        assert len(found["names"]) == 2 and all("base_layer" in name for name in found["names"])
+        assert len(found["equal"]) == 6 and all(found["equal"]) and all(found["filled"])
+
+
 def test_ddp_around_more_and_around_a_part(ranks):
     assert all(found["wider"] == ("0.1.gate_up", "0.1.down") for found in ranks)
 
@@ -154,11 +184,8 @@ def test_in_a_process_on_its_own_nothing_is_sent():
 
 
 def test_what_is_unpacked_again_is_trained_by_all():
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1}
-    config = Qwen3MoeConfig(**sizes, vocab_size=16, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=1)
-    built = Qwen3MoeForCausalLM(config)
+    built = tiny_model()
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(built, ["others"])
-    moekit.hf.pack(built, "nf4")
     assert len(moekit.ep.hide_from_ddp(built)) == 2 and len(built._ddp_params_and_buffers_to_ignore) == 3
     moekit.hf.unpack(built)
     assert [*built._ddp_params_and_buffers_to_ignore] == ["others"] and moekit.ep.hide_from_ddp(built) == ()
