@@ -225,23 +225,27 @@ def _patch_conversions() -> None:
 
 
 def _patch_dot() -> None:
-    """A product of bfloat16 multiplies its bits as integers; here they are numbers, and float16 goes the fast way, too."""
+    """A product of bfloat16 multiplies its bits as integers; here they are numbers.
+
+    And on some processors a row of NumPy's float32 products depends on its place among the others. Products are exact in
+    float64, and sums of them all but exact, so that one rounding gives the same number wherever a row is.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    multiply = interpreter.InterpreterBuilder.create_dot
+    multiply, floats = interpreter.InterpreterBuilder.create_dot, (tl.bfloat16, tl.float16, tl.float32)
 
-    def as_float32(x):
+    def wide(x):
+        data = x.data
         if x.dtype.scalar == tl.bfloat16:
-            wide = _widen(np.ascontiguousarray(x.data).view(np.uint16)).view(np.float32).reshape(x.data.shape)
-        elif x.dtype.scalar == tl.float16:
-            wide = x.data.astype(np.float32)
-        else:
-            return x
-        return interpreter.TensorHandle(wide, tl.float32)
+            data = _widen(np.ascontiguousarray(data).view(np.uint16)).view(np.float32).reshape(data.shape)
+        return data.astype(np.float64)
 
-    def create_dot(self, a, b, *rest):
-        return multiply(self, as_float32(a), as_float32(b), *rest)
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar not in floats or b.dtype.scalar not in floats:
+            return multiply(self, a, b, d, *rest)
+        product = np.matmul(wide(a), wide(b)).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
