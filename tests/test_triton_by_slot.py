@@ -206,7 +206,9 @@ def test_what_it_leaves_to_others():
     assert by_kernel(packed) is NotImplemented  # sums of halves alone
     packed = [t.to(torch.bfloat16) if t is not None and t.is_floating_point() else t for t in packed]
     assert by_kernel([*packed[:4], packed[4][:-1], None, None]) is NotImplemented
-    assert by_kernel([*packed[:3], packed[3][:0], packed[4][:0], None, None]) is NotImplemented
+    alone = [part[:1] for part in packed[:3]]
+    assert by_kernel([*alone, *packed[3:5], None, None]) is not NotImplemented
+    assert by_kernel([*alone, packed[3][:0], packed[4][:0], None, None]) is NotImplemented  # no expert to stand for none
 
 
 @kernels_run
