@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _memory
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,12 +109,7 @@ def step(router: Router, logits: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
 def peak(call: Callable[[], Any], device: str) -> int:
     """Bytes that are allocated at most while ``call`` runs."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return _memory.peak(call)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events: Any = profile.profiler

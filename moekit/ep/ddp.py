@@ -61,9 +61,7 @@ def hide_from_ddp(model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None
     if packed and everybody is not None:
         _make_equal(packed, everybody)
     elif packed and dist.is_torchelastic_launched():
-        raise RuntimeError(
-            f"moekit.{_OP}: packed experts go to other ranks; call torch.distributed.init_process_group first"
-        )
+        raise RuntimeError(f"moekit.{_OP}: to send packed experts call torch.distributed.init_process_group first")
     return (*hide_sharded(model), *hide_packed(model))
 
 
@@ -94,9 +92,8 @@ def _hide(model: nn.Module, kind: str, some: Callable[[nn.Module], Iterable[tupl
         if names or told.get(kind):
             others = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ())} - told.get(kind, set())
             setattr(module, _TOLD, told | {kind: names})
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                module, [*sorted(others | names)]
-            )
+            ignored = sorted(others | names)
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
     return tuple(name for name, _ in some(model))
 
 

@@ -35,9 +35,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     changes = of_packed and func._schema.is_mutable
     taken = " (Transformers' experts take them with experts_implementation='moekit'); use .unpack()"
     if str(func) in _SENDING:
-        taken = (
-            "; use .unpack(), or if DistributedDataParallel asks, call moekit.ep.hide_from_ddp on what it is given before"
-        )
+        taken = "; use .unpack(), or before DistributedDataParallel call moekit.ep.hide_from_ddp on what it is given"
     hint = ", which are immutable" if changes else taken
     raise TypeError(f"PackedExperts: {func} is not defined for packed weights{hint}")
 

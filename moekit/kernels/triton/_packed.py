@@ -14,7 +14,7 @@ from moekit import _codes
 from moekit.kernels.triton import _launch
 from moekit.kernels.triton._activation import decode_e4m3
 
-_HALVES = ("nf4", "mxfp4")  # two values a byte
+HALVES = ("nf4", "mxfp4")  # two values a byte
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -339,9 +339,14 @@ def packed_rows_few(rows: Tensor, stored: Any, offsets: Tensor, out: Tensor | No
         return NotImplemented
     out = rows.new_empty(rows.shape[0], width) if out is None else out
     cut = _CUTS_OF_ARCH.get(_launch.arch(rows.device).name, {}).get(kind, _CUTS[kind])
-    if kind == "dots" and stored.format not in ("nf4", "mxfp4"):
+    if kind == "dots" and stored.format not in _packed.HALVES:
         cut = cut._replace(bytes=2 * cut.bytes)
     return product(rows, stored, offsets, out, kind, cut)
+
+
+def _codes_at_once(form: str) -> int:
+    """Those that a thread reads at once."""
+    return _BYTES * (2 if form in _packed.HALVES else 1)
 
 
 class Codes(NamedTuple):
@@ -356,9 +361,9 @@ class Codes(NamedTuple):
     def of(stored: Any, device: torch.device, dtype: torch.dtype) -> Codes:
         """With a table of values in ``dtype``."""
         codes, scales, table, *nested = _packed.parts(stored)
-        size, loads, asm = _BYTES, _BYTES, False
-        if stored.format in ("nf4", "mxfp4"):
-            size, loads, asm = 2 * _BYTES, _BYTES // 4, _launch.arch(device).name.isdecimal()
+        size, loads, asm = _codes_at_once(stored.format), _BYTES, False
+        if stored.format in _packed.HALVES:
+            loads, asm = _BYTES // 4, _launch.arch(device).name.isdecimal()
             codes, table = codes.view(torch.int32), (_planes if asm else _values)(stored.format, device, dtype)
         constants = _packed.constants(stored, size)
         del constants["UNIT"]
@@ -368,7 +373,7 @@ class Codes(NamedTuple):
 
 def reads(stored: Any) -> bool:
     """Whether these kernels read a packed stack: whole loads, from aligned addresses, of codes that have one scale each."""
-    at_once = _BYTES * (2 if stored.format in ("nf4", "mxfp4") else 1)
+    at_once = _codes_at_once(stored.format)
     whole = stored.shape[2] % at_once == 0 and stored.codes.storage_offset() % _BYTES == 0
     return whole and _packed.reads(stored) and _packed.constants(stored, at_once)["UNIT"] == at_once
 
