@@ -57,30 +57,18 @@ def liger(data: Data) -> Run:
 
 
 def sonicmoe(data: Data) -> Run:
-    """SonicMoE; of the 20 to 44 tilings that its tuner tries for minutes each, two that usually win are left to it."""
-    import quack.gemm_config as configs
-
-    if not hasattr(configs, "of_all"):
-        configs.of_all = configs._get_sm90_configs
-        usual = {(128, 192), (256, 128)}
-        configs._get_sm90_configs = lambda *args, **options: [
-            c
-            for c in configs.of_all(*args, **options)
-            if not c.swap_ab and (c.cluster_m, c.cluster_n) == (2, 1) and (c.tile_m, c.tile_n) in usual
-        ]
+    """SonicMoE; its tuner compiles about a hundred kernels, for minutes, and keeps them in ``QUACK_CACHE_DIR``."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
 
     tokens, topk = data["indices"].shape
     token = torch.arange(tokens, device="cuda", dtype=torch.int32).repeat_interleave(topk)
     expert, experts = data["indices"].reshape(-1).int(), len(data["gate_up"])
-    stream = torch.cuda.current_stream().cuda_stream
 
     def run(d: Data) -> Tensor:
         weights, gate_up, down = d["weights"].reshape(-1), d["gate_up"].permute(1, 2, 0), d["down"].permute(1, 2, 0)
-        return moe_general_routing_inputs(
-            d["x"], weights, token, expert, gate_up, None, down, None, experts, stream, ActivationType.SWIGLU, False, True
-        )[0]
+        how = (torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU, not torch.is_grad_enabled(), True)
+        return moe_general_routing_inputs(d["x"], weights, token, expert, gate_up, None, down, None, experts, *how)[0]
 
     return run
 

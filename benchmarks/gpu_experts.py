@@ -19,6 +19,7 @@ import importlib
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,35 @@ def step(run: Callable, data: dict) -> Callable[[], None]:
     return call
 
 
-def captured(call: Callable[[], None]) -> Callable[[], None]:
-    """The same as a graph."""
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The same as a graph; who waits for the GPU is told so before a capture would break."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
-        call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def graphs(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """All that a graph takes, and why it does not take others; moekit has to be among the first."""
+    found, left = {}, {}
+    for who, call in calls.items():
+        try:
+            found[who] = captured(call)
+        except RuntimeError as error:
+            if who.startswith("moekit"):
+                raise
+            left[who] = reason(error)
+    return found, left
 
 
 def milliseconds(calls: dict[str, Callable], count: int = CALLS) -> dict[str, float]:
@@ -128,21 +146,25 @@ def peak_of_step(call: Callable[[], None], data: dict) -> int:
     return round(peak(call) / 2**20)
 
 
-def join(runs: dict[str, Callable], peers: list[str], data: dict) -> dict[str, str]:
-    """Add the peers that give moekit's output and gradient of the tokens to ``runs``; why the others do not."""
-    wanted, left = outcome(runs["moekit"], data), {}
-    for peer in peers:
+def join(runs: dict[str, Callable], peers: dict[str, Callable], outcome: Callable, eps: float) -> dict[str, str]:
+    """Add the peers, made here, whose outcome is moekit's to ``runs``; why the others are not."""
+    wanted, left = [one.float() for one in outcome(runs["moekit"])], {}
+    for peer, make in peers.items():
         try:
-            run = PEERS[peer](data)
-            off = max(float((a - b).norm() / b.norm()) for a, b in zip(outcome(run, data), wanted, strict=True))
+            run = make()
+            off = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(outcome(run), wanted, strict=True))
         except Exception as error:  # whatever a peer raises is for the table
-            left[peer] = f"{type(error).__name__}: {error}"[:200]
+            left[peer] = reason(error)
             continue
-        if off < MOST_OFF * torch.finfo(data["x"].dtype).eps:
+        if off < MOST_OFF * eps:
             runs[peer] = run
         else:
             left[peer] = f"off by {off:.1e}"
     return left
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def outcome(run: Callable, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,48 +172,64 @@ def outcome(run: Callable, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
     data["x"].grad = None
     out = run(data)
     out.backward(data["grad"])
-    return out.detach().float(), data["x"].grad.float()
+    return out.detach(), data["x"].grad
 
 
 def training(name: str, dtype: torch.dtype, old: str | None, peers: list[str]) -> dict[str, Any]:
     """Times and peaks at one shape."""
     data = inputs(SHAPES[name], dtype)
     runs = contenders(old)
-    left = join(runs, peers, data)
+    made = {peer: partial(PEERS[peer], data) for peer in peers}
+    left = join(runs, made, partial(outcome, data=data), torch.finfo(dtype).eps)
     calls = {who: step(run, data) for who, run in runs.items()}
     found: dict[str, Any] = {"peak MiB": {who: peak_of_step(call, data) for who, call in calls.items()}}
-    if left:
-        found["left out"] = left
     quick = {who: forward(run, data) for who, run in runs.items() if who != "moekit fp8"}
     found["forward"], found["forward + backward"] = milliseconds(quick), milliseconds(calls)
     drop_gradients(data)
-    # In other dtypes the old state read offsets on the host, which no graph survives.
-    timed = [who for who in ("moekit", "old") if who in runs and (who == "moekit" or dtype is torch.bfloat16)]
-    found["forward, graph"] = milliseconds({who: captured(quick[who]) for who in timed})
-    found["forward + backward, graph"] = milliseconds({who: captured(calls[who]) for who in timed})
-    return found
+    for what, each in (("forward", quick), ("forward + backward", calls)):
+        taken, waits = graphs({who: call for who, call in each.items() if who in ("moekit", "old", *peers)})
+        found[f"{what}, graph"] = milliseconds(taken)
+        left |= {f"{who}, {what}, graph": why for who, why in waits.items()}
+    return found | ({"left out": left} if left else {})
 
 
-def small_batches(name: str, numbers: tuple[int, ...], old: str | None, copy: float) -> dict[str, Any]:
-    """Microseconds of a layer in a graph that goes through two sets of weights, and what reading these takes."""
-    found: dict[str, Any] = {}
+def in_turn(runs: list[Callable], sets: list[dict]) -> Callable[[], list[torch.Tensor]]:
+    """A layer with one set of weights after the other, without gradients."""
+
+    def call() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [run(data) for run, data in zip(runs, sets, strict=True)]
+
+    return call
+
+
+def small_batches(name: str, numbers: tuple[int, ...], old: str | None, copy: float, peers: list[str]) -> dict[str, Any]:
+    """Microseconds of a layer in a graph that goes through two sets of weights, and what reading these takes.
+
+    Who waits for the GPU, so that no graph takes it, is called from the host, and moekit beside it.
+    """
     _, hidden, inner, experts, topk = SHAPES[name]
+    found = {}
     for tokens in numbers:
         sets = [inputs((tokens, hidden, inner, experts, topk)) for _ in range(2)]
-
-        def both(run: Callable, sets: list = sets) -> Callable[[], None]:
-            def call() -> None:
-                with torch.no_grad():
-                    for data in sets:
-                        run(data)
-
-            return call
-
-        runs = {who: captured(both(run)) for who, run in contenders(old).items() if who != "moekit fp8"}
-        touched = sum(len(data["indices"].unique()) for data in sets) / 2
-        times = {who: round(time * 500, 1) for who, time in milliseconds(runs, 10).items()}
-        found[str(tokens)] = {"experts": touched, "reading": round(touched * 6 * hidden * inner / copy / 1e3, 1), **times}
+        found[str(tokens)] = small_batch(sets, old, copy, peers)
+        print(name, tokens, json.dumps(found[str(tokens)]), flush=True)
     return found
+
+
+def small_batch(sets: list[dict], old: str | None, copy: float, peers: list[str]) -> dict[str, Any]:
+    calls = {who: in_turn([run, run], sets) for who, run in contenders(old).items() if who != "moekit fp8"}
+    made = {peer: lambda peer=peer: in_turn([PEERS[peer](data) for data in sets], sets) for peer in peers}
+    left = join(calls, made, lambda call: call(), torch.finfo(torch.bfloat16).eps)
+    taken, waits = graphs(calls)
+    touched = sum(len(data["indices"].unique()) for data in sets) / 2
+    read = touched * sum(sets[0][weights][0].nbytes for weights in ("gate_up", "down"))
+    found: dict[str, Any] = {"experts": touched, "reading": round(read / copy / 1e3, 1)}
+    found |= {who: round(time * 500, 1) for who, time in milliseconds(taken, 10).items()}
+    if waits:
+        called = milliseconds({who: calls[who] for who in ("moekit", *waits)}, 10)
+        found["called"] = {who: round(time * 500, 1) for who, time in called.items()}
+    return found | ({"left out": left | waits} if left or waits else {})
 
 
 def ceilings() -> tuple[float, float]:
@@ -249,9 +287,10 @@ def main() -> None:
         (options.out / "gpu_experts.json").write_text(json.dumps(results, indent=1))
 
     if options.dtype == "bfloat16":
-        results["small batches"] = small_batches("qwen3", SMALL_BATCHES, options.old, copy)
-        results["one token"] = {name: small_batches(name, (1,), options.old, copy)["1"] for name in ONE_TOKEN}
-        print(json.dumps([results["small batches"], results["one token"]]), flush=True)
+        results["small batches"] = small_batches("qwen3", SMALL_BATCHES, options.old, copy, options.peers)
+        others = [name for name in ONE_TOKEN if name in options.shapes]
+        one_token = {name: small_batches(name, (1,), options.old, copy, options.peers)["1"] for name in others}
+        results["one token"] = one_token
         write()
     for name in options.shapes:
         results["shapes"][name] = training(name, getattr(torch, options.dtype), options.old, options.peers)
