@@ -318,6 +318,12 @@ def test_tables_from_indices(sizes, dtype, monkeypatch):
     indices = torch.randint(-1, num_experts, (num_tokens, topk), generator=generator).to(dtype)
     counts, offsets, order, inverse = reference(table_ops._route_indices_reference, indices, num_experts)
     assert_exact(kernel("route_indices", indices, num_experts), (counts, offsets, order, inverse), "route_indices")
+    if num_tokens:  # of none the tables above do
+        weights = draw(2, num_tokens, topk).bfloat16()
+        token, starts = reference(table_ops._row_tables_reference, order, num_tokens, topk)
+        of_rows = reference(table_ops._take_reference, weights, order, None)
+        expected = (token, starts, of_rows, offsets, inverse)
+        assert_exact(kernel("choice_rows", indices, weights, num_experts), expected, "choice_rows")
     for row_token in (torch.div(order, topk, rounding_mode="floor").to(dtype), indices.reshape(-1) * 3 - 1):
         expected = reference(table_ops._rows_of_tokens_reference, row_token, num_tokens)
         assert_exact(kernel("rows_of_tokens", row_token, num_tokens), expected, "rows_of_tokens")

@@ -33,6 +33,7 @@ _LIBRARY = torch.library.Library("moekit", "DEF")
 _C: Any = torch._C  # of which type checkers know a part
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _FLOPS: dict[Any, Callable] = {}
+_PLAIN: dict[Any, Callable] = {}
 
 
 def define(
@@ -67,6 +68,7 @@ def define(
     op = getattr(torch.ops.moekit, name).default
     below = _with_kernels(name, reference, _first_tensor(op)) if kernels else reference
     _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
+    _PLAIN[op] = below
     torch.library.register_fake(f"moekit::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"moekit::{name}", _sample_by_sample(op), lib=_LIBRARY)
     if flops is not None:
@@ -77,6 +79,11 @@ def define(
     else:  # its results have no derivative: tables of integers, and constants
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return op
+
+
+def plain(op: Any) -> Callable:
+    """What an operator runs below autograd, as a function: operators that call it need not go through the dispatcher."""
+    return _PLAIN[op]
 
 
 def _with_kernels(name: str, reference: Callable, first: int) -> Callable:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops import _library, glu, rows, tables
+from moekit.ops import _library, glu, tables
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
 from moekit.ops.gathered import Gathered
 from moekit.ops.gemm import looped
@@ -70,7 +70,7 @@ def gradients(
     high = gate_up.raised(d_projected, offsets) if want.projected else None
     if want.x:
         moved = gate_up.backward(d_projected, offsets, high)
-        result = result._replace(x=rows.sum_rows(moved, None, *routed.tables))
+        result = result._replace(x=products.unpermute(moved, None, *routed.tables))
         del moved
     result = _of_gate_up(result, want, gate_up, options, given, routed, kept_rows, d_projected, low, high)
     del kept_rows, d_projected, low, high

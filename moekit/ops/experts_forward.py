@@ -26,36 +26,36 @@ def _reference(*args: Any, products: Products | None = None) -> Outputs:
     """``(out, projected, scale, gathered, activation, low)``: the output and what is kept, empty where it is not."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
     products = products or options.products()
-    routed = Rows.of(given, products)
+    out, *kept = forward(given, options, Rows.of(given, products), products)
+    none = (given.x.new_empty(0) if one is None else one for one in kept)
+    return (out, *none)  # type: ignore[return-value]
+
+
+def forward(given: Arguments, options: Options, routed: Rows, products: Products) -> tuple[Any, ...]:
+    """The same with None for what is not kept; of the tables among the arguments none is looked at."""
     gate_up, down = options.projections(given, products)
     x, offsets = given.x, routed.offsets
     before = None if options.weight_after_down else routed.weights
-    keep_all, scale, low, gathered = options.save == "all", x.new_empty(0), None, x.new_empty(0)
+    keep_all, scale, low, gathered = options.save == "all", None, None, None
     fused = _in_one(x, routed, before, given, options) if products is not DIFFERENTIABLE else None
     if fused is not None:
         projected, act = fused
     else:
         gathered = rows.move_rows(x, *routed.tables)
         projected, low = gate_up.forward(gathered, offsets)
-        gathered = gathered if keep_all else x.new_empty(0)
+        gathered = gathered if keep_all else None
         gate = (before, given.gate_up_bias, offsets, *options.spec)
         if options.save == "fp8":
             act, projected, scale = glu.forward_fp8(projected, *gate)
         else:
             act = glu.forward(projected, *gate)
     result, _ = down.forward(act, offsets)
-    after = routed.weights if options.weight_after_down else None
-    out = rows.sum_rows(result, after, *routed.tables)
+    out = products.unpermute(result, routed.weights if options.weight_after_down else None, *routed.tables)
     if given.down_bias is not None:
         out = _with_down_bias(out, given, routed, products)
-    return (
-        out,
-        x.new_empty(0) if options.save == "nothing" else projected,
-        scale,
-        gathered,
-        act if keep_all and not options.weight_after_down else x.new_empty(0),
-        x.new_empty(0) if low is None or options.save == "nothing" else low,
-    )
+    if options.save == "nothing":
+        return out, None, None, None, None, None
+    return out, projected, scale, gathered, act if keep_all and not options.weight_after_down else None, low
 
 
 def _in_one(

@@ -206,6 +206,17 @@ class Rows(NamedTuple):
         token, starts, weights, ends = found
         return Rows((token, starts, inverse.reshape(-1)), weights, ends, inverse)
 
+    @staticmethod
+    def of_choice(given: Arguments, indices: Tensor, num_experts: int, products: Products) -> Rows:
+        """Of a router's choice, where the arguments have its weights and no tables yet."""
+        kernel = _backend.kernel("choice_rows", indices)
+        found = NotImplemented if kernel is None else kernel(indices, given.weights, num_experts)
+        if found is NotImplemented:
+            _, offsets, order, inverse = tables.route_indices(indices, num_experts)
+            return Rows.of(given._replace(order=order, inverse=inverse, offsets=offsets), products)
+        token, starts, weights, ends, inverse = found
+        return Rows((token, starts, inverse.reshape(-1)), weights, ends, inverse)
+
     def slots(self) -> Tensor:
         """Where each row's weight stands in a flat ``[T, E]`` matrix, -1 for none."""
         token = self.tables[0]

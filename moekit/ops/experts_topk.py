@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit.ops import _library, glu, tables
-from moekit.ops.experts_forward import operator as experts
-from moekit.ops.experts_parts import SCALES, STORAGE, WEIGHTS, Arguments, Options
+from moekit.ops import _library, glu
+from moekit.ops.experts_forward import forward
+from moekit.ops.experts_parts import SCALES, STORAGE, WEIGHTS, Arguments, Options, Rows
 from moekit.ops.lora import NONE
 
 KERNEL = "experts_by_slot"
@@ -36,13 +36,13 @@ class _Choice(NamedTuple):
     down_nested: Tensor | None
     down_offset: Tensor | None
 
-    def arguments(self, order: Any = None, inverse: Any = None, offsets: Any = None) -> Arguments:
-        """As those of the experts."""
-        factors = (None, None, None, None)
-        return Arguments._make((self.x, *self[2:7], *factors, order, inverse, offsets, *self[7:], None))
+    def arguments(self) -> Arguments:
+        """As those of the experts, without tables."""
+        return Arguments._make((self.x, *self[2:7], *_NO_FACTORS, *_NO_TABLES, *self[7:], None))
 
 
 _NUM = len(_Choice._fields)
+_NO_FACTORS, _NO_TABLES = (None,) * 4, (None,) * 3
 
 
 def _options(constants: tuple) -> Options:
@@ -52,22 +52,21 @@ def _options(constants: tuple) -> Options:
 def _reference(*args: Any) -> Tensor:
     """``[T, H]``; the arguments are those of :func:`moekit.experts` that go without a gradient."""
     given, options = _Choice(*args[:_NUM]), _options(args[_NUM:])
-    _check.tensor_dim("experts", "indices", given.indices, 2)
+    named, indices, num_experts = given.arguments(), given.indices, given.gate_up.shape[0]
+    _check.tensor_dim("experts", "indices", indices, 2)
     kernel = _backend.kernel(KERNEL, given.x)
     if kernel is not None and not any(options.turned):
-        named = given.arguments()
         weights = (options.weight(which, named) for which in range(2))
         out = kernel(*given[:3], *weights, *given[5:7], *options.spec, options.weight_after_down)
         if out is not NotImplemented:
             return out
-    indices, num_experts = given.indices, given.gate_up.shape[0]
     if indices.shape[0] != given.x.shape[0]:
         raise _check.fail("experts", "indices", f"of {given.x.shape[0]} tokens, as x", f"shape {list(indices.shape)}")
     _check.shape("experts", "weights", given.weights, indices.shape, "[tokens, topk]")
     if not indices.is_cuda or _backend.debugging():  # where values are looked at: no expert here is none to be refused
         indices = indices.masked_fill(indices >= num_experts, -1)
-    _, offsets, order, inverse = tables.route_indices(indices, num_experts)
-    return experts(*given.arguments(order, inverse, offsets), *options.constants())[0]
+    products = options.products()
+    return forward(named, options, Rows.of_choice(named, indices, num_experts, products), products)[0]
 
 
 def _fake(*args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The products that the experts are made of: as plain functions, with bits for each row alone, or with derivatives."""
+"""What the experts are made of, products and sums of rows: plain functions, with bits for each row alone, or derivatives."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.ops import gemm, grouped_linear
+from moekit.ops import _library, gemm, grouped_linear
 from moekit.ops.gathered import Gathered, together
 from moekit.ops.packed_products import packed_rows
+from moekit.ops.rows import sum_rows
 from moekit.ops.unpack import Stored
 
 
 class Products(NamedTuple):
     """:func:`~moekit.ops.gemm.grouped_rows` and what goes with it; of those that write into an ``out`` not all do.
 
-    ``dense`` multiplies two plain matrices.
+    ``dense`` multiplies two plain matrices, ``unpermute`` is :data:`~moekit.ops.rows.sum_rows`.
     """
 
     rows: Callable[..., Tensor]
@@ -26,6 +27,7 @@ class Products(NamedTuple):
     add: Callable[..., Tensor]
     packed: Callable[..., Tensor]
     dense: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    unpermute: Callable[..., Tensor] = _library.plain(sum_rows)
 
 
 def _rows(
@@ -77,4 +79,4 @@ INVARIANT = Products(
     functools.partial(packed_rows, invariant=True),
     _dense,
 )
-DIFFERENTIABLE = Products(_rows, _outer, _add, _packed)
+DIFFERENTIABLE = Products(_rows, _outer, _add, _packed, unpermute=sum_rows)

@@ -29,6 +29,7 @@ KERNELS: dict[str, Callable] = {
     "unpermute": rows.unpermute,
     "unpermute_backward": rows.unpermute_backward,
     "route_indices": tables.route_indices,
+    "choice_rows": tables.choice_rows,
     "route_map": maps.route_map,
     "map_to_indices": maps.map_to_indices,
     "route_capacity": maps.route_capacity,

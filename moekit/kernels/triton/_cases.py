@@ -108,6 +108,8 @@ def _all_tables() -> Iterator[Case]:
         indices, row_token = _meta(tokens, topk, dtype=torch.int64), _meta(rows, dtype=torch.int64)
         yield case("route_indices", indices, experts)
         yield case("route_indices", indices[:8], experts, what=f"{what}, of 8 tokens", shown=False)
+        yield case("choice_rows", indices, _meta(tokens, topk), experts)
+        yield case("choice_rows", indices[:8], _meta(8, topk), experts, what=f"{what}, of 8 tokens", shown=False)
         yield case("rows_of_tokens", row_token, tokens)
         yield case("pad_rows", _integers(experts), _integers(rows), _integers(tokens, topk), 16)
         yield case("row_tables", _integers(rows), tokens, topk)

@@ -68,9 +68,10 @@ def sort_tile(bin, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def store_ends(total, counts, offsets, num_bins, BLOCK_E: tl.constexpr):
-    """Write the counts of the bins and, unless None, their cumulative ends."""
+    """Write the counts of the bins and their cumulative ends, either unless None."""
     bin = tl.arange(0, BLOCK_E)
-    tl.store(counts + bin, total, mask=bin < num_bins)
+    if counts is not None:
+        tl.store(counts + bin, total, mask=bin < num_bins)
     if offsets is not None:
         tl.store(offsets + bin, tl.cumsum(total, axis=0), mask=bin < num_bins)
 

@@ -1,14 +1,16 @@
-"""Descriptors that end where the rows of an expert do: the copy engine reads zeros past them, and writes nothing there.
+"""What descriptors can be made of, and such as end where the rows of an expert do.
 
-A descriptor has one size for all of a tensor. But addresses wrap at 64 bits: two more dimensions whose strides cancel out
-let every expert's rows be counted from so far below the size of the third that they end with it. From Triton's
-``tools/ragged_tma.py``, which its interpreter cannot run.
+Past these the copy engine reads zeros, and writes nothing. A descriptor has one size for all of a tensor. But addresses
+wrap at 64 bits: two more dimensions whose strides cancel out let every expert's rows be counted from so far below the size
+of the third that they end with it. From Triton's ``tools/ragged_tma.py``, which its interpreter cannot run.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +19,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MOST_ROWS = 2**30  # of a tensor
 _ANY = 2**31 - 2**16  # the size of the dimensions that only move the address
 _AROUND = 2**34  # elements, which MOST_ROWS times are all there are addresses for
+
+
+def describes(x: Tensor) -> bool:
+    """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
+    *steps, last = x.stride()
+    if last != 1 or x.data_ptr() % 16 or not x.numel():
+        return False
+    unit = 16 // math.gcd(16, x.itemsize)
+    return all(step > 0 and step % unit == 0 for step in steps)
+
+
+def describes_ragged(x: Tensor) -> bool:
+    """Whether one can be made of the rows of an expert in ``x``, wherever they begin and end."""
+    return describes(x) and len(x) <= MOST_ROWS
+
+
+def leaves_ragged(num_rows: int, dtype: torch.dtype, *widths: int) -> bool:
+    """The same of new tensors of these widths."""
+    return num_rows <= MOST_ROWS and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def describable(rows: Tensor, matrices: Tensor) -> bool:
+    """Whether descriptors can be made of both, the matrices stored either way."""
+    return describes(rows) and (describes(matrices) or describes(matrices.mT))
 
 
 def ragged(x: Tensor, box: list[int], kind: Any = TensorDescriptor) -> Any:

@@ -115,13 +115,15 @@ def experts_by_slot(
     Packed ones are :class:`moekit.ops.unpack.Stored` ``[E, 2I, H]`` and ``[E, H, I]``.
     """
     (num_tokens, topk), (num_experts, inner, hidden) = indices.shape, _shape(down)
+    if not _policy.slots_apart(num_tokens, topk, num_experts):
+        return NotImplemented
     width = inner if layout == "ungated" else 2 * inner
     fits = _launch.computes(x, weights, gate_up_bias, down_bias) and _reads(gate_up, x) and _reads(down, x)
     fits = fits and indices.dtype in (torch.int32, torch.int64) and weights.shape == indices.shape
     fits = fits and x.shape == (num_tokens, hidden) and _shape(gate_up) == (num_experts, hidden, width)
     for bias, size in ((gate_up_bias, width), (down_bias, hidden)):
         fits = fits and (bias is None or bias.shape == (num_experts, size))
-    if not fits or not _policy.slots_apart(num_tokens, topk, num_experts):
+    if not fits:
         return NotImplemented
     x, indices, weights = _launch.rows_of(x), indices.contiguous(), weights.contiguous()
     # There is nothing to overlap with if the first launch has no programs.

@@ -70,7 +70,7 @@ def row_order(order: Tensor, weights: Tensor, offsets: Tensor, num_tokens: int, 
     row_weights = torch.empty(num_rows, dtype=weights.dtype, device=weights.device)
     _launch.launch(
         _row_order_kernel, (_launch.blocks(max(num_rows, num_tokens + 1), _BLOCK),),
-        order, _bits(weights), offsets, row_token, starts, _bits(row_weights), ends,
+        order, bits(weights), offsets, row_token, starts, bits(row_weights), ends,
         num_rows, num_tokens + 1, topk, weights.numel(), len(offsets),
         BLOCK=_BLOCK, BLOCK_E=_launch.power_of_two(len(offsets)),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def take(values: Tensor, index: Tensor, back: Tensor | None) -> Any:
     out = torch.empty(index.shape, dtype=values.dtype, device=values.device)
     size = index.numel()
     grid = (_launch.blocks(size, _BLOCK),)
-    _launch.launch(_take_kernel, grid, _bits(values), index, _bits(out), values.numel(), size, BLOCK=_BLOCK)
+    _launch.launch(_take_kernel, grid, bits(values), index, bits(out), values.numel(), size, BLOCK=_BLOCK)
     return out
 
 
@@ -113,10 +113,10 @@ def put(values: Tensor, index: Tensor, size: int) -> Any:
     values, index = values.contiguous(), index.contiguous()
     out = torch.zeros(size, dtype=values.dtype, device=values.device)
     grid = (_launch.blocks(index.numel(), _BLOCK),)
-    _launch.launch(_put_kernel, grid, _bits(values), index, _bits(out), size, index.numel(), BLOCK=_BLOCK)
+    _launch.launch(_put_kernel, grid, bits(values), index, bits(out), size, index.numel(), BLOCK=_BLOCK)
     return out
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
     """The same elements as integers: entries of any dtype are copied, never computed with."""
     return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])

@@ -17,17 +17,9 @@ from torch import Tensor
 from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._halves import through_gate
 from moekit.kernels.triton._policy import Blocks, Shape
+from moekit.kernels.triton._ragged import describable, describes, leaves_ragged
 from moekit.kernels.triton._tiles import place_of, row_blocks, store
-from moekit.kernels.triton.gemm import (
-    PLAIN,
-    describable,
-    describes,
-    descriptor,
-    grid,
-    leaves_ragged,
-    of_matrices,
-    sizes,
-)
+from moekit.kernels.triton.gemm import PLAIN, descriptor, grid, of_matrices, sizes
 from moekit.kernels.triton.glu import gate_constants, tidy_bias
 
 

@@ -24,7 +24,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moekit.kernels.triton import _launch, _packed, _policy, decode
 from moekit.kernels.triton._packed import load_tile, scale_tile, weight_tile
 from moekit.kernels.triton._policy import Blocks, Shape
-from moekit.kernels.triton._ragged import MOST_ROWS, halves_of, ragged, store_ragged
+from moekit.kernels.triton._ragged import (
+    describable,
+    describes,
+    describes_ragged,
+    halves_of,
+    leaves_ragged,
+    ragged,
+    store_ragged,
+)
 from moekit.kernels.triton._tiles import low_rank, place_of, row_blocks, store
 from moekit.kernels.triton.unpack import unpacking
 
@@ -333,30 +341,9 @@ def _shape(rows: Tensor, matrices: Tensor) -> Shape:
     return Shape(rows.shape[0], *matrices.shape)
 
 
-def describes(x: Tensor) -> bool:
-    """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
-    steps = [stride * x.itemsize for stride in x.stride()[:-1]]
-    return x.numel() > 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
-
-
 def even(*tensors: Tensor) -> bool:
     """Whether rows are so far apart that threads can fetch several numbers of each at once, wherever the first one is."""
     return all(stride == 1 or stride % 16 == 0 for x in tensors for stride in x.stride())
-
-
-def describes_ragged(x: Tensor) -> bool:
-    """Whether one can be made of the rows of an expert in ``x``, wherever they begin and end."""
-    return describes(x) and len(x) <= MOST_ROWS
-
-
-def leaves_ragged(num_rows: int, dtype: torch.dtype, *widths: int) -> bool:
-    """The same of new tensors of these widths."""
-    return num_rows <= MOST_ROWS and all(width * dtype.itemsize % 16 == 0 for width in widths)
-
-
-def describable(rows: Tensor, matrices: Tensor) -> bool:
-    """Whether descriptors can be made of both, the matrices stored either way."""
-    return describes(rows) and (describes(matrices) or describes(matrices.mT))
 
 
 def grouped_rows(

@@ -17,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit.kernels.triton import _launch, _policy
 from moekit.kernels.triton._policy import Shape
-from moekit.kernels.triton._ragged import MOST_ROWS, load_ragged, ragged
+from moekit.kernels.triton._ragged import MOST_ROWS, describes, load_ragged, ragged
 from moekit.kernels.triton._tiles import place_in, row_blocks
-from moekit.kernels.triton.gemm import describes, even, processors
+from moekit.kernels.triton.gemm import even, processors
 from moekit.kernels.triton.rows import permute
 
 _GROUP = 8  # blocks of outputs that share what is in the L2 cache of the other factor

@@ -21,6 +21,7 @@ from moekit.kernels.triton._counting import (
     sort_tile,
     store_ends,
 )
+from moekit.kernels.triton.entries import bits
 
 _DIGIT_BITS = 8
 _INDICES = (torch.int32, torch.int64)
@@ -68,12 +69,15 @@ def _rows_of_tile(bin, base, BLOCK_E: tl.constexpr):
     return row, entry, sorted_bin, counts
 
 
-@triton.jit(do_not_specialize=["num_slots", "chunk", "num_blocks", "num_experts"])
+@triton.jit(do_not_specialize=["num_slots", "chunk", "num_blocks", "num_experts", "topk"])
 def _place_slots_kernel(
-    indices, histogram, counts, offsets, order, inverse, num_slots, chunk, num_blocks, num_experts,
-    TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+    indices, histogram, counts, order, weights, row_token, row_weights, starts, offsets, inverse,
+    num_slots, chunk, num_blocks, num_experts, topk, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program gives the slots of one chunk their rows. Without a histogram there is one tile of them, counted here."""
+    """One program gives the slots of one chunk their rows. Without a histogram there is one tile of them, counted here.
+
+    Of each row it writes the slot (``order``) or, with ``weights``, what row movers take: its token and its weight.
+    """
     block = tl.program_id(0)
     if histogram is None:
         _, expert = _load_bins(indices, tl.arange(0, TILE), num_slots, num_experts, 0, num_experts, False)
@@ -83,27 +87,37 @@ def _place_slots_kernel(
         total, before = counts_before(histogram, block, num_blocks, num_experts, BLOCK_E)
     if block == 0:
         store_ends(total, counts, offsets, num_experts, BLOCK_E)
+        if weights is not None:
+            tl.store(starts + num_slots // topk, num_slots)
     base = tl.cumsum(total, axis=0) - total + before
     for start in range(block * chunk, tl.minimum(block * chunk + chunk, num_slots), TILE):
         place = start + tl.arange(0, TILE)
         expert, _ = _load_bins(indices, place, num_slots, num_experts, 0, num_experts, False)
         row, entry, expert, found = _rows_of_tile(expert, base, BLOCK_E)
-        slot = start + entry
-        tl.store(inverse + slot, tl.where(expert < num_experts, row, -1), mask=slot < num_slots)
-        tl.store(order + row, slot, mask=expert < num_experts)
+        slot, routed = start + entry, expert < num_experts
+        tl.store(inverse + slot, tl.where(routed, row, -1), mask=slot < num_slots)
+        if weights is None:
+            tl.store(order + row, slot, mask=routed)
+        else:
+            tl.store(starts + place // topk, place, mask=(place % topk == 0) & (place < num_slots))
+            tl.store(row_token + row, slot // topk, mask=routed)
+            tl.store(row_weights + row, tl.load(weights + slot, mask=routed), mask=routed)
         base += found
-    fill(order, tl.sum(total, axis=0), num_slots, -1, block, num_blocks)
+    rest = tl.sum(total, axis=0)
+    if weights is None:
+        fill(order, rest, num_slots, -1, block, num_blocks)
+    else:
+        fill(row_token, rest, num_slots, -1, block, num_blocks)
+        fill(row_weights, rest, num_slots, 0, block, num_blocks)
 
 
-def route_indices(indices: Tensor, num_experts: int) -> Any:
-    """``moekit::route_indices``: counts, offsets, order, inverse."""
-    if indices.dtype not in _INDICES:
-        return NotImplemented
+def _place_slots(
+    indices: Tensor, num_experts: int, counts: Tensor | None, order: Tensor | None, *choice: Tensor | None, topk: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``(offsets, inverse)``, and the rest into what is given; ``choice``: weights and what is written with them."""
     _check.route_indices(indices, num_experts)
     flat, device, slots = indices.contiguous(), indices.device, indices.numel()
-    counts = torch.empty(num_experts, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
-    order = torch.empty(slots, dtype=torch.int32, device=device)
     inverse = torch.empty(indices.shape, dtype=torch.int32, device=device)
     tiles = keys_tile(slots, num_experts)
     chunk, num_blocks = chunking(slots, tiles["TILE"])
@@ -115,10 +129,37 @@ def route_indices(indices: Tensor, num_experts: int) -> Any:
             DIGITS=False, config=OF_KEYS, **tiles,
         )  # fmt: skip
     _launch.launch(
-        _place_slots_kernel, (num_blocks,), flat, histogram, counts, offsets, order, inverse,
-        slots, chunk, num_blocks, num_experts, config=OF_KEYS, **tiles,
+        _place_slots_kernel, (num_blocks,), flat, histogram, counts, order, *choice, offsets, inverse,
+        slots, chunk, num_blocks, num_experts, topk, config=OF_KEYS, **tiles,
     )  # fmt: skip
+    return offsets, inverse
+
+
+def route_indices(indices: Tensor, num_experts: int) -> Any:
+    """``moekit::route_indices``: counts, offsets, order, inverse."""
+    if indices.dtype not in _INDICES:
+        return NotImplemented
+    counts = torch.empty(num_experts, dtype=torch.int64, device=indices.device)
+    order = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
+    offsets, inverse = _place_slots(indices, num_experts, counts, order, None, None, None, None)
     return counts, offsets, order, inverse
+
+
+def choice_rows(indices: Tensor, weights: Tensor, num_experts: int) -> Any:
+    """Of a router's choice ``[T, K]``, without the tables that nobody takes here: see :meth:`moekit.ops.experts_parts.Rows`.
+
+    Each row's token, where each token's slots begin, each row's weight, offsets, inverse.
+    """
+    slots, device = indices.numel(), indices.device
+    if indices.dtype not in _INDICES or not slots or weights.itemsize > 8 or weights.is_complex():
+        return NotImplemented
+    num_tokens, topk = indices.shape
+    weights, row_token = weights.contiguous(), torch.empty(slots, dtype=torch.int32, device=device)
+    row_weights = torch.empty(slots, dtype=weights.dtype, device=device)
+    starts = torch.empty(num_tokens + 1, dtype=torch.int32, device=device)
+    choice = (bits(weights), row_token, bits(row_weights), starts)
+    offsets, inverse = _place_slots(indices, num_experts, None, None, *choice, topk=topk)
+    return row_token, starts, row_weights, offsets, inverse
 
 
 # --- the inverse of a table: a radix sort of rows by token -------------------------------------------------------------
