@@ -181,8 +181,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
         return torch.is_grad_enabled()
     if _within_levels():
         return True
-    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return torch.is_grad_enabled() and (wanted or torch._C._is_tracing())
+    if not torch.is_grad_enabled():
+        return False
+    return torch._C._is_tracing() or any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _within_levels() -> bool:

@@ -18,6 +18,7 @@ from moekit.ops.experts_backward import gradients
 from moekit.ops.experts_backward import operator as experts_backward
 from moekit.ops.experts_parts import ARGUMENTS, CONSTANTS, NUM_ARGUMENTS, Arguments, Options, Rows, Wanted
 from moekit.ops.products import DIFFERENTIABLE, Products
+from moekit.ops.projection import Projection
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -26,18 +27,17 @@ def _reference(*args: Any, products: Products | None = None) -> Outputs:
     """``(out, projected, scale, gathered, activation, low)``: the output and what is kept, empty where it is not."""
     given, options = Arguments(*args[:NUM_ARGUMENTS]), Options.of(args[NUM_ARGUMENTS:])
     products = products or options.products()
-    out, *kept = forward(given, options, Rows.of(given, products), products)
+    out, *kept = forward(given, options, Rows.of(given, products), *options.projections(given, products))
     none = (given.x.new_empty(0) if one is None else one for one in kept)
     return (out, *none)  # type: ignore[return-value]
 
 
-def forward(given: Arguments, options: Options, routed: Rows, products: Products) -> tuple[Any, ...]:
+def forward(given: Arguments, options: Options, routed: Rows, gate_up: Projection, down: Projection) -> tuple[Any, ...]:
     """The same with None for what is not kept; of the tables among the arguments none is looked at."""
-    gate_up, down = options.projections(given, products)
-    x, offsets = given.x, routed.offsets
+    x, offsets, products = given.x, routed.offsets, down.products
     before = None if options.weight_after_down else routed.weights
     keep_all, scale, low, gathered = options.save == "all", None, None, None
-    fused = _in_one(x, routed, before, given, options) if products is not DIFFERENTIABLE else None
+    fused = None if products is DIFFERENTIABLE else _in_one(x, routed, before, given.gate_up_bias, gate_up, options)
     if fused is not None:
         projected, act = fused
     else:
@@ -59,16 +59,15 @@ def forward(given: Arguments, options: Options, routed: Rows, products: Products
 
 
 def _in_one(
-    x: Tensor, routed: Rows, weights: Tensor | None, given: Arguments, options: Options
+    x: Tensor, routed: Rows, weights: Tensor | None, bias: Tensor | None, gate_up: Projection, options: Options
 ) -> tuple[Tensor, Tensor] | None:
     """The projection, if it is kept, and the activation, where a kernel fetches rows, multiplies and applies the gate."""
     kernel = _backend.kernel("gathered_glu", x)
-    plain = options.save in ("nothing", "recompute") and not options.gate_up_format and given.gate_up_a is None
+    plain = options.save in ("nothing", "recompute") and not options.gate_up_format and gate_up.A is None
     if kernel is None or not plain:
         return None
-    keep, matrices = options.save == "recompute", options.weight(0, given)
-    choices = (keep, options.batch_invariant, *options.spec)
-    found = kernel(x, routed.tables[0], matrices, routed.offsets, weights, given.gate_up_bias, *choices)
+    choices = (options.save == "recompute", options.batch_invariant, *options.spec)
+    found = kernel(x, routed.tables[0], gate_up.weight, routed.offsets, weights, bias, *choices)
     return None if found is NotImplemented else found
 
 

@@ -54,9 +54,10 @@ def _reference(*args: Any) -> Tensor:
     given, options = _Choice(*args[:_NUM]), _options(args[_NUM:])
     named, indices, num_experts = given.arguments(), given.indices, given.gate_up.shape[0]
     _check.tensor_dim("experts", "indices", indices, 2)
+    gate_up, down = options.projections(named, options.products())
     kernel = _backend.kernel(KERNEL, given.x)
     if kernel is not None and not any(options.turned):
-        weights = (options.weight(which, named) for which in range(2))
+        weights = (gate_up.weight, down.weight)
         out = kernel(*given[:3], *weights, *given[5:7], *options.spec, options.weight_after_down)
         if out is not NotImplemented:
             return out
@@ -65,8 +66,8 @@ def _reference(*args: Any) -> Tensor:
     _check.shape("experts", "weights", given.weights, indices.shape, "[tokens, topk]")
     if not indices.is_cuda or _backend.debugging():  # where values are looked at: no expert here is none to be refused
         indices = indices.masked_fill(indices >= num_experts, -1)
-    products = options.products()
-    return forward(named, options, Rows.of_choice(named, indices, num_experts, products), products)[0]
+    routed = Rows.of_choice(named, indices, num_experts, down.products)
+    return forward(named, options, routed, gate_up, down)[0]
 
 
 def _fake(*args: Any) -> Tensor:

@@ -21,9 +21,14 @@ _ANY = 2**31 - 2**16  # the size of the dimensions that only move the address
 _AROUND = 2**34  # elements, which MOST_ROWS times are all there are addresses for
 
 
-def describes(x: Tensor) -> bool:
-    """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes."""
+def describes(x: Tensor, *, turned: bool = False) -> bool:
+    """Whether a descriptor can be made of ``x``: adjacent last dimension, all else at multiples of 16 bytes.
+
+    ``turned``: of ``x.mT``, which takes longer to make than to look at.
+    """
     *steps, last = x.stride()
+    if turned:
+        steps[-1], last = last, steps[-1]
     if last != 1 or x.data_ptr() % 16 or not x.numel():
         return False
     unit = 16 // math.gcd(16, x.itemsize)
@@ -42,7 +47,7 @@ def leaves_ragged(num_rows: int, dtype: torch.dtype, *widths: int) -> bool:
 
 def describable(rows: Tensor, matrices: Tensor) -> bool:
     """Whether descriptors can be made of both, the matrices stored either way."""
-    return describes(rows) and (describes(matrices) or describes(matrices.mT))
+    return describes(rows) and (describes(matrices) or describes(matrices, turned=True))
 
 
 def ragged(x: Tensor, box: list[int], kind: Any = TensorDescriptor) -> Any:

@@ -118,5 +118,7 @@ def put(values: Tensor, index: Tensor, size: int) -> Any:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The same elements as integers: entries of any dtype are copied, never computed with."""
+    """The same elements, as integers where kernels do not know the dtype: entries are copied, never computed with."""
+    if _launch.computes(x):
+        return x
     return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])

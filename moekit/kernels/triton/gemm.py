@@ -277,9 +277,11 @@ def _descriptors(rows: Tensor, matrices: Tensor, cut: Blocks) -> tuple[Any, Any,
 
 def of_matrices(matrices: Tensor, cut: Blocks) -> tuple[Any, bool]:
     """A descriptor of ``[E, K, N]``, and whether they are stored so and not as ``[E, N, K]``."""
-    back = describes(matrices)
-    stored, box = (matrices, [1, cut.depth, cut.columns]) if back else (matrices.mT, [1, cut.columns, cut.depth])
-    return descriptor(cut)(stored, stored.shape, stored.stride(), box), back
+    back, sizes, strides, box = describes(matrices), [*matrices.shape], [*matrices.stride()], [1, cut.depth, cut.columns]
+    if not back:
+        for turned in (sizes, strides, box):
+            turned[1], turned[2] = turned[2], turned[1]
+    return descriptor(cut)(matrices, sizes, strides, box), back
 
 
 def descriptor(cut: Blocks) -> Callable[..., Any]:
