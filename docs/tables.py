@@ -16,6 +16,7 @@ from moekit.plan import MACHINES, Model, given, plan
 FOLDER = Path(__file__).parent / "performance"
 PAGE, PLAN = FOLDER / "measured.md", FOLDER / "plan.md"
 NAMES = {"compile": "torch.compile", "nemo": "NeMo", "megatron": "Megatron", "liger": "Liger"}
+ASIDE = ("called", "left out")  # of small batches, what is no time of a graph
 PRODUCTS, MLP = "grouped_mm, ", "expert MLP, forward and backward"
 SHAPES = {  # the settings of benchmarks/gpu.py
     "Qwen3-30B-A3B": "T=16384, H=2048, I=768, E=128, K=8",
@@ -86,12 +87,21 @@ def shapes_of_experts(file: str = "gpu_experts.json") -> str:
     return table(["shape", "", *who], lines)
 
 
-def small_batches() -> str:
+def small_batches(batches: dict[str, Any]) -> str:
     """Microseconds of a layer in a graph, by the number of tokens."""
-    batches = load("gpu_experts.json")["small batches"]
-    what = list(dict.fromkeys(name for each in batches.values() for name in each))
+    what = [name for name in dict.fromkeys(name for each in batches.values() for name in each) if name not in ASIDE]
     lines = [[tokens, *(number(each.get(name)) for name in what)] for tokens, each in batches.items()]
     return table(["tokens", *what], lines)
+
+
+def called(runs: list[dict[str, Any]]) -> str:
+    """Microseconds of calls from the host, by the number of tokens: the others of each run, and moekit in it."""
+    lines = []
+    for run in runs:
+        batches = run["small batches"]
+        who = list(dict.fromkeys(name for each in batches.values() for name in each.get("called", {})))
+        lines += [[name, *(number(each["called"].get(name)) for each in batches.values())] for name in who]
+    return table(["called", *(f"T={tokens}" for tokens in runs[0]["small batches"])], lines)
 
 
 def one_token() -> str:
@@ -177,7 +187,7 @@ def plan_page() -> str:
 
 def page() -> str:
     """The whole page."""
-    of, experts = load("h200.json"), load("gpu_experts.json")
+    of, experts, beside = load("h200.json"), load("gpu_experts.json"), load("small_batches_peers.json")
     setting, ceilings = of["environment"], of["ceilings"]
     parts = [
         "# Measured, all figures",
@@ -200,9 +210,13 @@ def page() -> str:
         shapes_of_experts("gpu_experts_peers.json"),
         shapes_of_experts("gpu_experts_sonicmoe.json"),
         "Small batches: microseconds of a layer in a graph, beside the reading of the touched experts' weights.",
-        small_batches(),
+        small_batches(experts["small batches"]),
         "One token.",
         one_token(),
+        "Small batches beside others, another run: [small_batches_peers.json](small_batches_peers.json).",
+        small_batches(beside[0]["small batches"]),
+        "Those that wait for the GPU, which no graph takes; in two runs.",
+        called(beside),
         "Steps in other dtypes.",
         other_dtypes(),
         "## Packed experts",

@@ -15,6 +15,7 @@ from _reference import draw, together
 
 pytest.importorskip("triton")
 
+import moekit
 from moekit.kernels.triton import KERNELS, _launch, _policy, gathered, gemm
 from moekit.kernels.triton._policy import Blocks, Shape
 
@@ -95,6 +96,36 @@ def test_the_gate_behind_the_product(name, layout):
         assert torch.equal(kept[1][mine], expected[mine])
         nothing, act = KERNELS["gathered_glu"](tokens, index, matrices, offsets, weights, bias, False, True, *spec)
         assert nothing is None and torch.equal(act[mine], expected[mine])
+
+
+@kernel_runs
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_experts_take_them(trained, adapted, monkeypatch):
+    """Where nothing stands between the product and the gate; an adapter of gate_up does."""
+    taken, kernel = [], KERNELS["gathered_glu"]
+    monkeypatch.setitem(KERNELS, "gathered_glu", lambda *args: (taken.append(kernel(*args)), taken[-1])[1])
+    hidden, inner = 64, 72
+    shapes = {"x": (TOKENS, hidden), "gate_up": (E, 2 * inner, hidden), "down": (E, hidden, inner)}
+    shapes |= {"A": (E, 4, hidden), "B": (E, 2 * inner, 4)} if adapted else {}
+    indices = torch.rand(TOKENS, E, generator=torch.Generator().manual_seed(0)).topk(4).indices.to(DEVICE)
+    given = {name: draw(place, *shape, scale=0.4).bfloat16() for place, (name, shape) in enumerate(shapes.items())}
+    given["weights"], grad = draw(8, TOKENS, 4).abs().bfloat16(), draw(9, TOKENS, hidden).bfloat16()
+    leaves = [name for name in given if not adapted or name in ("x", "A", "B", "weights")] if trained else []
+
+    def computed(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        of = {name: t.to(DEVICE, dtype, copy=True).requires_grad_(name in leaves) for name, t in given.items()}
+        lora = {"gate_up": moekit.Lora(of["A"], of["B"], 2.0)} if adapted else None
+        with moekit.backend(backend):
+            out = moekit.experts(of["x"], (indices, of["weights"]), of["gate_up"], of["down"], lora=lora)
+            if trained:
+                out.backward(grad.to(DEVICE, dtype))
+        return [out.detach().double(), *(of[name].grad.double() for name in leaves)]
+
+    found, expected = computed("triton", torch.bfloat16), computed("torch", torch.float64)
+    assert len(taken) == (not adapted) and not any(result is NotImplemented for result in taken)
+    for mine, exact in zip(found, expected, strict=True):
+        assert exact.any() and (mine - exact).norm() < 2**-6 * exact.norm()
 
 
 LEFT = {

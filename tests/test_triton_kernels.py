@@ -29,6 +29,7 @@ from _reference import (
 
 import moekit
 from moekit import Routing, _backend
+from moekit.kernels.triton import _counting
 from moekit.ops import glu as glu_ops
 from moekit.ops import rows as row_ops
 from moekit.ops import tables as table_ops
@@ -309,17 +310,22 @@ def test_a_calls_tables_in_one_launch(num_tokens, topk, ends):
     assert_exact(kernel("row_order", order, weights, offsets, num_tokens, topk), expected, "row_order")
 
 
-@pytest.mark.parametrize("sizes", [(5, 2, 4), (0, 2, 4), (100, 3, 5), (20, 2, 130), *BIG])
+@pytest.mark.parametrize("sizes", [(5, 2, 4), (0, 2, 4), (100, 3, 5), (20, 2, 130), (700, 3, 5), *BIG])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tables_from_indices(sizes, dtype, monkeypatch):
     monkeypatch.setattr(_backend, "checks_values", lambda tensor: False)  # as on a GPU: what is out of range is nowhere
     num_tokens, topk, num_experts = sizes
+    if num_tokens == 700:  # several tiles to a block, as of 65,536 slots and more
+        monkeypatch.setattr(_counting, "_MAX_BLOCKS", 2)
     generator = torch.Generator().manual_seed(1)
     indices = torch.randint(-1, num_experts, (num_tokens, topk), generator=generator).to(dtype)
     counts, offsets, order, inverse = reference(table_ops._route_indices_reference, indices, num_experts)
     assert_exact(kernel("route_indices", indices, num_experts), (counts, offsets, order, inverse), "route_indices")
-    if num_tokens:  # of none the tables above do
-        weights = draw(2, num_tokens, topk).bfloat16()
+    if not num_tokens:  # for which the tables above do
+        with pytest.raises(AssertionError, match="left its arguments"):
+            kernel("choice_rows", indices, draw(2, 0, topk), num_experts)
+    for of_weights in (torch.bfloat16, torch.float64) if num_tokens else ():
+        weights = draw(2, topk, num_tokens).to(of_weights).T
         token, starts = reference(table_ops._row_tables_reference, order, num_tokens, topk)
         of_rows = reference(table_ops._take_reference, weights, order, None)
         expected = (token, starts, of_rows, offsets, inverse)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 SUITES = (
     *("glu", "glu_operators", "moe_utils_activations", "rows", "rows_autograd", "sort_chunks", "tables", "routing"),
     *("topk", "scores", "moe_utils_permute", "moe_utils_permute_autograd", "experts", "experts_inputs"),
-    *("experts_invariant", "opcheck"),
+    *("experts_topk", "experts_invariant", "opcheck"),
 )
 
 

@@ -160,6 +160,11 @@ def _holds_numbers(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type != "meta" and not is_legacy_batchedtensor(tensor)
 
 
+def negated(*tensors: Tensor | None) -> bool:
+    """Whether one is a view that the dispatcher negates on the way to an operator, which kernels do not see."""
+    return any(tensor is not None and tensor.is_neg() for tensor in tensors)
+
+
 def owns_what_it_saves() -> bool:
     """Whether a node may keep tensors by itself, and not in autograd's care: nobody has asked to see what is saved."""
     return runs_plainly() and _C._autograd._top_saved_tensors_default_hooks(True) is None

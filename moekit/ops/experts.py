@@ -115,8 +115,7 @@ def experts(
         choice = _as_choice(routing, gate_up.shape[0])
         _check_placed(hidden_states, choice[0], choice[0].shape[0], named)
         given = (hidden_states, *choice, weights[0].tensor, weights[1].tensor, *biases, *scales)
-        call = _library.plain(experts_topk) if _library.runs_plainly(hidden_states) else experts_topk
-        return call(*given, *spec, transposed, *stored, weight_after_down)
+        return experts_topk(*given, *spec, transposed, *stored, weight_after_down)
     routing = _as_routing(routing, gate_up.shape[0])
     _check_placed(hidden_states, routing.order, routing.num_tokens, named)
     factors = [

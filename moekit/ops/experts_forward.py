@@ -114,7 +114,8 @@ def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
     given, kept = Arguments(*saved[:NUM_ARGUMENTS])._replace(**ctx.packed), ctx.kept or saved[NUM_ARGUMENTS:]
     del saved
     wanted = list(needs[: len(Wanted._fields)])
-    if not _library.runs_plainly(grad) or torch.is_grad_enabled():  # the latter for a backward of the backward
+    plainly = _library.runs_plainly(grad) and not _library.negated(grad, *given)
+    if not plainly or torch.is_grad_enabled():  # the latter for a backward of the backward
         grads = experts_backward(grad, *given, *kept, *ctx.constants, wanted)
     else:
         grads = gradients(grad, given, list(kept) if _library.goes_again() else kept, ctx.constants, wanted)

@@ -13,7 +13,7 @@ from torch import Tensor
 from moekit import _backend, _check
 from moekit.ops import _library, glu
 from moekit.ops.experts_forward import forward
-from moekit.ops.experts_parts import SCALES, STORAGE, WEIGHTS, Arguments, Options, Rows
+from moekit.ops.experts_parts import SCALES, STORAGE, WEIGHTS, Arguments, Options, Rows, Wanted
 from moekit.ops.lora import NONE
 
 KERNEL = "experts_by_slot"
@@ -53,6 +53,8 @@ def _reference(*args: Any) -> Tensor:
     """``[T, H]``; the arguments are those of :func:`moekit.experts` that go without a gradient."""
     given, options = _Choice(*args[:_NUM]), _options(args[_NUM:])
     named, indices, num_experts = given.arguments(), given.indices, given.gate_up.shape[0]
+    if _library.needs_grad(*named[: len(Wanted._fields)]):
+        raise RuntimeError("moekit::experts_topk has no gradient: moekit.experts calls it where nothing needs one")
     _check.tensor_dim("experts", "indices", indices, 2)
     gate_up, down = options.projections(named, options.products())
     kernel = _backend.kernel(KERNEL, given.x)
