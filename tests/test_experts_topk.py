@@ -103,3 +103,15 @@ def test_views_that_are_negated_on_reading(name):
 
     for found, expected in zip(computed(name), computed(""), strict=True):
         assert found.any() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_scales_of_other_weights_are_refused(which):
+    x, indices, weights = draw(1, 3, 64), torch.tensor([[0], [1], [3]]), torch.ones(3, 1)
+    stored = [moekit.pack(draw(2 + i, 4, *sides), "nf4").stored() for i, sides in enumerate(((128, 64), (64, 64)))]
+    scales = [[part.scales[0], None, None] for part in stored]
+    scales[which][0] = scales[which][0][:, :-1]
+    storage = (False, "nf4", "nf4", [1, 64, 1, 64], False, False)
+    codes = (part.codes for part in stored)
+    with pytest.raises(ValueError, match="experts: scale must be of shape as nf4 has"):
+        operator(x, indices, weights, *codes, None, None, *scales[0], *scales[1], *SPEC, *storage, False)

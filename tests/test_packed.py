@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moekit
 from moekit import PackedExperts
 from moekit._codes import E2M1_TABLE, NF4_TABLE
+from moekit.ops.grouped_linear import packed_linear
 from moekit.ops.unpack import Stored, float_scales, unpack
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
@@ -104,6 +105,31 @@ def test_opcheck_of_unpack(options):
     # The other one multiplies what it is given, of which there is no such thing for float8.
     tests += [] if stored.format == "fp8" else ["test_schema"]
     torch.library.opcheck(OPS.unpack.default, (*stored, 1, 3, torch.bfloat16), test_utils=tests)
+
+
+@pytest.mark.usefixtures("backend")
+@every_format
+def test_operators_are_given_parts_that_belong_together(options):
+    """Kernels find scales by the place of the codes: with fewer of them they would read past their end."""
+    codes, scales, format, block = moekit.pack(weights(3, 64, 192), **options).stored()
+    rows, offsets, of_three = torch.ones(4, 192), torch.tensor([1, 3, 4]), [*scales, None, None][:3]
+    linear = lambda *parts: packed_linear(rows, *parts, format, block, offsets, False)  # noqa: E731
+    with pytest.raises(ValueError, match=r"experts must be a slice of the 3, got -1:2"):
+        OPS.unpack(codes, scales, format, block, -1, 2, torch.float32)
+    for place, name in enumerate(["scale", "nested", "offset"][: len(scales)]):
+        fewer = [scale.reshape(-1)[:0] if at == place else scale for at, scale in enumerate(scales)]
+        wanted = rf"{name} must be of shape as {format} has for codes of shape .*, got shape \[0\]"
+        with pytest.raises(ValueError, match=wanted):
+            OPS.unpack(codes, fewer, format, block, 0, 3, torch.float32)
+        with pytest.raises(ValueError, match=wanted):
+            linear(codes, *fewer, *of_three[len(scales) :])
+    exact = rows.double() @ by_hand(Stored(codes, scales, format, block))[[0, 1, 1, 2]].mT  # of three experts, in this order
+    exact = torch.stack([exact[row, row] for row in range(4)])
+    assert (linear(codes, *of_three) - exact).abs().max() < 1e-5 * exact.abs().max()
+    with pytest.raises(ValueError, match="scales must be one tensor, or three"):
+        OPS.unpack(codes, [scales[0], scales[0]], format, block, 0, 3, torch.float32)
+    with pytest.raises(ValueError, match="format must be one of"):
+        OPS.unpack(codes, scales, "nf5", block, 0, 3, torch.float32)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -141,9 +141,10 @@ class Options(NamedTuple):
         """The two weights with their adapters."""
         seeds = (None, None) if given.seeds is None else (given.seeds[0], given.seeds[1])
         adapters = ((*given.factors()[:2], self.gate_up_lora), (*given.factors()[2:], self.down_lora))
+        weights = [self.weight(which, given) for which in range(2)]
+        weights = [weight.checked("experts") if isinstance(weight, Stored) else weight for weight in weights]
         gate_up, down = (
-            Projection(self.weight(which, given), self.turned[which], *adapters[which], seeds[which], products)
-            for which in range(2)
+            Projection(weights[which], self.turned[which], *adapters[which], seeds[which], products) for which in range(2)
         )
         return gate_up, down
 

@@ -143,13 +143,13 @@ def flat(stored: Stored) -> tuple:
 
 def _stored(args: tuple) -> Stored:
     codes, *scales, format, block = args[:6]
-    return Stored(codes, [scale for scale in scales if scale is not None], format, block)
+    return Stored(codes, [scale for scale in scales if scale is not None], format, tuple(block))
 
 
 def _packed_reference(rows: Tensor, *args: Any) -> Tensor:
     offsets, back = args[-2:]
     offsets = within(offsets, rows.shape[0])
-    return only_rows_of_experts(packed_rows(rows, _stored(args), offsets, back=back), offsets)
+    return only_rows_of_experts(packed_rows(rows, _stored(args).checked("grouped_linear"), offsets, back=back), offsets)
 
 
 def _packed_fake(rows: Tensor, *args: Any) -> Tensor:

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from moekit import _backend, _check
-from moekit._codes import NESTED_BLOCK, dynamic_table, pair_table, powers_of_two
+from moekit._codes import MXFP4_BLOCK, NESTED_BLOCK, NF4_BLOCK, dynamic_table, pair_table, powers_of_two
 from moekit.ops import _library
 
 FOUR_BITS = ("nf4", "mxfp4")  # two values a byte
+_SCALES = ("scale", "nested", "offset")
 
 
 class Stored(NamedTuple):
@@ -47,6 +48,28 @@ class Stored(NamedTuple):
         """``(E, out, in)``."""
         num_experts, height, width = self.codes.shape
         return num_experts, height, width * (2 if self.format in FOUR_BITS else 1)
+
+    def checked(self, op: str) -> Stored:
+        """Itself, once the parts belong together: an operator is given them one by one, and kernels go by the codes."""
+        _check.one_of(op, "format", self.format, _VALUES)
+        _check.tensor_dim(op, "codes", self.codes, 3)
+        shapes = self._scale_shapes()
+        if len(self.scales) not in (1, len(shapes)):
+            raise _check.fail(op, "scales", "one tensor, or three of nf4 quantised doubly", len(self.scales))
+        for name, scale, shape in zip(_SCALES, self.scales, shapes, strict=False):
+            _check.shape(op, name, scale, shape, f"as {self.format} has for codes of shape {list(self.codes.shape)}")
+        return self
+
+    def _scale_shapes(self) -> list[tuple[int, ...]]:
+        """Of the scales that there may be."""
+        num_experts, height, width = self.shape
+        if self.format == "nf4":
+            blocks = height * width // NF4_BLOCK
+            return [(num_experts, blocks), (-(-num_experts * blocks // NESTED_BLOCK),), ()]
+        if self.format == "int8":
+            return [(num_experts, height)]
+        down, across = self.block if self.format == "fp8" else (1, MXFP4_BLOCK)
+        return [(num_experts, -(-height // max(down, 1)), -(-width // max(across, 1)))]
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +93,7 @@ def unpack(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tenso
     Raises:
         ValueError: experts that there are not, or an ``out`` that does not fit.
     """
-    if not 0 <= start <= stop <= stored.shape[0]:
-        raise _check.fail("unpack", "experts", f"a slice of the {stored.shape[0]}", f"{start}:{stop}")
+    _check_slice(stored, start, stop)
     if dtype not in _check.FLOATS:
         raise _check.wrong_type("unpack", "dtype", _check.names_of(_check.FLOATS), dtype)
     if out is None:
@@ -80,6 +102,11 @@ def unpack(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tenso
     if out.dtype != dtype or not out.is_contiguous():
         raise _check.wrong_type("unpack", "out", f"contiguous, of {dtype}", f"{out.dtype} with strides {out.stride()}")
     return _run(stored, start, stop, dtype, out)
+
+
+def _check_slice(stored: Stored, start: int, stop: int) -> None:
+    if not 0 <= start <= stop <= stored.shape[0]:
+        raise _check.fail("unpack", "experts", f"a slice of the {stored.shape[0]}", f"{start}:{stop}")
 
 
 def float_scales(stored: Stored, start: int, stop: int) -> Tensor:
@@ -143,7 +170,9 @@ def _run(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tensor 
 def _operator(
     codes: Tensor, scales: list[Tensor], format: str, block: list[int], start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
-    return _run(Stored(codes, scales, format, (block[0], block[1])), start, stop, dtype, None)
+    stored = Stored(codes, scales, format, (block[0], block[1])).checked("unpack")
+    _check_slice(stored, start, stop)
+    return _run(stored, start, stop, dtype, None)
 
 
 def _fake(
