@@ -49,13 +49,15 @@ def forward(given: Arguments, options: Options, routed: Rows, gate_up: Projectio
             act, projected, scale = glu.forward_fp8(projected, *gate)
         else:
             act = glu.forward(projected, *gate)
-    result, _ = down.forward(act, offsets)
+    if options.save == "nothing":  # what is of row size goes as soon as it has served
+        projected = low = None
+    result = down.forward(act, offsets)[0]
+    act = act if keep_all and not options.weight_after_down else None
     out = products.unpermute(result, routed.weights if options.weight_after_down else None, *routed.tables)
+    del result
     if given.down_bias is not None:
         out = _with_down_bias(out, given, routed, products)
-    if options.save == "nothing":
-        return out, None, None, None, None, None
-    return out, projected, scale, gathered, act if keep_all and not options.weight_after_down else None, low
+    return out, projected, scale, gathered, act, low
 
 
 def _in_one(

@@ -148,22 +148,24 @@ def _forward(load: Load, ledger: Ledger, *, keep: bool) -> None:
         ledger.hold("routing tables", choice=load.tokens * load.topk * _SLOT)  # indices past the last expert are -1
     ledger.hold("rows of the routing", **_row_order(load))
     _through_gate_up(load, ledger, save)
+    if not keep:
+        ledger.drop("projected", "low")
     low_down = {"low of down": load.row_bytes(load.rank)} if load.rank else {}
     ledger.hold("down, low", **low_down)
     ledger.hold("down", result=load.row_bytes(load.hidden))
     with ledger.during("down", **_workspace(load, load.hidden * load.inner)):
         pass
+    ledger.drop(*low_down)
+    if save != "all":
+        ledger.drop("activation")
     ledger.hold("unpermute", output=tokens)
+    ledger.drop("result")
     if load.biases:
         sums = 2 if load.on_gpu or load.itemsize == _WIDE else 3  # a CPU adds in float32 what it has widened first
         matrix, wide = load.tokens * load.experts * _WIDE, load.tokens * load.hidden * _WIDE
         with ledger.during("down bias", matrix=matrix, sums=sums * wide):
             pass
-    ledger.drop("result", "choice", *low_down, *_row_order(load))
-    if save != "all":
-        ledger.drop("activation", "gathered")
-    if not keep:
-        ledger.drop("projected", "scale", "low")
+    ledger.drop("choice", *_row_order(load))
 
 
 def _through_gate_up(load: Load, ledger: Ledger, save: str) -> None:
