@@ -115,6 +115,15 @@ def real(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def factor(op: str, name: str, value: Any) -> Any:
+    """``value`` is a number or a tensor of one element, which is returned as it is."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise fail(op, name, "a number or a tensor of one element", f"shape {list(value.shape)}")
+        return value
+    return value if isinstance(value, torch.SymFloat | torch.SymInt) else real(op, name, value)
+
+
 def positive(op: str, name: str, value: Any, *, at_least: int = 1) -> int:
     """``value`` is an integer not below ``at_least``: Python's, numpy's, a tensor of one or a symbolic one.
 

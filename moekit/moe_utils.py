@@ -185,8 +185,11 @@ def check_unpermute(
     if sorted_indices.shape[0] != num_rows:
         wanted = f"of {num_rows} entries, one a row of permuted_tokens"
         raise _check.fail("unpermute", "sorted_indices", wanted, f"shape {list(sorted_indices.shape)}")
+    if not isinstance(restore_shape, Sequence) or isinstance(restore_shape, str):
+        raise _check.wrong_type("unpermute", "restore_shape", f"(tokens, {hidden})", type(restore_shape).__name__)
     if len(restore_shape) != 2 or restore_shape[1] != hidden:
         raise _check.fail("unpermute", "restore_shape", f"(tokens, {hidden})", tuple(restore_shape))
+    _check.positive("unpermute", "restore_shape[0]", restore_shape[0], at_least=0)
     if probs is not None:
         if routing_map is None:
             raise _check.fail("unpermute", "routing_map", "given together with probs", None)
@@ -493,8 +496,8 @@ class _WeightedFunction(torch.autograd.Function):
         return cls.as_operator(*args) if _library.transformed() else super().apply(*args)
 
     @staticmethod
-    def run(ctx: Any, op: str, input: Tensor, bias: Tensor | None, weights: Tensor, fp8: bool, offset: Any) -> Tensor:
-        """Forward: ``offset`` is None for SwiGLU and GEGLU, which have none."""
+    def run(ctx: Any, op: str, input: Tensor, bias: Tensor | None, weights: Tensor, fp8: bool, *offset: Any) -> Tensor:
+        """Forward: SwiGLU and GEGLU have no ``offset``."""
         ctx.op, ctx.offset, stored, scale = op, offset, input, None
         spec, row_bias = _WeightedFunction.constants(op, input, bias, offset)
         if fp8:
@@ -503,11 +506,11 @@ class _WeightedFunction(torch.autograd.Function):
         return _weighted(op, input, weights, row_bias, spec)
 
     @staticmethod
-    def constants(op: str, y: Tensor, bias: Tensor | None, offset: Any) -> tuple[Glu, Tensor | None]:
+    def constants(op: str, y: Tensor, bias: Tensor | None, offset: tuple) -> tuple[Glu, Tensor | None]:
         """The member of the family that ``op`` is."""
-        if offset is None:
+        if not offset:
             return (_GEGLU if op == "WeightedGEGLUFunction" else _SWIGLU), None
-        return _quick(op, y, bias, offset)
+        return _quick(op, y, bias, *offset)
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor, weights_at: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -539,7 +542,7 @@ class WeightedSwiGLUFunction(_WeightedFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool) -> Tensor:
         """``input [N, 2I]``, ``weights [N, 1]`` to ``[N, I]``; ``fp8_input_store`` keeps the input in float8."""
-        return _WeightedFunction.run(ctx, "WeightedSwiGLUFunction", input, None, weights, fp8_input_store, None)
+        return _WeightedFunction.run(ctx, "WeightedSwiGLUFunction", input, None, weights, fp8_input_store)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
@@ -556,7 +559,7 @@ class WeightedGEGLUFunction(_WeightedFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool) -> Tensor:
         """``input [N, 2I]``, ``weights [N, 1]`` to ``[N, I]``; ``fp8_input_store`` keeps the input in float8."""
-        return _WeightedFunction.run(ctx, "WeightedGEGLUFunction", input, None, weights, fp8_input_store, None)
+        return _WeightedFunction.run(ctx, "WeightedGEGLUFunction", input, None, weights, fp8_input_store)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:

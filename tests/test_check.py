@@ -393,6 +393,7 @@ def test_the_command(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["no_such_module"], "no_such_module cannot be imported: ModuleNotFoundError"),
+        (["./fork/utils.py"], "./fork/utils.py is a path: wanted a module's name, such as utils"),
         (["json"], "must have functions of moe_utils"),
         (["moekit.moe_utils", "--device", "no_such"], "--device no_such"),
         (["moekit.moe_utils", "--golden", "nowhere"], "nowhere/cases.json is not there"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from moekit import moe_utils
 from moekit.ops.losses import (
     apply_capacity,
     get_capacity,
@@ -519,3 +520,49 @@ def test_gpu_equals_cpu_without_a_sync():
     for result, expected in zip(results, run(probs, routing_map, mask), strict=True):
         torch.testing.assert_close(result.cpu(), expected)
     torch.testing.assert_close(sinkhorn(on_gpu[0]).cpu(), sinkhorn(probs))
+
+
+PROBS, COUNTS = torch.rand(12, 4), torch.full((4,), 6.0)
+UNFIT = {
+    "tokens below 0": (lambda: moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, -1, 2, 4, 0.1), "total_num_tokens"),
+    "no number of tokens": (
+        lambda: moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, math.nan, 2, 4, 0.1),
+        "total_num_tokens must be a number of tokens, at least 0, got nan",
+    ),
+    "tokens of a bool": (lambda: moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, True, 2, 4, 0.1), "got bool"),
+    "tokens of several": (
+        lambda: moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, COUNTS, 2, 4, 0.1),
+        "a number or a tensor of one element, got shape",
+    ),
+    "coefficient": (
+        lambda: moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, 12, 2, 4, None),
+        "coeff must be a number",
+    ),
+    "z-loss": (lambda: moe_utils.z_loss_func(PROBS, "x"), "coeff must be a number, got str"),
+    "sinkhorn": (lambda: moe_utils.sinkhorn(PROBS, tol=None), "tol must be a number"),
+    "bias": (lambda: moe_utils.get_updated_expert_bias(COUNTS, COUNTS, [1]), "update_rate must be a number, got list"),
+    "least capacity": (lambda: moe_utils.get_capacity(12, 4, 1.0, min_capacity=7.5), "min_capacity must be an integer"),
+    "capacity below 0": (lambda: moe_utils.get_capacity(12, 4, 1.0, min_capacity=-3), "min_capacity must be at least 0"),
+    "no capacity": (
+        lambda: moe_utils.get_capacity(12, 4, math.inf),
+        "capacity_factor must be finite and at least 0, got inf",
+    ),
+    "scale": (lambda: moe_utils.MoEAuxLossAutoScaler.set_loss_scale("x"), "set_loss_scale: scale must be a number, got str"),
+    "scales": (lambda: moe_utils.MoEAuxLossAutoScaler.set_loss_scale(COUNTS), "scale must be a number or a tensor of one"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_numbers_that_are_none(name):
+    call, said = UNFIT[name]
+    with pytest.raises((TypeError, ValueError), match=said):
+        call()
+
+
+def test_numbers_of_any_kind():
+    expected = moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, 12, 2, 4, 0.1)
+    for tokens in (12.0, torch.tensor(12), torch.tensor([12.0])):
+        found = moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, tokens, 2, 4, torch.tensor(0.1))
+        assert found > 0 and torch.allclose(found, expected)
+    assert moe_utils.switch_load_balancing_loss_func(PROBS, COUNTS, 0, 2, 4, 0.1) == 0
+    assert moe_utils.get_capacity(12, 4, 1.0, min_capacity=9) == 9

@@ -330,6 +330,17 @@ def test_decision_weights_need_their_last_dimension(name):
             function(**{first: torch.zeros(4, 8)}, weights=torch.zeros(shape), **extra)
 
 
+def test_an_offset_that_is_none_is_no_other_activation():
+    y, weights = torch.randn(4, 8), torch.rand(4, 1)
+    calls = {
+        "WeightedQuickGeGLUFunction": lambda: ours.WeightedQuickGeGLUFunction.apply(y, weights, False, None),
+        "WeightedBiasQuickGeGLUFunction": lambda: ours.WeightedBiasQuickGeGLUFunction.apply(y, y[0], weights, False, None),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name}: linear_offset must be a number, got NoneType"):
+            call()
+
+
 def test_decision_weights_in_the_backs():
     for function in (ours.weighted_swiglu_back, ours.weighted_geglu_back, ours.weighted_quick_geglu_back):
         with pytest.raises(ValueError, match=r"moekit\.weighted_\w+_back: weights must be .* got shape \[4\]"):

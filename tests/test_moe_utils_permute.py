@@ -409,3 +409,9 @@ def test_any_map(data):
         assert_same(actual, wanted)
     expected, size = unpermute_pairs(result[0], pairs, tokens, probs)
     assert_accurate(unpermute(result[0], result[2], x.shape, probs, routing_map), expected, scale=size)
+
+
+@pytest.mark.parametrize("shape", [(-1, 4), (3.0, 4), None, 3, "ab", (3, 5), ()])
+def test_shapes_that_nothing_is_restored_to(shape):
+    with pytest.raises((TypeError, ValueError), match=r"moekit\.unpermute: restore_shape(\[0\])? must be "):
+        unpermute(draw(0, 3, 4), torch.tensor([0, 1, 2]), shape)

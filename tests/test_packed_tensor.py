@@ -549,3 +549,48 @@ def test_shared_with_other_processes():
     assert not packed.is_shared()
     assert packed.share_memory_() is packed and packed.is_shared()
     assert torch.equal(packed.unpack(), before)
+
+
+def test_data_is_the_parts_of_another_one():
+    parameter = torch.nn.Parameter(moekit.pack(torch.randn(2, 64, 128), "int8"), requires_grad=False)
+    other = moekit.pack(torch.randn(2, 64, 128), "nf4", double_quant=True)
+    parameter.data = other
+    assert isinstance(parameter, torch.nn.Parameter) and parameter.format == "nf4"
+    assert torch.equal(parameter.unpack(), other.unpack()) and torch.equal(parameter.data.unpack(), other.unpack())
+    smaller = moekit.pack(torch.randn(2, 64, 64), "int8")
+    for wrong in (torch.zeros(2, 64, 128), smaller, other.to(torch.bfloat16), other.turn()):
+        with pytest.raises(
+            TypeError, match=r"\.data must be PackedExperts of shape \[2, 64, 128\], torch.float32 on cpu, got"
+        ):
+            parameter.data = wrong
+    assert torch.equal(parameter.unpack(), other.unpack())
+
+
+def test_a_backward_knows_that_packed_weights_were_changed():
+    """It refers to them, and would go back through those that came after."""
+    packed, other = (moekit.pack(torch.randn(2, 128, 64), "int8") for _ in range(2))
+    parameter = torch.nn.Parameter(packed, requires_grad=False)
+    x, down = torch.randn(6, 64, requires_grad=True), torch.randn(2, 64, 64)
+    choice = torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
+    calls = {
+        "experts": lambda: moekit.experts(x, choice, parameter, down),
+        "grouped_linear": lambda: moekit.grouped_linear(x, parameter, torch.tensor([3, 6]).int()),
+    }
+    for name, call in calls.items():
+        out = call().sum()
+        torch.autograd.grad(out, x, retain_graph=True)
+        with torch.no_grad():
+            parameter.copy_(other)
+        with pytest.raises(RuntimeError, match=f"{name}: packed weights were changed after a forward"):
+            torch.autograd.grad(out, x)
+
+
+def test_who_makes_parameters_anew_hears_that_packed_experts_are_none():
+    accelerate = pytest.importorskip("accelerate")
+    module = torch.nn.Module()
+    module.inner = torch.nn.Module()
+    module.inner.weight = torch.nn.Parameter(moekit.pack(torch.randn(2, 64, 64), "nf4"), requires_grad=False)
+    with pytest.raises(
+        TypeError, match=r"made by moekit.pack, .* as Accelerate's cpu_offload and disk_offload do, cannot hold"
+    ):
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))

@@ -50,6 +50,8 @@ def check(
 
 
 def _import(name: str) -> Any:
+    if Path(name).name != name or name.endswith(".py"):
+        _stop(f"{name} is a path: wanted a module's name, such as {Path(name).stem}, installed or in this folder")
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:  # whatever an import may run into; a program exits

@@ -27,7 +27,7 @@ def plan(
     lora: Annotated[int, typer.Option(help="Rank of an adapter on every weight of the experts, which are frozen.")] = 0,
     frozen: Annotated[bool, typer.Option("--frozen", help="Nothing is trained in the experts.")] = False,
     device: Annotated[str, typer.Option(help="Whose kernels: cuda or cpu.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16 (or bf16), float16 or float32.")] = "bfloat16",
     memory: Annotated[float | None, typer.Option(help="GiB of a device: what is left of it?")] = None,
     machine: Annotated[str | None, typer.Option(help="Rates of H200 (default with cuda), B200 or GB200.")] = None,
     flops: Annotated[float | None, typer.Option(help="Own rate of products, TFLOP/s.")] = None,
@@ -51,6 +51,7 @@ def plan(
     if list_presets:
         typer.echo("\n".join(plans.presets()))
         return
+    dtype = "bfloat16" if dtype == "bf16" else dtype
     sizes = {"layers": layers, "hidden": hidden, "intermediate": intermediate, "experts": experts, "topk": topk}
     own = {"flops": flops, "bandwidth": bandwidth, "inside": link, "between": between}
     try:

@@ -31,7 +31,7 @@ from moekit.hf.experts import exporting_to_onnx, say_once
 from moekit.hf.gates import digest
 from moekit.ops.lora import Lora
 from moekit.packed import PackedExperts
-from moekit.packed.merging import merge
+from moekit.packed.merging import fingerprint, merge
 
 _log = logging.getLogger("moekit.hf")
 _HOME = "peft.tuners.lora.layer"
@@ -60,7 +60,7 @@ _own: dict[str, Any] = {}  # PEFT's methods, while moekit's stand in the places 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``ParamWrapper.forward``: the adapters' factors go to the experts, on top of what an outer wrapper hands on."""
     names = _active(layer)
-    if names and hasattr(layer.get_param(), "placements") and getattr(_experts_of(layer), "_is_expert_parallel", False):
+    if names and hasattr(layer.get_param(), "placements") and _is_spread(_experts_of(layer)):
         raise NotImplementedError(
             f"moekit.hf: {layer.parameter_name} has adapters, and its experts are sharded over ranks, of which PEFT "
             "knows nothing: load the model without expert parallelism (ep_size=1), or adapt other parameters"
@@ -70,6 +70,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _own["forward"](layer, x, *args, **kwargs)
     lora, mine = kwargs.pop("lora", {}), [_factors(layer, name) for name in names]
     return layer.base_layer(x, *args, **kwargs, lora={**lora, part: [*lora.get(part, ()), *mine]})
+
+
+def _is_spread(module: Any) -> bool:
+    """Whether each rank has some of its experts, as the module knows."""
+    return getattr(module, "_is_expert_parallel", False) or getattr(module, "sharding", None) is not None
 
 
 def _active(layer: Any) -> list[str]:
@@ -93,30 +98,38 @@ def _factors(layer: Any, name: str) -> Lora:
 def _part(layer: Any) -> str | None:
     """What of :func:`moekit.experts` the parameter of ``layer`` is, None where its adapters have to be added to it."""
     module, name = _experts_of(layer), layer.parameter_name
-    if getattr(getattr(module, "config", None), "_experts_implementation", None) != "moekit":
+    own = hasattr(module, "hands_on")  # moekit.nn.Experts
+    if not own and getattr(getattr(module, "config", None), "_experts_implementation", None) != "moekit":
         return None
     obstacle = _obstacle(layer, module)
     if obstacle:
         say_once(type(module), f"has adapters that PEFT adds to the weights of all experts: {obstacle}")
         return None
-    return "down" if name == "down_proj" else "gate_up"
+    return "down" if name.startswith("down") else "gate_up"
 
 
 def _obstacle(layer: Any, module: Any) -> str:
     """Why the factors cannot be given to ``module``; empty if they can."""
     if not _hands_on(module):
         return "its forward is not the one that Transformers gives it"
-    if layer.parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    if layer.parameter_name not in _projections(module):
         return f"{layer.parameter_name} is no projection"
     if any(getattr(type(layer), method, None) is not _own[method] for method in _SUMS):
         return f"{type(layer).__name__} has its own idea of what is added"
     if layer.get_param().requires_grad:
         return f"{layer.parameter_name} is trained itself"
-    if getattr(module, "_is_expert_parallel", False):  # older releases do not say
+    if _is_spread(module):  # older releases do not say
         return "its experts are spread over ranks"
     if exporting_to_onnx():
         return "ONNX has no grouped products"
     return ""
+
+
+def _projections(module: Any) -> tuple[str, str]:
+    """The names of its weights."""
+    if hasattr(module, "hands_on"):
+        return "gate_up", "down"
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
 def _experts_of(layer: Any) -> Any:
@@ -129,9 +142,18 @@ def _experts_of(layer: Any) -> Any:
 
 def _hands_on(module: Any) -> bool:
     """Whether ``module`` gives all arguments of a call to its experts implementation."""
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # Accelerate's hands on, too
+    if "forward" in module.__dict__ and not _is_of_accelerate(module):
         return False
+    if hasattr(module, "hands_on"):
+        return type(module).forward is type(module).hands_on
     return hasattr(module, "has_gate") and _is_decorated(type(module))
+
+
+def _is_of_accelerate(module: Any) -> bool:
+    """Whether the forward of ``module`` alone is what Accelerate's hooks make of that of its class: it hands on, too."""
+    forward, inner = module.__dict__["forward"], getattr(module, "_old_forward", None)
+    made_there = getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
+    return made_there and getattr(inner, "__func__", None) is type(module).forward
 
 
 def _is_decorated(kind: type) -> bool:
@@ -154,31 +176,49 @@ def _merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None
     adding = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) or [] if adapter in layer.lora_A]
     if not adding:
         return None
-    (original,) = getattr(layer, _ORIGINAL, (weight,))
-    lora = [_factors(layer, adapter) for adapter in (*layer.merged_adapters, *adding)]
-    merged, lost = merge(original, lora, transposed=module.is_transposed)
+    original = _original(layer, weight)
+    # Where it is not known any more, what stands there has those merged before in it, or was loaded after them.
+    base, names = (weight, adding) if original is None else (original, [*layer.merged_adapters, *adding])
+    merged: Any
+    merged, lost = merge(base, [_factors(layer, adapter) for adapter in names], transposed=module.is_transposed)
     if safe_merge and not math.isfinite(lost):
         raise ValueError(f"NaNs detected in the merged weights. The adapters {adding} seem to be broken")
     _log.info("%s.%s: merged and packed again, which loses %.2g of it", type(module).__name__, name, lost)
     setattr(module, name, nn.Parameter(merged, requires_grad=False))
-    setattr(layer, _ORIGINAL, (original,))
+    setattr(layer, _ORIGINAL, None if original is None else (original, fingerprint(merged)))
     layer.merged_adapters.extend(adding)
 
 
 def _unmerge(layer: Any) -> None:
     """``ParamWrapper.unmerge``: the packed weight as it was, not one that was packed twice."""
     module, name = _experts_of(layer), layer.parameter_name
-    if not hasattr(layer, _ORIGINAL):
-        if layer.merged and isinstance(getattr(module, name), PackedExperts):
-            raise RuntimeError(f"moekit.hf: {name} was packed with adapters merged into it, which cannot be taken out of it")
+    weight = getattr(module, name)
+    if not layer.merged or not isinstance(weight, PackedExperts):
+        layer.__dict__.pop(_ORIGINAL, None)
         return _own["unmerge"](layer)
-    (original,) = getattr(layer, _ORIGINAL)
-    setattr(module, name, nn.Parameter(original.to(getattr(module, name).device), requires_grad=False))
+    original = _original(layer, weight)
+    if original is None:
+        raise RuntimeError(
+            f"moekit.hf: {name} was packed with adapters merged into it, or changed after they were: "
+            "they cannot be taken out of it"
+        )
+    setattr(module, name, nn.Parameter(original, requires_grad=False))
     delattr(layer, _ORIGINAL)
     layer.merged_adapters.clear()
 
 
-# Of a layer: a tuple of its weight before it was merged; not the weight, which would be one more of its parameters.
+def _original(layer: Any, weight: PackedExperts) -> PackedExperts | None:
+    """``weight`` without what is merged into it; None where nobody has that: it was packed or loaded afterwards."""
+    if not layer.merged_adapters:
+        return weight
+    kept = getattr(layer, _ORIGINAL, None)
+    if kept is None or kept[1] != fingerprint(weight):
+        return None
+    return kept[0].to(weight.device, weight.dtype)
+
+
+# Of a layer: its weight before it was merged, and what tells the merged one from others. In a tuple, as a weight by itself
+# would be one more of its parameters.
 _ORIGINAL = "_moekit_original"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -102,7 +102,11 @@ class Experts(nn.Module):
                 bias.zero_()
 
     def forward(
-        self, x: Tensor, routing: Routing | tuple[Tensor, Tensor], exchange: Callable[..., Tensor] | None = None
+        self,
+        x: Tensor,
+        routing: Routing | tuple[Tensor, Tensor],
+        exchange: Callable[..., Tensor] | None = None,
+        lora: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """``[T, H]`` to ``[T, H]``, in the dtype of ``x``; arguments and errors as of :func:`moekit.experts`.
 
@@ -115,13 +119,18 @@ class Experts(nn.Module):
             exchange: what brings tokens to their ranks and results back, given ``x``, ``routing`` and the experts of this
                 rank as a function: :func:`moekit.ep.run` with its dispatcher. It may call them as often as it likes: weights
                 are gathered, and their gradients reduced, once.
+            lora: adapters, as :func:`moekit.experts` takes them: PEFT's ``target_parameters`` come here by themselves, after
+                :func:`moekit.hf.register`.
         """
         weights = {name: getattr(self, name) for name in WEIGHTS}
         if any(map(_check.sharded, weights.values())):
             weights = _placement().parts_of(_OP, weights, self.sharding)
         others = {name: getattr(self, name) for name in ("weight_after_down", "save", "batch_invariant")}
-        mine = functools.partial(experts, **weights, **self.options, **others)
+        mine = functools.partial(experts, **weights, **self.options, **others, lora=lora)
         return mine(x, routing) if exchange is None else exchange(x, routing, mine)
+
+    is_transposed = False  # PEFT asks how the weights are stored
+    hands_on = forward  # adapters: a class with a forward of its own may not
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
         """Whole stacks, of a checkpoint of one process, are taken as well: each rank keeps its part."""

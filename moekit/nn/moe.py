@@ -102,6 +102,7 @@ class MoE(nn.Module):
             if getattr(part, "hidden", experts.hidden) != experts.hidden:
                 raise _check.fail(_OP, name, f"of hidden size {experts.hidden}, as experts", getattr(part, "hidden", None))
         self.router, self.experts, self.shared = router, experts, shared
+        self.hidden, self.num_experts = experts.hidden, experts.num_experts  # which what wraps the experts need not have
         self.balance_coeff = _coefficient("balance_coeff", balance_coeff)
         self.sequence_balance_coeff = _coefficient("sequence_balance_coeff", sequence_balance_coeff)
         self.z_coeff = _coefficient("z_coeff", z_coeff)
@@ -194,8 +195,8 @@ class MoE(nn.Module):
         _check.tensor(_OP, "x", x)
         if sequences is not None and not self.sequence_balance_coeff:
             raise _check.unused(_OP, "sequences", "...", "without sequence_balance_coeff")
-        if x.dim() == 0 or x.shape[-1] != self.experts.hidden:
-            raise _check.fail(_OP, "x", f"of shape [..., {self.experts.hidden}]", f"shape {list(x.shape)}")
+        if x.dim() == 0 or x.shape[-1] != self.hidden:
+            raise _check.fail(_OP, "x", f"of shape [..., {self.hidden}]", f"shape {list(x.shape)}")
         lead = x.shape[:-1]
         tokens = x.reshape(-1, x.shape[-1])
         if indices is not None:
@@ -220,9 +221,9 @@ class MoE(nn.Module):
             weights = routing.weights
             if weights is None:
                 raise _check.fail(_OP, "routing", "one with weights", None)
-            null = weights.masked_fill(routing.indices < self.experts.num_experts, 0).sum(1, keepdim=True)
-            computed = routing.indices.masked_fill(routing.indices >= self.experts.num_experts, -1)
-            routing = Routing.from_topk(computed, weights, num_experts=self.experts.num_experts)
+            null = weights.masked_fill(routing.indices < self.num_experts, 0).sum(1, keepdim=True)
+            computed = routing.indices.masked_fill(routing.indices >= self.num_experts, -1)
+            routing = Routing.from_topk(computed, weights, num_experts=self.num_experts)
         beside = None if self.shared is None else functools.partial(self.shared, tokens)
         if self.dispatcher is not None:
             out = self.experts(tokens, routing, functools.partial(_ep("run").run, self.dispatcher, beside=beside))

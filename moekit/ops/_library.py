@@ -165,6 +165,11 @@ def negated(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 
+def versions(tensors: Iterable[Tensor | None]) -> list[int]:
+    """How often each has been written to: what a node that keeps them by itself compares in its backward."""
+    return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
 def owns_what_it_saves() -> bool:
     """Whether a node may keep tensors by itself, and not in autograd's care: nobody has asked to see what is saved."""
     return runs_plainly() and _C._autograd._top_saved_tensors_default_hooks(True) is None

@@ -138,7 +138,7 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
 
         A tensor is copied into the copy of the last one, if that is of its kind: a captured CUDA graph reads it there.
         """
-        cls = MoEAuxLossAutoScaler
+        cls, scale = MoEAuxLossAutoScaler, _check.factor("MoEAuxLossAutoScaler.set_loss_scale", "scale", scale)
         if isinstance(scale, Tensor):
             held, scale = cls._copy, scale.detach()
             if held is not None and held is cls.main_loss_backward_scale and _alike(held, scale):

@@ -103,8 +103,9 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
     ctx.set_materialize_grads(False)  # or autograd fills zeros of the size of what is kept, for gradients that nobody reads
     # x serves the gradients of gate_up; where its own is wanted, a gradient of that gradient is noticed by it, and refused.
     gathers = (wanted.gate_up or wanted.gate_up_a) and not outputs[3].numel()
-    # What is packed is the module's own and never changes: it is not kept, but referred to.
+    # What is packed is the module's own: it is not kept, but referred to.
     ctx.packed, ctx.constants = Options.of(constants).packed(given), constants
+    ctx.versions = _library.versions(ctx.packed.values())
     saved = given._replace(x=given.x if wanted.x or gathers else None, **dict.fromkeys(ctx.packed))
     # What is kept is nobody else's, so the backward may let go of it before its end: unless hooks take care of it.
     ctx.kept = list(kept) if _library.owns_what_it_saves() else []
@@ -113,6 +114,8 @@ def _save(ctx: Any, args: tuple, outputs: tuple) -> None:
 
 def _backward(ctx: Any, needs: tuple, grad: Tensor, *_: Any) -> tuple:
     saved = list(ctx.saved_tensors)
+    if _library.versions(ctx.packed.values()) != ctx.versions:
+        raise RuntimeError("moekit.experts: packed weights were changed after a forward, whose backward needs them")
     given, kept = Arguments(*saved[:NUM_ARGUMENTS])._replace(**ctx.packed), ctx.kept or saved[NUM_ARGUMENTS:]
     del saved
     wanted = list(needs[: len(Wanted._fields)])

@@ -158,10 +158,13 @@ def _packed_fake(rows: Tensor, *args: Any) -> Tensor:
 
 def _save_packed(ctx: Any, args: tuple, outputs: Any) -> None:
     _, *ctx.stored, offsets, ctx.back = args  # nothing of the weight is kept: it is frozen, and somebody's own
+    ctx.versions = _library.versions(ctx.stored[:4])
     ctx.save_for_backward(offsets)
 
 
 def _packed_backward(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
+    if _library.versions(ctx.stored[:4]) != ctx.versions:
+        raise RuntimeError("moekit.grouped_linear: packed weights were changed after a forward, whose backward needs them")
     found = packed_linear(grad, *ctx.stored, ctx.saved_tensors[0], not ctx.back) if needs[0] else None
     return found, *[None] * (len(needs) - 1)
 

@@ -97,10 +97,13 @@ def switch_loss(
     dtype = torch.promote_types(probs.dtype, torch.float32)
     prob_sums = _without_padding(op, probs, padding_mask).sum(0, dtype=dtype)
     products = (prob_sums * tokens_per_expert.to(dtype)).sum()
+    total_num_tokens, coeff = _check.factor(op, "total_num_tokens", total_num_tokens), _check.factor(op, "coeff", coeff)
     if isinstance(total_num_tokens, Tensor):
         tokens = total_num_tokens.detach().to(dtype).reshape(())
         share = torch.where(tokens > 0, tokens.reciprocal(), 0.0)
     else:
+        if not 0 <= total_num_tokens < math.inf:
+            raise _check.fail(op, "total_num_tokens", "a number of tokens, at least 0", total_num_tokens)
         share = 1.0 / total_num_tokens if total_num_tokens > 0 else 0.0
     return products * share * share * (coeff * num_experts / topk)
 
@@ -128,6 +131,7 @@ def z_loss(logits: Tensor | Routing, coeff: float, padding_mask: Tensor | None =
             raise _check.fail("z_loss", "logits", "logits, or a routing of moekit.route alone", got)
         logits, _, padding_mask, _ = logits.scored
     _check.floating("z_loss", "logits", logits)
+    coeff = _check.factor("z_loss", "coeff", coeff)
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
     squares = _without_padding("z_loss", values, padding_mask).logsumexp(-1).square()
     if padding_mask is None:
@@ -215,6 +219,7 @@ def sinkhorn(cost: Tensor, tol: float = 1e-4, max_iterations: int = 1000) -> Ten
     """
     _check.tensor_dim("sinkhorn", "cost", cost, 2)
     _check.floating("sinkhorn", "cost", cost)
+    tol = _check.real("sinkhorn", "tol", tol)
     max_iterations = _check.positive("sinkhorn", "max_iterations", max_iterations)
     if cost.numel() == 0:
         return cost.clone()
@@ -260,6 +265,7 @@ def updated_expert_bias(
     _check.floating(op, "expert_bias", expert_bias)
     _check.shape(op, "tokens_per_expert", tokens_per_expert, expert_bias.shape, "[..., E] as expert_bias")
     _check.same_device(op, tokens_per_expert=tokens_per_expert, expert_bias=expert_bias)
+    update_rate = _check.factor(op, "update_rate", update_rate)
     load = tokens_per_expert.detach()
     if load.dtype.is_floating_point:
         load = load.to(torch.promote_types(load.dtype, torch.float32))
@@ -289,15 +295,18 @@ def get_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_
     experts per token, ``num_tokens`` is T * K.
 
     Raises:
-        ValueError: ``num_experts`` is below 1, or ``num_tokens`` or ``capacity_factor`` below 0.
+        ValueError: ``num_experts`` is below 1, or another below 0, or ``capacity_factor`` infinite.
+        TypeError: counts that are no integers.
     """
     num_tokens = _check.positive("get_capacity", "num_tokens", num_tokens, at_least=0)
     num_experts = _check.positive("get_capacity", "num_experts", num_experts)
     capacity_factor = _check.real("get_capacity", "capacity_factor", capacity_factor)
-    if not capacity_factor >= 0:
-        raise _check.fail("get_capacity", "capacity_factor", "at least 0", capacity_factor)
+    if not 0 <= capacity_factor < math.inf:
+        raise _check.fail("get_capacity", "capacity_factor", "finite and at least 0", capacity_factor)
     capacity = math.ceil((num_tokens / num_experts) * capacity_factor)
-    return capacity if min_capacity is None else max(capacity, min_capacity)
+    if min_capacity is None:
+        return capacity
+    return max(capacity, _check.positive("get_capacity", "min_capacity", min_capacity, at_least=0))
 
 
 def apply_capacity(

@@ -83,6 +83,7 @@ def _copy(packed: PackedExperts, source: Any, non_blocking: bool = False) -> Pac
         raise TypeError(f"PackedExperts: only what is packed in the same way can be copied into {packed}, got {source!r}")
     for mine, other in zip(_parts(packed), _parts(source), strict=True):
         mine.copy_(other, non_blocking=non_blocking)
+        torch.autograd.graph.increment_version(mine)  # here, below autograd, nobody else does
     return packed
 
 

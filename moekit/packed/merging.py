@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,3 +95,11 @@ def values_of(weight: Tensor | PackedExperts, expert: int, dtype: torch.dtype) -
     if isinstance(weight, PackedExperts):
         return weight.unpack(slice(expert, expert + 1), dtype)[0]
     return weight[expert].to(dtype)
+
+
+def fingerprint(packed: PackedExperts) -> str:
+    """What tells the contents of a packed weight from any others, on whatever device: of its bytes (a GPU is waited for)."""
+    found, stored = hashlib.blake2b(f"{packed.format} {packed.turned} {list(packed.shape)}".encode()), packed.stored()
+    for part in (stored.codes, *stored.scales):
+        found.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

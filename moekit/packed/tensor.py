@@ -47,8 +47,14 @@ class PackedExperts(Tensor):
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, stored: Stored, dtype: torch.dtype, turned: bool = False) -> PackedExperts:
+    def __new__(cls, stored: Stored, dtype: torch.dtype = torch.bfloat16, turned: bool = False, **other: Any) -> Any:
         """Wrap parts that are known to fit; :meth:`of` is the form with checks."""
+        if other or not isinstance(stored, Stored):
+            raise TypeError(
+                "PackedExperts: made by moekit.pack, PackedExperts.of or a state dict, not from a tensor; software that "
+                "makes parameters anew, as Accelerate's cpu_offload and disk_offload do, cannot hold packed experts: give "
+                "these a device of their own"
+            )
         num_experts, height, width = stored.shape
         shape = (num_experts, width, height) if turned else (num_experts, height, width)
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.device)
@@ -186,6 +192,22 @@ class PackedExperts(Tensor):
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
+
+    @property
+    def data(self) -> Any:
+        """The same parts, apart from any parameter."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        """Take the parts of another one, which stands for as much."""
+        of_self = (tuple(self.shape), self.dtype, self.device)
+        if not isinstance(value, PackedExperts) or (tuple(value.shape), value.dtype, value.device) != of_self:
+            got = f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype} on {value.device}"
+            wanted = f"PackedExperts of shape {list(self.shape)}, {self.dtype} on {self.device}"
+            raise TypeError(f"PackedExperts: .data must be {wanted}, got {got}")
+        for name in (*_PARTS[: value._count], "_count", "_format", "_block", "_turned"):
+            setattr(self, name, getattr(value, name))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
