@@ -557,13 +557,15 @@ def test_data_is_the_parts_of_another_one():
     parameter.data = other
     assert isinstance(parameter, torch.nn.Parameter) and parameter.format == "nf4"
     assert torch.equal(parameter.unpack(), other.unpack()) and torch.equal(parameter.data.unpack(), other.unpack())
-    smaller = moekit.pack(torch.randn(2, 64, 64), "int8")
-    for wrong in (torch.zeros(2, 64, 128), smaller, other.to(torch.bfloat16), other.turn()):
-        with pytest.raises(
-            TypeError, match=r"\.data must be PackedExperts of shape \[2, 64, 128\], torch.float32 on cpu, got"
-        ):
-            parameter.data = wrong
-    assert torch.equal(parameter.unpack(), other.unpack())
+    parameter.data = parameter.data.to(torch.bfloat16)  # as prepare_model_for_kbit_training does, the other way round
+    assert parameter.dtype is torch.bfloat16 and torch.equal(parameter.unpack(), other.unpack().bfloat16())
+    turned = moekit.pack(torch.randn(3, 64, 64), "mxfp4").turn()
+    parameter.data = turned
+    assert parameter.shape == (3, 64, 64) and parameter.turned and torch.equal(parameter.unpack(), turned.unpack())
+    assert torch.equal(parameter.stored().codes, turned.stored().codes)
+    with pytest.raises(TypeError, match=r"PackedExperts: .data must be a PackedExperts, got Tensor"):
+        parameter.data = torch.zeros(3, 64, 64)
+    assert torch.equal(parameter.unpack(), turned.unpack())
 
 
 def test_a_backward_knows_that_packed_weights_were_changed():

@@ -200,12 +200,10 @@ class PackedExperts(Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
-        """Take the parts of another one, which stands for as much."""
-        of_self = (tuple(self.shape), self.dtype, self.device)
-        if not isinstance(value, PackedExperts) or (tuple(value.shape), value.dtype, value.device) != of_self:
-            got = f"{type(value).__name__} of shape {list(value.shape)}, {value.dtype} on {value.device}"
-            wanted = f"PackedExperts of shape {list(self.shape)}, {self.dtype} on {self.device}"
-            raise TypeError(f"PackedExperts: .data must be {wanted}, got {got}")
+        """Take the parts of another one, and what it stands for."""
+        if not isinstance(value, PackedExperts):
+            raise _check.wrong_type("PackedExperts", ".data", "a PackedExperts", type(value).__name__)
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # sizes, dtype and device
         for name in (*_PARTS[: value._count], "_count", "_format", "_block", "_turned"):
             setattr(self, name, getattr(value, name))
 
