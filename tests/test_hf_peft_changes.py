@@ -128,7 +128,7 @@ def test_merged_weights_may_be_moved_to_another_dtype():
         assert weight.dtype is torch.bfloat16 and torch.equal(weight.stored().codes, codes[name])
 
 
-def call(wrapped: nn.Module, *, gradients: bool = True) -> list[Tensor]:
+def call(wrapped: nn.Module) -> list[Tensor]:
     """Output and gradients of the adapters."""
     wrapped.zero_grad()
     generator = torch.Generator().manual_seed(1)
@@ -170,7 +170,7 @@ class OwnForward(moekit.nn.Experts):
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "own forward"])
-def test_adapters_of_moekits_own_layers(kind, monkeypatch):
+def test_adapters_of_moekits_own_layers(kind):
     torch.manual_seed(0)
     layer = moekit.nn.MoE.build(64, 64, num_experts=4, k=2, null_experts=1, shared_intermediate=32)
     if kind == "own forward":
@@ -184,7 +184,6 @@ def test_adapters_of_moekits_own_layers(kind, monkeypatch):
             setattr(layer.experts, name, nn.Parameter(packed, requires_grad=False))
             getattr(twin.experts, name).data.copy_(packed.unpack())
     layer.experts = adapted(layer.experts, ["experts.gate_up", "experts.down"])
-    module = layer.experts.get_base_layer()
     for name, wrapper in layers(layer.experts).items():
         for adapter in ("default", "other"):
             getattr(twin.experts, name).data += (
@@ -195,7 +194,7 @@ def test_adapters_of_moekits_own_layers(kind, monkeypatch):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in layer.experts.named_parameters() if "lora_" in n)
-    assert isinstance(module, moekit.nn.Experts)
+    assert isinstance(layer.experts.get_base_layer(), moekit.nn.Experts)
 
 
 def by_hand(wrapper: nn.Module, adapter: str) -> Tensor:
@@ -210,7 +209,7 @@ def by_hand(wrapper: nn.Module, adapter: str) -> Tensor:
 def test_adapters_of_a_layer_whose_experts_are_spread_are_refused():
     layer = moekit.nn.Experts(4, 64, 64)
     wrapped = adapted(layer, ["experts.gate_up", "experts.down"])
-    layer.sharding = object()
+    layer.sharding = object()  # as of moekit.ep.parallelize
     layer.gate_up.placements = layer.down.placements = ()  # as DTensors have
     with pytest.raises(NotImplementedError, match="its experts are sharded over ranks"):
         wrapped(torch.randn(3, 64), (torch.zeros(3, 1).long(), torch.ones(3, 1)))

@@ -1,4 +1,4 @@
-"""LoRA of PEFT on the experts of Transformers: ``target_parameters`` without a copy of the weights.
+"""LoRA of PEFT on the experts of Transformers, and of :mod:`moekit.nn`: ``target_parameters`` without a copy of the weights.
 
 PEFT adapts a parameter through a parametrisation: while the experts run, ``W + B A`` of all experts stands in the place of
 ``W``, and the gradient that reaches ``A`` and ``B`` is as large as ``W`` first. Where the experts are moekit's, the wrapper
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from moekit.hf.experts import exporting_to_onnx, say_once
 from moekit.hf.gates import digest
+from moekit.nn.experts import Experts
 from moekit.ops.lora import Lora
 from moekit.packed import PackedExperts
 from moekit.packed.merging import fingerprint, merge
@@ -74,7 +75,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _is_spread(module: Any) -> bool:
     """Whether each rank has some of its experts, as the module knows."""
-    return getattr(module, "_is_expert_parallel", False) or getattr(module, "sharding", None) is not None
+    return module.sharding is not None if isinstance(module, Experts) else getattr(module, "_is_expert_parallel", False)
 
 
 def _active(layer: Any) -> list[str]:
@@ -98,8 +99,8 @@ def _factors(layer: Any, name: str) -> Lora:
 def _part(layer: Any) -> str | None:
     """What of :func:`moekit.experts` the parameter of ``layer`` is, None where its adapters have to be added to it."""
     module, name = _experts_of(layer), layer.parameter_name
-    own = hasattr(module, "hands_on")  # moekit.nn.Experts
-    if not own and getattr(getattr(module, "config", None), "_experts_implementation", None) != "moekit":
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation != "moekit" and not isinstance(module, Experts):
         return None
     obstacle = _obstacle(layer, module)
     if obstacle:
@@ -127,7 +128,7 @@ def _obstacle(layer: Any, module: Any) -> str:
 
 def _projections(module: Any) -> tuple[str, str]:
     """The names of its weights."""
-    if hasattr(module, "hands_on"):
+    if isinstance(module, Experts):
         return "gate_up", "down"
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
@@ -144,8 +145,8 @@ def _hands_on(module: Any) -> bool:
     """Whether ``module`` gives all arguments of a call to its experts implementation."""
     if "forward" in module.__dict__ and not _is_of_accelerate(module):
         return False
-    if hasattr(module, "hands_on"):
-        return type(module).forward is type(module).hands_on
+    if isinstance(module, Experts):
+        return type(module).forward is Experts.forward
     return hasattr(module, "has_gate") and _is_decorated(type(module))
 
 

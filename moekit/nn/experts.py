@@ -54,6 +54,8 @@ class Experts(nn.Module):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
 
+    is_transposed = False  # PEFT asks how weights are stored
+
     def __init__(
         self,
         num_experts: int,
@@ -128,9 +130,6 @@ class Experts(nn.Module):
         others = {name: getattr(self, name) for name in ("weight_after_down", "save", "batch_invariant")}
         mine = functools.partial(experts, **weights, **self.options, **others, lora=lora)
         return mine(x, routing) if exchange is None else exchange(x, routing, mine)
-
-    is_transposed = False  # PEFT asks how the weights are stored
-    hands_on = forward  # adapters: a class with a forward of its own may not
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
         """Whole stacks, of a checkpoint of one process, are taken as well: each rank keeps its part."""

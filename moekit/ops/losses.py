@@ -90,6 +90,9 @@ def switch_loss(
     _check.floating(op, "probs", probs)
     topk = _check.positive(op, "topk", topk)
     num_experts = _check.positive(op, "num_experts", num_experts)
+    total_num_tokens, coeff = _check.factor(op, "total_num_tokens", total_num_tokens), _check.factor(op, "coeff", coeff)
+    if not isinstance(total_num_tokens, Tensor) and not 0 <= total_num_tokens < math.inf:
+        raise _check.fail(op, "total_num_tokens", "a number of tokens, at least 0", total_num_tokens)
     if probs.shape[1] % num_experts:
         raise _check.fail(op, "probs", f"of shape [T, multiple of num_experts={num_experts}]", list(probs.shape))
     _check.shape(op, "tokens_per_expert", tokens_per_expert, probs.shape[1:], "[E]")
@@ -97,13 +100,10 @@ def switch_loss(
     dtype = torch.promote_types(probs.dtype, torch.float32)
     prob_sums = _without_padding(op, probs, padding_mask).sum(0, dtype=dtype)
     products = (prob_sums * tokens_per_expert.to(dtype)).sum()
-    total_num_tokens, coeff = _check.factor(op, "total_num_tokens", total_num_tokens), _check.factor(op, "coeff", coeff)
     if isinstance(total_num_tokens, Tensor):
         tokens = total_num_tokens.detach().to(dtype).reshape(())
         share = torch.where(tokens > 0, tokens.reciprocal(), 0.0)
     else:
-        if not 0 <= total_num_tokens < math.inf:
-            raise _check.fail(op, "total_num_tokens", "a number of tokens, at least 0", total_num_tokens)
         share = 1.0 / total_num_tokens if total_num_tokens > 0 else 0.0
     return products * share * share * (coeff * num_experts / topk)
 

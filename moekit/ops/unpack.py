@@ -53,28 +53,30 @@ class Stored(NamedTuple):
         """Itself, once the parts belong together: an operator is given them one by one, and kernels go by the codes."""
         _check.one_of(op, "format", self.format, _VALUES)
         _check.tensor_dim(op, "codes", self.codes, 3)
-        shapes = self._scale_shapes()
+        shapes = scale_shapes(self.format, self.shape, self.block)
         if len(self.scales) not in (1, len(shapes)):
             raise _check.fail(op, "scales", "one tensor, or three of nf4 quantised doubly", len(self.scales))
         for name, scale, shape in zip(_SCALES, self.scales, shapes, strict=False):
             _check.shape(op, name, scale, shape, f"as {self.format} has for codes of shape {list(self.codes.shape)}")
         return self
 
-    def _scale_shapes(self) -> list[tuple[int, ...]]:
-        """Of the scales that there may be."""
-        num_experts, height, width = self.shape
-        if self.format == "nf4":
-            blocks = height * width // NF4_BLOCK
-            return [(num_experts, blocks), (-(-num_experts * blocks // NESTED_BLOCK),), ()]
-        if self.format == "int8":
-            return [(num_experts, height)]
-        down, across = self.block if self.format == "fp8" else (1, MXFP4_BLOCK)
-        return [(num_experts, -(-height // max(down, 1)), -(-width // max(across, 1)))]
-
     @property
     def device(self) -> torch.device:
         """The device of all parts."""
         return self.codes.device
+
+
+def scale_shapes(format: str, shape: tuple[int, int, int], block: tuple[int, int]) -> list[tuple[int, ...]]:
+    """The shapes of the scales that ``[E, out, in]`` may have in a format: one, and two more of nf4 quantised doubly."""
+    num_experts, height, width = shape
+    if format == "nf4":
+        blocks = height * width // NF4_BLOCK
+        return [(num_experts, blocks), (-(-num_experts * blocks // NESTED_BLOCK),), ()]
+    if format == "mxfp4":
+        return [(num_experts, height, width // MXFP4_BLOCK)]
+    if format == "int8":
+        return [(num_experts, height)]
+    return [(num_experts, -(-height // max(block[0], 1)), -(-width // max(block[1], 1)))]
 
 
 def unpack(stored: Stored, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops.unpack import Stored
+from moekit.ops.unpack import Stored, scale_shapes
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape
 
 _CODE = torch.float8_e4m3fn
@@ -30,9 +30,7 @@ def block(op: str, height: int, width: int, wanted: Block | None) -> Block:
 
 def layout(shape: Shape, block: Block, double_quant: bool) -> Layout:
     """Codes, and a scale for each block."""
-    num_experts, height, width = shape
-    blocks = (num_experts, -(-height // block[0]), -(-width // block[1]))
-    return Layout(Part(shape, (_CODE,)), [Part(blocks, _SCALES)])
+    return Layout(Part(shape, (_CODE,)), [Part(scale_shapes("fp8", shape, block)[0], _SCALES)])
 
 
 def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit import _check
-from moekit.ops.unpack import Stored
+from moekit.ops.unpack import Stored, scale_shapes
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, only_block
 
 _MARK = ".SCB"
@@ -23,7 +23,7 @@ def block(op: str, height: int, width: int, wanted: Block | None) -> Block:
 
 def layout(shape: Shape, block: Block, double_quant: bool) -> Layout:
     """Codes, and absmax for each row."""
-    return Layout(Part(shape, (torch.int8,)), [Part(shape[:2], (torch.float32,))])
+    return Layout(Part(shape, (torch.int8,)), [Part(scale_shapes("int8", shape, block)[0], (torch.float32,))])
 
 
 def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit import _check
 from moekit._codes import E2M1_TABLE, MXFP4_BLOCK, table
-from moekit.ops.unpack import Stored
+from moekit.ops.unpack import Stored, scale_shapes
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
 _LARGEST = E2M1_TABLE[7]
@@ -30,7 +30,7 @@ def layout(shape: Shape, block: Block, double_quant: bool) -> Layout:
     """Codes, and a biased exponent for each block."""
     num_experts, height, width = shape
     codes = Part((num_experts, height, width // 2), (torch.uint8,))
-    return Layout(codes, [Part((num_experts, height, width // MXFP4_BLOCK), (torch.uint8,))])
+    return Layout(codes, [Part(scale_shapes("mxfp4", shape, block)[0], (torch.uint8,))])
 
 
 def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:

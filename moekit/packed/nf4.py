@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekit import _check
 from moekit._codes import NESTED_BLOCK, NF4_BLOCK, dynamic_table, table
-from moekit.ops.unpack import Stored
+from moekit.ops.unpack import Stored, scale_shapes
 from moekit.packed._format import Block, Entries, Format, Layout, Part, Shape, divisible, only_block
 
 _SMALLEST = 1e-38  # what a block of zeros is divided by
@@ -33,13 +33,11 @@ def block(op: str, height: int, width: int, wanted: Block | None) -> Block:
 def layout(shape: Shape, block: Block, double_quant: bool) -> Layout:
     """Codes, and absmax for each block: float32, or in 8 bits with scales of their own and an offset."""
     num_experts, height, width = shape
-    blocks = height * width // NF4_BLOCK
     codes = Part((num_experts, height, width // 2), (torch.uint8,))
+    first, *others = scale_shapes("nf4", shape, block)
     if not double_quant:
-        return Layout(codes, [Part((num_experts, blocks), (torch.float32,))])
-    nested = -(-num_experts * blocks // NESTED_BLOCK)
-    scales = [Part((num_experts, blocks), (torch.uint8,)), Part((nested,), (torch.float32,)), Part((), (torch.float32,))]
-    return Layout(codes, scales)
+        return Layout(codes, [Part(first, (torch.float32,))])
+    return Layout(codes, [Part(first, (torch.uint8,)), *(Part(other, (torch.float32,)) for other in others)])
 
 
 def pack(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
